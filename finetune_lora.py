@@ -1,0 +1,170 @@
+"""Finetune LLaMA on instructions with LoRA (arXiv 2106.09685). The settings below are flags of the command, too."""
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Fabric
+from torch import nn
+from torch.optim import Optimizer
+
+from lit_llama.checkpoint import copy_state, load_model, save_finetuned
+from lit_llama.cli import UserError, constants, run
+from lit_llama.data import BatchSchedule, Dataset
+from lit_llama.log import TrainingLog
+from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable
+from lit_llama.training import (
+    STATE_FILE,
+    StopSignal,
+    check_out_dir,
+    check_tokenizer,
+    default_precision,
+    launch,
+    loss_sum,
+    storage_dtype,
+    validation_loss,
+)
+
+learning_rate = 3e-4
+batch_size = 128  # records an optimizer step, over all devices
+micro_batch_size = 4  # records that a device computes at once; lower it if memory runs out
+num_epochs = 5
+max_steps: int | None = None  # optimizer steps to end after, where that is before num_epochs
+warmup_steps = 100  # optimizer steps in which the learning rate rises to its value
+weight_decay = 0.0
+block_size = 512  # tokens; longer records are cut
+mask_prompt = True  # train on the responses alone
+lora_r = 8
+lora_alpha = 16
+lora_dropout = 0.05
+lora_targets = "query,value"  # of query, key, value, projection, mlp, head
+eval_interval = 100  # optimizer steps
+eval_records: int | None = 400  # the first ones of the validation split; null: all
+save_interval = 100  # optimizer steps
+log_interval = 1  # optimizer steps between two lines, where there is no terminal
+seed = 1337
+devices = 1
+num_nodes = 1
+strategy = "auto"
+precision: str | None = None  # null: bf16-mixed on a GPU that has bfloat16, else 32-true
+
+LORA_FILE = "lit-llama-lora-finetuned.pth"
+
+
+def main(
+    data_dir: Path = Path("data/alpaca"),
+    pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    out_dir: Path = Path("out/lora/alpaca"),
+    tokenizer_path: Path | None = None,
+    resume: bool = False,
+) -> None:
+    """Finetune, and write lit-llama-lora-finetuned.pth.
+
+    Args:
+        data_dir: What one of scripts/prepare_*.py wrote.
+        pretrained_path: The checkpoint of the base model.
+        out_dir: Gets the LoRA file, the training state, metrics.csv and loss.png.
+        tokenizer_path: The base model's tokenizer, if it does not lie beside the checkpoint.
+        resume: Continue the run in out_dir from its last saved state.
+    """
+    numerics = precision or default_precision()
+    fabric = launch(devices, num_nodes, strategy, numerics)
+    state = check_out_dir(out_dir, resume)
+    train_data = Dataset(data_dir, "train", block_size, mask_prompt)
+    val_data = Dataset(data_dir, "validation", block_size, mask_prompt, limit=eval_records)
+
+    torch.manual_seed(seed)
+    llama = load_model(pretrained_path, storage_dtype(numerics), fabric.device)
+    check_tokenizer(train_data, llama, pretrained_path, tokenizer_path)
+    config = LoRAConfig(lora_r, lora_alpha, lora_dropout, tuple(lora_targets.split(",")))
+    add_lora(llama, config)
+    mark_only_lora_as_trainable(llama)
+    trained = [parameter for parameter in llama.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
+    model, optimizer = fabric.setup(llama, optimizer)
+    if state:
+        copy_state(out_dir / STATE_FILE, state["state_dict"], lora_state_dict(llama))
+        optimizer.load_state_dict(state["optimizer"])
+    first_step = state["step"] if state else 0
+
+    schedule = BatchSchedule(train_data.lengths, batch_size, micro_batch_size, seed)
+    n_steps = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
+    log = TrainingLog(fabric, out_dir, n_steps, first_step, log_interval)
+    log.say(f"{len(train_data):,} records ({train_data.n_dropped} dropped: no room for a response), {n_steps} steps")
+    log.say(f"{sum(parameter.numel() for parameter in trained):,} trained parameters")
+
+    def save(path: Path, dtype: torch.dtype, **progress: Any) -> None:
+        weights = {name: tensor.to(dtype) for name, tensor in lora_state_dict(llama).items()}
+        settings = constants(sys.modules[__name__])
+        style = train_data.meta["prompt_style"]
+        if fabric.is_global_zero:
+            save_finetuned(
+                path, "lora", config, llama, weights, prompt_style=style, hyperparameters=settings, **progress
+            )
+
+    def save_state(step: int) -> None:
+        save(out_dir / STATE_FILE, torch.float32, step=step, optimizer=optimizer.state_dict())
+
+    train(fabric, model, optimizer, schedule, train_data, val_data, log, save_state, first_step, n_steps)
+    path = out_dir / LORA_FILE
+    save(path, storage_dtype(numerics))
+    log.close(f"{pretrained_path.parent.name}, LoRA with r = {lora_r}")
+    log.say(f"Saved {path} ({path.stat().st_size / 1e6:.1f} MB). Ask it something:")
+    log.say(f'python generate_lora.py --lora_path {path} --pretrained_path {pretrained_path} --prompt "..."')
+
+
+def train(
+    fabric: Fabric,
+    model: nn.Module,
+    optimizer: Optimizer,
+    schedule: BatchSchedule,
+    train_data: Dataset,
+    val_data: Dataset,
+    log: TrainingLog,
+    save_state: Callable[[int], None],
+    first_step: int,
+    n_steps: int,
+) -> None:
+    """Steps `first_step` to `n_steps` of a run. Each depends on nothing but its number and the state before it."""
+    stop = StopSignal()
+    if first_step == 0:
+        log.validation(0, validation_loss(fabric, model, val_data, micro_batch_size))
+    for step in range(first_step, n_steps):
+        torch.manual_seed(seed + step * fabric.world_size + fabric.global_rank)  # for the dropout
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, (step + 1) / max(1, warmup_steps))
+
+        # The loss is the mean over all target tokens of the step, whichever micro-batch and device they are on.
+        records = np.concatenate(schedule[step])
+        n_targets = train_data.n_targets(records)
+        micro_batches = schedule.share(step, fabric.global_rank, fabric.world_size)
+        loss = torch.zeros((), device=fabric.device)
+        for i, micro_batch in enumerate(micro_batches, 1):
+            batch = fabric.to_device(train_data.batch(micro_batch))
+            with fabric.no_backward_sync(model, enabled=i < len(micro_batches)):
+                part = loss_sum(model, *batch) / n_targets
+                fabric.backward(part * fabric.world_size)  # gradients are averaged over the devices
+            loss += part.detach()
+        mean_loss = float(fabric.all_reduce(loss, reduce_op="sum"))
+        if not math.isfinite(mean_loss):
+            raise UserError(f"the loss of step {step + 1} is {mean_loss}; try a lower --learning_rate")
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = step + 1
+        log.step(done, mean_loss, optimizer.param_groups[0]["lr"], len(records), train_data.n_tokens(records))
+        stopping = fabric.strategy.reduce_boolean_decision(stop.requested, all=False)
+        if done % save_interval == 0 or done == n_steps or stopping:
+            save_state(done)
+        if stopping:
+            raise UserError(f"stopped after step {done} as asked; continue with --resume true")
+        if done % eval_interval == 0 or done == n_steps:
+            log.validation(done, validation_loss(fabric, model, val_data, micro_batch_size))
+
+
+if __name__ == "__main__":
+    run(main)

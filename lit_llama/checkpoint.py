@@ -1,0 +1,139 @@
+"""Reading and writing checkpoints: model folders, files of finetuned weights, training states.
+
+A model folder holds `lit-llama.pth` (the weights), `config.json` (the fields of LLaMAConfig) and the tokenizer.
+A file of finetuned weights describes itself: {"kind", the method's own config, "base", "prompt_style",
+"hyperparameters", "state_dict"}.
+"""
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_llama.cli import UserError
+from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
+
+
+def write_file(path: Path, content: bytes | str | Mapping[str, Any]) -> None:
+    """Write bytes, text or (by torch.save) a mapping; at any moment `path` is the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    try:
+        with open(part, "wb") as file:
+            if isinstance(content, Mapping):
+                torch.save(content, file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise UserError(f"could not write {path}: {str(error).splitlines()[0]}; free some disk space?") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The mapping that torch.save wrote to `path`. Tensors stay on the disk until they are used."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds more than weights (code, perhaps) and was not opened; get it elsewhere"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, OSError):
+        raise UserError(f"{path} is truncated or no PyTorch checkpoint; copy or convert it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected a checkpoint with named tensors")
+    return content
+
+
+def save_model_folder(folder: Path, state: Mapping[str, Tensor], config: LLaMAConfig, files: dict[str, str]) -> None:
+    """Write a model folder; `files` are its text files besides config.json, the tokenizer's. The weights come last."""
+    for name, text in {**files, "config.json": json.dumps(asdict(config), indent=2)}.items():
+        write_file(folder / name, text)
+    write_file(folder / "lit-llama.pth", state)
+
+
+def load_model(path: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LLaMA:
+    """The model of a checkpoint `lit-llama.pth`, its weights in `dtype` (None: as they are stored).
+
+    The weights are mapped from the file and copied, if at all, one by one: loading takes no second copy of the model.
+    """
+    state = read_file(path)
+    config = read_config(path, state)
+    with torch.device("meta"):
+        model = LLaMA(config)
+    if config.tie_embeddings:
+        state.setdefault("lm_head.weight", state.get("transformer.wte.weight"))
+    check_state(path, state, model.state_dict())
+    for name in state:
+        state[name] = state[name].to(device, dtype)
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+    return model
+
+
+def read_config(path: Path, state: Mapping[str, Any]) -> LLaMAConfig:
+    """The config.json beside the checkpoint, or the LLaMA size that the shapes of its tensors give away."""
+    file = path.with_name("config.json")
+    if file.is_file():
+        try:
+            return LLaMAConfig(**json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file} does not describe a LLaMA ({error})") from None
+    wte, n_layer = state.get("transformer.wte.weight"), sum(name.endswith("attn.c_attn.weight") for name in state)
+    for config in CONFIGS.values():
+        if n_layer == config.n_layer and wte is not None and wte.shape == (config.vocab_size, config.n_embd):
+            return config
+    raise UserError(f"{path} has no config.json beside it, and its tensors are of no known LLaMA size{hint(state)}")
+
+
+def check_state(path: Path, state: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
+    """Raise a UserError unless `state` has exactly the names and shapes of `expected`."""
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    wrong = [name for name in expected if name in state and getattr(state[name], "shape", None) != expected[name].shape]
+    for names, what in ((missing, "lacks"), (unexpected, "has, unexpectedly,"), (wrong, "has in another shape")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{path} does not fit the model: it {what} {names[0]}{more}{hint(state)}")
+
+
+def copy_state(path: Path, state: Mapping[str, Any], target: Mapping[str, Tensor]) -> None:
+    """Fill the tensors of `target` with those of `state`, read from `path`; they must agree in names and shapes."""
+    check_state(path, state, target)
+    for name, tensor in target.items():
+        tensor.copy_(state[name])
+
+
+def hint(state: Mapping[str, Any]) -> str:
+    """What a file is that was given in the place of a base checkpoint, where that can be told."""
+    kind = state.get("kind") or next((k for k in ("lora", "adapter") if any(f"{k}_" in name for name in state)), None)
+    return f"; it is a file of {kind} weights, for --{kind}_path" if kind else ""
+
+
+def save_finetuned(path: Path, kind: str, method: Any, model: LLaMA, state: Mapping[str, Tensor], **extra: Any) -> None:
+    """Write finetuned weights with what is needed to use them: the method's config and the base model's."""
+    write_file(
+        path, {"kind": kind, kind: asdict(method), "base": asdict(model.config), **extra, "state_dict": dict(state)}
+    )
+
+
+def load_finetuned(path: Path, kind: str, base: LLaMAConfig) -> dict[str, Any]:
+    """What `save_finetuned` wrote, checked to be of this kind and for this base model."""
+    content = read_file(path)
+    if content.get("kind") != kind:
+        raise UserError(f"{path} is no file of {kind} weights from finetune_{kind}.py{hint(content)}")
+    if LLaMAConfig(**content["base"]) != base:
+        theirs, ours = (f"{c['n_layer']} layers of width {c['n_embd']}" for c in (content["base"], asdict(base)))
+        raise UserError(f"{path} was made for another base model ({theirs}, the one given has {ours})")
+    return content

@@ -1,0 +1,63 @@
+"""What stands between a user and a script: module constants as flags, mistakes as one line."""
+
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+
+
+class UserError(Exception):
+    """Something a user can mend. The message says what was found, what was expected and what to do; it is one line."""
+
+
+def run(main: Callable[..., None]) -> None:
+    """Run a script's `main` with the command line's values for its arguments and for its module's constants.
+
+    A constant is a lowercase name that the module assigns at its top level. Its type is its annotation or that of its
+    value, its help is the comment behind it.
+    """
+    module = sys.modules[main.__module__]
+    parser = ArgumentParser(description=module.__doc__)
+    parser.add_function_arguments(main, fail_untyped=True)
+    comments = find_constants(module)
+    for name, comment in comments.items():
+        default = getattr(module, name)
+        kind = inspect.get_annotations(module).get(name, type(default))
+        parser.add_argument(f"--{name}", type=kind, default=default, help=comment or name.replace("_", " "))
+    arguments = vars(parser.parse_args())
+    for name in comments:
+        setattr(module, name, arguments.pop(name))
+    try:
+        main(**arguments)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: out of memory, try a smaller --micro_batch_size ({str(error).splitlines()[0]})")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+def constants(module: ModuleType) -> dict[str, Any]:
+    """The names and present values of a module's constants, to be stored with what the script writes."""
+    return {name: getattr(module, name) for name in find_constants(module)}
+
+
+def find_constants(module: ModuleType) -> dict[str, str]:
+    """The names of a module's constants, each with the comment behind it."""
+    source = Path(str(module.__file__)).read_text(encoding="utf-8")
+    lines = source.splitlines()
+    found = {}
+    for node in ast.parse(source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for target in targets:
+            if isinstance(target, ast.Name) and target.id.islower() and not target.id.startswith("_"):
+                comment = re.search(r"#\s*(.*)$", lines[node.lineno - 1])
+                found[target.id] = comment[1] if comment else ""
+    return found

@@ -1,0 +1,116 @@
+"""Sampling text from a model, token by token."""
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lit_llama.cli import UserError
+from lit_llama.log import peak_memory
+from lit_llama.model import LLaMA
+from lit_llama.prompt import format_prompt
+from lit_llama.tokenizer import Tokenizer
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    """Draw a token id from logits (V,).
+
+    Args:
+        temperature: divides the logits; 0 always takes the most likely token.
+        top_k: draw from the k most likely tokens only.
+        top_p: draw from the fewest tokens that together have this probability (nucleus, arXiv 1904.09751).
+    """
+    if temperature == 0:
+        return logits.argmax()
+    logits, ids = (logits.float() / temperature).sort(descending=True)
+    if top_k is not None:
+        logits[max(top_k, 1) :] = -torch.inf
+    probs = logits.softmax(-1)
+    if top_p is not None:
+        probs[probs.cumsum(-1) - probs >= top_p] = 0  # the most likely one always stays, if top_p is above 0
+    return ids[torch.multinomial(probs, 1)].squeeze()
+
+
+@torch.inference_mode()
+def generate(
+    model: LLaMA,
+    prompt: list[int],
+    max_new_tokens: int,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_id: int | None = None,
+) -> Iterator[int]:
+    """Yield the ids that continue the token ids of `prompt`, up to `eos_id` (which is not yielded)."""
+    length = len(prompt) + max_new_tokens
+    if not prompt or length > model.config.block_size:
+        room = model.config.block_size - max_new_tokens
+        raise UserError(f"the prompt has {len(prompt)} tokens, expected 1 to {room} beside {max_new_tokens} new ones")
+    device = model.lm_head.weight.device
+    cache = model.new_cache(1, length)
+    idx = torch.tensor([prompt], device=device)  # (1, T), then (1, 1)
+    for _ in range(max_new_tokens):
+        last = torch.tensor([idx.size(1) - 1], device=device)
+        token = sample(model(idx, cache, select=last)[0], temperature, top_k, top_p)
+        if token == eos_id:
+            return
+        yield int(token)
+        idx = token.view(1, 1)
+
+
+def respond(
+    model: LLaMA,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    prompt_style: str,
+    context: str = "",
+    seed: int = 1234,
+    **sampling: float | None,
+) -> None:
+    """Print the model's answer to each prompt as it comes: text to stdout, time and memory to stderr.
+
+    Args:
+        prompts: instructions, to be wrapped in the prompt style's template. One in the plain style is printed, too.
+        context: the input that goes with the instruction.
+        sampling: the further arguments of `generate`.
+    """
+    model.eval()
+    for prompt in prompts:
+        torch.manual_seed(seed)
+        text = format_prompt(prompt_style, prompt, context)
+        ids, count, start = tokenizer.encode(text), 0, time.perf_counter()
+        if prompt_style == "plain":
+            print(text, end="", flush=True)
+        elif len(prompts) > 1:
+            print(f"> {prompt}", file=sys.stderr)
+
+        def counted(tokens: Iterator[int]) -> Iterator[int]:
+            nonlocal count
+            for count, token in enumerate(tokens, 1):  # noqa: B007
+                yield token
+
+        tokens = counted(generate(model, ids, eos_id=tokenizer.eos_id, **sampling))
+        for piece in tokenizer.stream(tokens, after=ids if prompt_style == "plain" else []):
+            print(piece, end="", flush=True)
+        print(flush=True)
+        seconds = time.perf_counter() - start
+        print(
+            f"Time for inference: {seconds:.2f} sec total, {count / seconds:.2f} tokens/sec",
+            file=sys.stderr,
+        )
+    print(f"Memory used: {peak_memory(model.lm_head.weight.device):.2f} GB", file=sys.stderr)
+
+
+def read_prompts(prompt: str, prompt_file: Path | None) -> list[str]:
+    """The prompts of a file, one a line, or the one that is given."""
+    if prompt_file is None:
+        return [prompt]
+    if not prompt_file.is_file():
+        raise UserError(f"{prompt_file} does not exist")
+    prompts = [line for line in prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"{prompt_file} has no prompts, expected one a line")
+    return prompts

@@ -1,0 +1,128 @@
+"""LoRA: low-rank updates of a frozen LLaMA (Hu et al. 2021, arXiv 2106.09685).
+
+A linear layer W (out x in) becomes W + (alpha / r) B A with trainable A (r x in) and B (out x r). A starts random and B
+at zero, so training starts at the pretrained model. W itself never changes, and after training `merge_lora` folds the
+update into it, so that it costs nothing at inference.
+
+The fused attention layer holds three such W, one above the other: queries, keys, values. Each of them that is a target
+has an A and a B of its own; they are stacked in `lora_A` (n r x in) and `lora_B` (their rows x r).
+
+Shapes: B batch, T tokens, r rank, n targets in the layer.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_llama.checkpoint import copy_state, load_finetuned
+from lit_llama.cli import UserError
+from lit_llama.model import Linear, LLaMA
+
+TARGETS = ("query", "key", "value", "projection", "mlp", "head")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What is updated and how much: rank, scale (the update is multiplied by alpha / r), dropout, target layers."""
+
+    r: int = 8
+    alpha: float = 16
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("query", "value")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        unknown = set(self.targets) - set(TARGETS)
+        if unknown or not self.targets:
+            raise UserError(f"LoRA targets are one or more of {', '.join(TARGETS)}, not {', '.join(unknown) or 'none'}")
+        if self.r < 1 or not 0 <= self.dropout < 1:
+            raise UserError(
+                f"LoRA needs a rank of at least 1 and a dropout from 0 to below 1, not {self.r}, {self.dropout}"
+            )
+
+
+class LoRALinear(Linear):
+    """W x + (alpha / r) B A x, where W is the weight of the layer that this one takes the place of."""
+
+    def __init__(self, base: Linear, parts: dict[str, int], config: LoRAConfig) -> None:
+        """`parts` names the targets in the layer's output, in order, each with its number of rows."""
+        with torch.device("meta"):
+            super().__init__(base.in_features, base.out_features)
+        self.weight = base.weight
+        self.parts = {name: rows if name in config.targets else 0 for name, rows in parts.items()}
+        self.rows = tuple(parts.values())
+        n, device = sum(rows > 0 for rows in self.parts.values()), base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(n * config.r, self.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(sum(self.parts.values()), config.r, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.dropout = nn.Dropout(config.dropout)
+        self.scaling = config.alpha / config.r
+
+    def forward(self, x: Tensor) -> Tensor:
+        update = self.scaling * F.linear(self.dropout(x), self.lora_A)  # (B, T, n r)
+        return super().forward(x) + F.linear(update, self.spread_B())  # (B, T, out)
+
+    def spread_B(self) -> Tensor:
+        """B as one matrix (out, n r): each target's block beside the others', zero rows for what is no target."""
+        blocks = self.lora_B.split(tuple(self.parts.values()))
+        return torch.block_diag(
+            *(block if len(block) else block.new_zeros(rows, 0) for block, rows in zip(blocks, self.rows, strict=True))
+        )
+
+    def delta(self) -> Tensor:
+        """The update of the whole weight (out, in), in float32."""
+        return self.scaling * self.spread_B().float() @ self.lora_A.float()
+
+
+def add_lora(model: LLaMA, config: LoRAConfig) -> None:
+    """Replace the target layers of a built and loaded model by LoRA layers around the same weights."""
+    C, H, V = model.config.n_embd, model.config.n_hidden, model.config.vocab_size
+    qkv = dict(zip(("query", "key", "value"), model.config.qkv_sizes, strict=True))
+    layers: list[tuple[nn.Module, str, dict[str, int]]] = [(model, "lm_head", {"head": V})]
+    for block in model.transformer.h:
+        layers += [(block.attn, "c_attn", qkv), (block.attn, "c_proj", {"projection": C})]
+        layers += [
+            (block.mlp, "c_fc1", {"mlp": H}),
+            (block.mlp, "c_fc2", {"mlp": H}),
+            (block.mlp, "c_proj", {"mlp": C}),
+        ]
+    for parent, name, parts in layers:
+        if parts.keys() & set(config.targets):
+            setattr(parent, name, LoRALinear(getattr(parent, name), parts, config))
+
+
+def mark_only_lora_as_trainable(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "lora_" in name
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The LoRA parameters alone, under Lit-LLaMA's names."""
+    return {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+
+
+def load_lora(model: LLaMA, path: Path) -> str:
+    """Add the LoRA layers of a finetuned file to its base model; returns the prompt style it was trained with."""
+    content = load_finetuned(path, "lora", model.config)
+    add_lora(model, LoRAConfig(**content["lora"]))
+    copy_state(path, content["state_dict"], lora_state_dict(model))
+    return content["prompt_style"]
+
+
+@torch.no_grad()
+def merge_lora(model: LLaMA) -> None:
+    """Fold all LoRA updates into the weights, in float32, and put plain layers back; a second call does nothing."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoRALinear):
+            with torch.device("meta"):
+                merged = Linear(layer.in_features, layer.out_features)
+            weight = (layer.weight.float() + layer.delta()).to(layer.weight.dtype)
+            merged.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, merged)
+            if name == "lm_head":  # it shares the embedding's weight no longer
+                model.config = replace(model.config, tie_embeddings=False)

@@ -1,0 +1,270 @@
+"""LLaMA, the whole of it: configuration, rotary embedding, attention, MLP, KV cache.
+
+Shapes: B batch, T tokens of the input, S tokens attended to (T and those cached before it), C embedding width (n_embd),
+nh query heads, nkv key and value heads, hs head size, V vocabulary, N selected tokens.
+Papers: LLaMA (arXiv 2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783).
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3.1 and later stretch the rotary frequencies beyond the pretrained length (Llama 3, section 3.4)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_block_size: int
+
+
+@dataclass(frozen=True)
+class LLaMAConfig:
+    """The shape of a model. The defaults are those of LLaMA 7B."""
+
+    block_size: int = 2048
+    vocab_size: int = 32000
+    n_layer: int = 32
+    n_head: int = 32
+    n_embd: int = 4096
+    n_kv_head: int = field(default=None)  # type: ignore[assignment]  # None: as many as query heads
+    n_hidden: int = field(default=None)  # type: ignore[assignment]  # None: two thirds of 4 n_embd, rounded up to 256s
+    norm_eps: float = 1e-6
+    rope_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n_kv_head is None:
+            object.__setattr__(self, "n_kv_head", self.n_head)
+        if self.n_hidden is None:
+            object.__setattr__(self, "n_hidden", math.ceil(int(8 * self.n_embd / 3) / 256) * 256)
+        if isinstance(self.rope_scaling, dict):  # as config.json and checkpoints carry it
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
+            raise ValueError(f"{self.n_embd=} must divide by {self.n_head=}, and that by {self.n_kv_head=}")
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        """Rows of `c_attn.weight` that make queries, keys and values."""
+        return self.n_embd, self.n_kv_head * self.head_size, self.n_kv_head * self.head_size
+
+    @classmethod
+    def from_name(cls, name: str) -> "LLaMAConfig":
+        """The configuration of a published model; `KeyError` if there is none of that name."""
+        return CONFIGS[name]
+
+
+_llama_2 = LLaMAConfig(block_size=4096, norm_eps=1e-5)
+_llama_3 = LLaMAConfig(
+    block_size=131072,
+    vocab_size=128256,
+    n_kv_head=8,
+    n_hidden=14336,
+    norm_eps=1e-5,
+    rope_base=500000.0,
+    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+)
+_llama_3_2 = replace(_llama_3, n_hidden=8192, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192), tie_embeddings=True)
+_smollm2 = LLaMAConfig(block_size=8192, vocab_size=49152, norm_eps=1e-5, rope_base=100000.0, tie_embeddings=True)
+
+CONFIGS = {
+    "7B": LLaMAConfig(),
+    "13B": LLaMAConfig(n_layer=40, n_head=40, n_embd=5120),
+    "30B": LLaMAConfig(n_layer=60, n_head=52, n_embd=6656),
+    "65B": LLaMAConfig(n_layer=80, n_head=64, n_embd=8192, norm_eps=1e-5),
+    "Llama-2-7B": _llama_2,
+    "Llama-2-13B": replace(_llama_2, n_layer=40, n_head=40, n_kv_head=40, n_embd=5120, n_hidden=13824),
+    "Llama-2-70B": replace(_llama_2, n_layer=80, n_head=64, n_kv_head=8, n_embd=8192, n_hidden=28672),
+    "TinyLlama-1.1B": LLaMAConfig(n_layer=22, n_kv_head=4, n_embd=2048, n_hidden=5632, norm_eps=1e-5),
+    "Llama-3.1-8B": _llama_3,
+    "Llama-3.2-1B": replace(_llama_3_2, n_layer=16, n_embd=2048),
+    "Llama-3.2-3B": replace(_llama_3_2, n_layer=28, n_head=24, n_embd=3072),
+    "SmolLM2-135M": replace(_smollm2, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536),
+    "SmolLM2-360M": replace(_smollm2, n_layer=32, n_head=15, n_kv_head=5, n_embd=960, n_hidden=2560),
+    "SmolLM2-1.7B": replace(_smollm2, n_layer=24, n_embd=2048, n_hidden=8192, rope_base=130000.0),
+}
+
+
+class LLaMA(nn.Module):
+    """Token ids in, logits of the next token out."""
+
+    def __init__(self, config: LLaMAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.lm_head = Linear(config.n_embd, config.vocab_size)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": RMSNorm(config.n_embd, config.norm_eps),
+            }
+        )
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the head share the embedding's weight, where the model is of that kind."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    def forward(self, idx: Tensor, cache: "list[KVCache] | None" = None, select: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) for token ids idx (B, T).
+
+        Args:
+            cache: keys and values of the tokens before `idx`, from `new_cache`; those of `idx` are added in place.
+            select: indices (N,) into the B * T tokens; only their logits (N, V) are computed. The head is a large part
+                of a small model, and a training step needs no logits for prompts and padding.
+        """
+        start = cache[0].length if cache else 0
+        rope = rotary_table(self.config, start, idx.size(1), idx.device)
+        x = self.transformer.wte(idx)  # (B, T, C)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, rope, cache[i] if cache else None)
+        if select is not None:
+            x = x.flatten(0, 1)[select]  # (N, C)
+        return self.lm_head(self.transformer.ln_f(x))
+
+    def new_cache(self, batch_size: int, length: int) -> "list[KVCache]":
+        """An empty cache per layer, for `batch_size` sequences of at most `length` tokens each."""
+        weight = self.lm_head.weight
+        shape = (2, batch_size, self.config.n_kv_head, length, self.config.head_size)
+        return [KVCache(torch.zeros(shape, dtype=weight.dtype, device=weight.device)) for _ in self.transformer.h]
+
+
+class Block(nn.Module):
+    def __init__(self, config: LLaMAConfig) -> None:
+        super().__init__()
+        self.rms_1 = RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = CausalSelfAttention(config)
+        self.rms_2 = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        x = x + self.attn(self.rms_1(x), rope, cache)
+        return x + self.mlp(self.rms_2(x))  # (B, T, C)
+
+
+class CausalSelfAttention(nn.Module):
+    """Attention over the token itself and those before it, with grouped queries (arXiv 2305.13245)."""
+
+    def __init__(self, config: LLaMAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.c_attn = Linear(config.n_embd, sum(config.qkv_sizes))  # q, k and v in one product
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, rope: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        nh, nkv = self.config.n_head, self.config.n_kv_head
+        qk, v = self.heads(x).split((nh + nkv, nkv), dim=1)
+        q, k = apply_rope(qk, rope).split((nh, nkv), dim=1)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, nkv, S, hs)
+        y = self.attend(q, k, v)  # (B, nh, T, hs)
+        return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """Query, key and value heads of x (B, T, C), stacked: (B, nh + 2 nkv, T, hs)."""
+        return self.c_attn(x).unflatten(-1, (-1, self.config.head_size)).transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What the last T of S tokens gather: queries (B, nh, T, hs), keys and values (B, nkv, S, hs)."""
+        T, S = q.size(2), k.size(2)
+        mask = None
+        if 1 < T < S:  # several tokens after a filled cache
+            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < T == S, enable_gqa=q.size(1) != k.size(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: LLaMAConfig) -> None:
+        super().__init__()
+        self.c_fc1 = Linear(config.n_embd, config.n_hidden)  # gate
+        self.c_fc2 = Linear(config.n_embd, config.n_hidden)  # up
+        self.c_proj = Linear(config.n_hidden, config.n_embd)  # down
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.silu(self.c_fc1(x)) * self.c_fc2(x))
+
+
+class Linear(nn.Linear):
+    """nn.Linear without bias, and fast for a single token on a CPU."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.numel() == self.in_features and self.out_features % 16 == 0:
+            # A matrix-vector product runs on one core; as a batch of 16 row blocks it runs on all.
+            blocks = self.weight.view(16, -1, self.in_features).mT
+            return torch.bmm(x.reshape(1, 1, -1).expand(16, -1, -1), blocks).view(*x.shape[:-1], -1)
+        return super().forward(x)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square layer normalisation (arXiv 1910.07467); torch computes it in float32 whatever the precision."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.scale.shape, self.scale, self.eps)
+
+
+class KVCache:
+    """Keys and values of one layer: preallocated, filled in place, emptied by `reset`."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.k, self.v = buffer  # (B, nkv, length, hs) each
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, nkv, T, hs) behind what is there; returns all of it (B, nkv, S, hs)."""
+        start, self.length = self.length, self.length + k.size(2)
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+    def reset(self) -> None:
+        self.length = 0
+
+
+def rotary_table(config: LLaMAConfig, start: int, length: int, device: torch.device) -> Tensor:
+    """The rotations cos + i sin (length, hs / 2) of the positions from `start` on, complex64.
+
+    Always float32, whatever the model's precision: in bfloat16, 2048 positions would share 641 angles. They are
+    computed anew in each forward pass, which costs next to nothing and leaves no state to cast, move or save.
+    """
+    exponents = torch.arange(0, config.head_size, 2, device=device, dtype=torch.float32) / config.head_size
+    freqs = 1.0 / config.rope_base**exponents  # (hs / 2,)
+    if config.rope_scaling is not None:
+        freqs = stretch_frequencies(freqs, config.rope_scaling)
+    positions = torch.arange(start, start + length, device=device, dtype=torch.float32)
+    angles = torch.outer(positions, freqs)  # (length, hs / 2)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def stretch_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
+    """Divide slow rotations by `factor`, leave fast ones, blend in between (as Llama 3.1 was trained)."""
+    turns = scaling.original_block_size * freqs / (2 * math.pi)  # within the original length
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = keep.clamp(0, 1)
+    return keep * freqs + (1 - keep) * freqs / scaling.factor
+
+
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate each pair of neighbouring channels of x (B, heads, T, hs) by its position's angle (arXiv 2104.09864)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, heads, T, hs / 2)
+    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)  # (B, heads, T, hs)

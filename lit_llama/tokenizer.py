@@ -1,0 +1,91 @@
+"""One class for SentencePiece (`tokenizer.model`) and Hugging Face (`tokenizer.json`) tokenizers."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer as HFTokenizer
+
+from lit_llama.cli import UserError
+
+FILE_NAMES = ("tokenizer.model", "tokenizer.json")
+EOS_TOKENS = ("</s>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")  # if tokenizer_config.json does not say
+
+
+class Tokenizer:
+    """Text to token ids and back, with the beginning and end of sequence as the model itself uses them.
+
+    Attributes:
+        vocab_size: number of token ids.
+        bos_id: the id that starts every sequence, or None for a model that was trained without one.
+        eos_id: the id that ends a response.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            if path.suffix == ".json":
+                self._hf = HFTokenizer.from_file(str(path))
+                self._sp = None
+            else:
+                self._sp = SentencePieceProcessor(model_file=str(path))
+        except Exception:  # both libraries raise bare exceptions
+            raise UserError(f"{path} is no tokenizer, or a truncated one; copy it again") from None
+        if self._sp:
+            self.vocab_size, self.bos_id, self.eos_id = self._sp.vocab_size(), self._sp.bos_id(), self._sp.eos_id()
+        else:
+            self.vocab_size = self._hf.get_vocab_size()
+            self.bos_id = next(iter(self._hf.encode("").ids), None)  # what its own post-processor adds
+            self.eos_id = self._find_eos()
+
+    def _find_eos(self) -> int:
+        config = self.path.with_name("tokenizer_config.json")
+        names = EOS_TOKENS
+        if config.is_file() and (token := json.loads(config.read_text(encoding="utf-8")).get("eos_token")):
+            names = (token["content"] if isinstance(token, dict) else token,)
+        for name in names:
+            if (token_id := self._hf.token_to_id(name)) is not None:
+                return token_id
+        raise UserError(f"{self.path} has no end-of-sequence token (looked for {', '.join(names)})")
+
+    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
+        """Token ids of `text`; `bos` puts the model's bos in front, if it has one, `eos` its eos at the end."""
+        ids = self._sp.encode(text) if self._sp else self._hf.encode(text, add_special_tokens=False).ids
+        return [self.bos_id] * (bos and self.bos_id is not None) + ids + [self.eos_id] * eos
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids; bos and eos leave no trace."""
+        return self._sp.decode(ids) if self._sp else self._hf.decode(ids)
+
+    def stream(self, ids: Iterable[int], after: list[int] | None = None) -> Iterator[str]:
+        """The text of token ids as they come, in pieces of whole characters; `after` are ids whose text they continue.
+
+        A character of several bytes may be split over tokens; it is held back until it is whole. Each piece is decoded
+        with the piece before it, since the first token of a text loses its leading space.
+        """
+        before, pending = list(after or []), []
+        for token_id in ids:
+            pending.append(token_id)
+            piece = self.decode(before + pending)[len(self.decode(before)) :]
+            if piece and not piece.endswith("\ufffd"):
+                yield piece
+                before, pending = pending, []
+
+    def fingerprint(self) -> str:
+        """sha256 of the tokenizer's file, by which prepared data is matched to a model."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+
+def find_tokenizer(checkpoint_path: Path, tokenizer_path: Path | None = None) -> Tokenizer:
+    """The tokenizer at `tokenizer_path` (a file or a folder), else beside the checkpoint, else one folder up."""
+    if tokenizer_path is None:
+        places = [folder / name for folder in checkpoint_path.absolute().parents[:2] for name in FILE_NAMES]
+    else:
+        places = [tokenizer_path, *(tokenizer_path / name for name in FILE_NAMES)]
+    for place in places:
+        if place.is_file():
+            return Tokenizer(place)
+    where = tokenizer_path or checkpoint_path.parent
+    raise UserError(f"no tokenizer.model or tokenizer.json at {where}; name it with --tokenizer_path")

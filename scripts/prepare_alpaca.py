@@ -1,0 +1,39 @@
+"""Prepare the cleaned Alpaca data set (52,000 instructions) for finetuning."""
+
+from pathlib import Path
+
+from lit_llama.cli import run
+from lit_llama.data import download, prepare, read_records, split_records
+from lit_llama.tokenizer import find_tokenizer
+
+URL = "https://raw.githubusercontent.com/tloen/alpaca-lora/main/alpaca_data_cleaned_archive.json"
+
+
+def main(
+    data_dir: Path = Path("data/alpaca"),
+    pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    tokenizer_path: Path | None = None,
+    data_file: Path | None = None,
+    val_split_size: int | None = None,
+    seed: int = 42,
+) -> None:
+    """Download, split and tokenise.
+
+    Args:
+        data_dir: The folder to write.
+        pretrained_path: The checkpoint that will be finetuned; its tokenizer is used.
+        tokenizer_path: The tokenizer, if it does not lie beside the checkpoint.
+        data_file: Records in the Alpaca format that lie on the disk, instead of the download.
+        val_split_size: Records to set apart for validation. By default 2000, or a tenth where that is less.
+        seed: Of the split.
+    """
+    tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
+    source = data_file or data_dir / "alpaca_data_cleaned_archive.json"
+    if data_file is None:
+        download(URL, source)
+    splits = split_records(read_records(source), val_split_size, seed)
+    prepare(data_dir, splits, tokenizer, [source], "alpaca", seed)
+
+
+if __name__ == "__main__":
+    run(main)
