@@ -12,7 +12,7 @@ from lightning import Fabric
 from torch import nn
 from torch.optim import Optimizer
 
-from lit_llama.checkpoint import copy_state, load_model, save_finetuned
+from lit_llama.checkpoint import copy_state, default_precision, load_model, save_finetuned, storage_dtype
 from lit_llama.cli import UserError, constants, run
 from lit_llama.data import BatchSchedule, Dataset
 from lit_llama.log import TrainingLog
@@ -22,10 +22,8 @@ from lit_llama.training import (
     StopSignal,
     check_out_dir,
     check_tokenizer,
-    default_precision,
     launch,
     loss_sum,
-    storage_dtype,
     validation_loss,
 )
 
@@ -131,8 +129,8 @@ def train(
 ) -> None:
     """Steps `first_step` to `n_steps` of a run. Each depends on nothing but its number and the state before it."""
     stop = StopSignal()
-    if first_step == 0:
-        log.validation(0, validation_loss(fabric, model, val_data, micro_batch_size))
+    if first_step not in log.validated and (first_step % eval_interval == 0 or first_step == n_steps):
+        log.validation(first_step, validation_loss(fabric, model, val_data, micro_batch_size))
     for step in range(first_step, n_steps):
         torch.manual_seed(seed + step * fabric.world_size + fabric.global_rank)  # for the dropout
         for group in optimizer.param_groups:

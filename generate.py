@@ -2,13 +2,10 @@
 
 from pathlib import Path
 
-from lightning import Fabric
-
-from lit_llama.checkpoint import load_model
+from lit_llama.checkpoint import default_precision, load_model, storage_dtype
 from lit_llama.cli import run
-from lit_llama.generation import read_prompts, respond
+from lit_llama.generation import default_device, read_prompts, respond
 from lit_llama.tokenizer import find_tokenizer
-from lit_llama.training import default_precision, storage_dtype
 
 
 def main(
@@ -46,7 +43,7 @@ def main(
     dtype = storage_dtype(precision or default_precision())
     prompts = read_prompts(prompt, prompt_file)
     tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
-    model = load_model(checkpoint_path, dtype, Fabric(devices=1).device)
+    model = load_model(checkpoint_path, dtype, default_device())
     for i in range(num_samples):
         respond(
             model,

@@ -20,6 +20,16 @@ from lit_llama.cli import UserError
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
 
 
+def default_precision() -> str:
+    """What to compute in, in Fabric's words: bf16-mixed on a GPU that has bfloat16, else 32-true."""
+    return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def storage_dtype(precision: str) -> torch.dtype:
+    """What frozen weights are stored in: bfloat16 or float16 where all or most is computed in it, else float32."""
+    return {"bf16": torch.bfloat16, "16-t": torch.float16}.get(precision[:4], torch.float32)
+
+
 def write_file(path: Path, content: bytes | str | Mapping[str, Any]) -> None:
     """Write bytes, text or (by torch.save) a mapping; at any moment `path` is the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -55,10 +55,8 @@ def read_records(path: Path, keys: Record | None = None) -> list[Record]:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         except ValueError:
             raise UserError(f"{path} is neither a JSON list nor JSON lines: {error}") from None
-    if not isinstance(rows, list):
-        raise UserError(f"{path} holds a JSON {type(rows).__name__}, expected a list of records")
     records = []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
         record = {"input": ""}
         for name in ("instruction", "input", "output"):
             key = (keys or {}).get(name, name)
@@ -186,9 +184,11 @@ class BatchSchedule:
     all devices.
     """
 
-    window = 256  # micro-batches that are sorted together
+    window = 64  # micro-batches that are sorted together
 
     def __init__(self, lengths: np.ndarray, batch_size: int, micro_batch_size: int, seed: int) -> None:
+        if not len(lengths):
+            raise UserError("no records to train on, or none with room for a response in --block_size tokens")
         self.lengths, self.micro_batch_size, self.seed = lengths, micro_batch_size, seed
         self.accumulation = max(batch_size // micro_batch_size, 1)  # micro-batches a step
         n_micro_batches = -(-len(lengths) // micro_batch_size)

@@ -15,6 +15,11 @@ from lit_llama.prompt import format_prompt
 from lit_llama.tokenizer import Tokenizer
 
 
+def default_device() -> torch.device:
+    """The first accelerator, or the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def sample(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:
     """Draw a token id from logits (V,).
 

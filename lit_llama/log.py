@@ -7,13 +7,15 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning import Fabric
 from tqdm import tqdm
 
 from lit_llama.checkpoint import write_file
+
+if TYPE_CHECKING:  # it takes seconds to import, and generation needs but `peak_memory`
+    from lightning import Fabric
 
 COLUMNS = (
     "step", "records", "tokens", "train_loss", "validation_loss",
@@ -39,7 +41,7 @@ class TrainingLog:
         interval: steps between two lines, where there is no terminal to show a bar.
     """
 
-    def __init__(self, fabric: Fabric, out_dir: Path, n_steps: int, first_step: int, interval: int) -> None:
+    def __init__(self, fabric: "Fabric", out_dir: Path, n_steps: int, first_step: int, interval: int) -> None:
         self.fabric, self.n_steps, self.first_step, self.interval = fabric, n_steps, first_step, interval
         self.path = out_dir / "metrics.csv"
         rows = read_metrics(self.path) if first_step else []
@@ -47,7 +49,8 @@ class TrainingLog:
         last = self.rows[-1] if self.rows else {}
         self.records, self.tokens = int(last.get("records", 0)), int(last.get("tokens", 0))
         self.seconds = last.get("seconds", 0.0)
-        self.validation_loss = math.nan
+
+        self.validated = {row["step"] for row in self.rows if "validation_loss" in row}
         terminal = sys.stderr.isatty() and fabric.is_global_zero
         self.bar = tqdm(total=n_steps, initial=first_step, unit="step", disable=not terminal, dynamic_ncols=True)
         self.started = self.last = time.perf_counter()
@@ -83,10 +86,13 @@ class TrainingLog:
             )
 
     def validation(self, step: int, loss: float) -> None:
-        """Report the validation loss after `step` steps. The time it took is not training time."""
-        self.validation_loss = loss
-        self._row(step, validation_loss=loss)
-        self.say(f"step {step}/{self.n_steps}: validation loss {loss:.4f} (perplexity {math.exp(min(loss, 99)):.2f})")
+        """Report the validation loss after `step` steps, if there is one. The time it took is not training time."""
+        if not math.isnan(loss):
+            self.validated.add(step)
+            self._row(step, validation_loss=loss)
+            self.say(
+                f"step {step}/{self.n_steps}: validation loss {loss:.4f} (perplexity {math.exp(min(loss, 99)):.2f})"
+            )
         self.last = time.perf_counter()
 
     def close(self, title: str) -> None:

@@ -173,7 +173,8 @@ class CausalSelfAttention(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """Query, key and value heads of x (B, T, C), stacked: (B, nh + 2 nkv, T, hs)."""
-        return self.c_attn(x).unflatten(-1, (-1, self.config.head_size)).transpose(1, 2)
+        B, T, _ = x.shape
+        return self.c_attn(x).view(B, T, -1, self.config.head_size).transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What the last T of S tokens gather: queries (B, nh, T, hs), keys and values (B, nkv, S, hs)."""
@@ -207,7 +208,7 @@ class Linear(nn.Linear):
         if x.device.type == "cpu" and x.numel() == self.in_features and self.out_features % 16 == 0:
             # A matrix-vector product runs on one core; as a batch of 16 row blocks it runs on all.
             blocks = self.weight.view(16, -1, self.in_features).mT
-            return torch.bmm(x.reshape(1, 1, -1).expand(16, -1, -1), blocks).view(*x.shape[:-1], -1)
+            return torch.bmm(x.expand(16, 1, -1), blocks).view(*x.shape[:-1], -1)
         return super().forward(x)
 
 

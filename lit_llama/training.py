@@ -1,5 +1,6 @@
 """What the training loops share besides the loop: launching, validation, stopping on a signal, training states."""
 
+import math
 import signal
 from pathlib import Path
 from types import FrameType
@@ -17,16 +18,6 @@ from lit_llama.model import LLaMA
 from lit_llama.tokenizer import find_tokenizer
 
 STATE_FILE = "training-state.pth"
-
-
-def default_precision() -> str:
-    """ "bf16-mixed" on a GPU that has bfloat16, else "32-true"."""
-    return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
-
-
-def storage_dtype(precision: str) -> torch.dtype:
-    """What frozen weights are stored in: bfloat16 wherever it is computed in, else float32."""
-    return torch.bfloat16 if precision.startswith("bf16") else torch.float32
 
 
 def launch(devices: int, num_nodes: int, strategy: str, precision: str) -> Fabric:
@@ -51,7 +42,9 @@ def loss_sum(model: nn.Module, input_ids: Tensor, select: Tensor, targets: Tenso
 
 @torch.no_grad()
 def validation_loss(fabric: Fabric, model: nn.Module, dataset: Dataset, micro_batch_size: int) -> float:
-    """The mean cross-entropy per target token of a whole data set; it changes no random state."""
+    """The mean cross-entropy per target token of a whole data set (nan if that is empty); changes no random state."""
+    if not len(dataset):
+        return math.nan
     model.eval()
     schedule = BatchSchedule(dataset.lengths, len(dataset) + micro_batch_size, micro_batch_size, seed=0)  # one step
     total = torch.zeros((), device=fabric.device)

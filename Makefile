@@ -1,0 +1,56 @@
+# make quickstart   finetune a real LLaMA with LoRA on this machine, in a few minutes
+# make test         lint and all tests
+# make format       put the code into its format
+# make clean        remove what the two above have made, but no other checkpoint or result
+
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+MODEL = checkpoints/lit-llama/SmolLM2-135M-Instruct
+RUN = out/lora/quickstart
+QUESTION = Please explain how weight decay works
+
+.PHONY: quickstart test format clean
+
+# Every line can be typed by hand, after: source .venv/bin/activate
+quickstart: .venv/quickstart
+	python scripts/download_smollm2.py --out_dir $(MODEL)
+	python scripts/prepare_json.py --train_file data/ml_questions/train.json \
+	  --validation_file data/ml_questions/validation.json \
+	  --pretrained_path $(MODEL)/lit-llama.pth --data_dir data/quickstart
+	rm -rf $(RUN)
+	python finetune_lora.py --pretrained_path $(MODEL)/lit-llama.pth --data_dir data/quickstart --out_dir $(RUN) \
+	  --batch_size 4 --num_epochs 1 --learning_rate 3e-3 --warmup_steps 10 --lora_targets query,key,value,projection,mlp
+	@echo; echo 'Before: $(QUESTION)'
+	python generate.py --checkpoint_path $(MODEL)/lit-llama.pth \
+	  --prompt_style alpaca --prompt "$(QUESTION)" --temperature 0 --max_new_tokens 60
+	@echo; echo 'After: $(QUESTION)'
+	python generate_lora.py --pretrained_path $(MODEL)/lit-llama.pth \
+	  --lora_path $(RUN)/lit-llama-lora-finetuned.pth --prompt "$(QUESTION)" --temperature 0 --max_new_tokens 60
+	@echo; echo 'The losses are drawn in $(RUN)/loss.png. Next, ask it something of your own:'
+	@echo 'source .venv/bin/activate'
+	@echo 'python generate_lora.py --pretrained_path $(MODEL)/lit-llama.pth \'
+	@echo '  --lora_path $(RUN)/lit-llama-lora-finetuned.pth --prompt "What is overfitting?"'
+
+test: .venv/test
+	ruff format --check .
+	ruff check .
+	pytest -q
+
+format: .venv/test
+	ruff format .
+	ruff check --fix .
+
+clean:
+	rm -rf .venv *.egg-info .pytest_cache .ruff_cache data/quickstart $(RUN) $(MODEL)
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/quickstart: pyproject.toml | .venv/bin/python
+	pip install --quiet --editable '.[gguf,plot]'
+	touch $@
+
+.venv/test: pyproject.toml | .venv/bin/python
+	pip install --quiet --editable '.[test]'
+	touch $@

@@ -1,0 +1,158 @@
+import os
+import pickle
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, random_model
+
+from lit_llama import checkpoint as ckpt
+from lit_llama.checkpoint import load_finetuned, load_model, read_config, read_file, save_model_folder, write_file
+from lit_llama.cli import UserError
+from lit_llama.model import CONFIGS, LLaMA
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_a_model_folder_gives_the_model_back(tmp_path: Path, tied: bool) -> None:
+    model = random_model(replace(TINY, tie_embeddings=tied))
+    save_model_folder(tmp_path, model.state_dict(), model.config, {})
+    loaded = load_model(tmp_path / "lit-llama.pth").eval()
+    assert loaded.config == model.config
+    assert (loaded.lm_head.weight is loaded.transformer.wte.weight) == tied
+    idx = torch.randint(TINY.vocab_size, (1, 9))
+    assert torch.equal(loaded(idx), model(idx))
+
+
+def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
+    model = random_model(replace(TINY, tie_embeddings=True))
+    save_model_folder(tmp_path, model.state_dict(), model.config, {})
+    n_bytes = 4 * sum(p.numel() for p in model.parameters())
+    assert (tmp_path / "lit-llama.pth").stat().st_size < n_bytes + 20_000
+
+
+def test_loading_converts_the_dtype(checkpoint: Path) -> None:
+    assert {p.dtype for p in load_model(checkpoint, torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_known_sizes_are_recognised_without_a_config() -> None:
+    for name in ("7B", "13B", "30B", "65B", "TinyLlama-1.1B", "Llama-3.1-8B", "SmolLM2-135M"):
+        with torch.device("meta"):
+            state = LLaMA(CONFIGS[name]).state_dict()
+        assert read_config(Path("nowhere/lit-llama.pth"), state) == CONFIGS[name]
+
+
+def test_an_unknown_size_without_a_config_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copy(checkpoint, tmp_path)
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_model(tmp_path / "lit-llama.pth")
+
+
+class Code:
+    def __reduce__(self) -> tuple:
+        return os.system, ("true",)
+
+
+def damaged(kind: str, checkpoint: Path, path: Path) -> None:
+    """Write to `path` what a user might give in place of a checkpoint."""
+    whole = checkpoint.read_bytes()
+    state = torch.load(checkpoint, weights_only=True)
+    match kind:
+        case "missing":
+            pass
+        case "truncated":
+            path.write_bytes(whole[: len(whole) // 2])
+        case "empty":
+            path.write_bytes(b"")
+        case "text":
+            path.write_text("<html>Not found</html>")
+        case "code in a zip":
+            torch.save({"weights": Code()}, path)
+        case "bare pickle":
+            path.write_bytes(pickle.dumps(Code()))
+        case "a list":
+            torch.save([torch.zeros(3)], path)
+        case "a key missing":
+            torch.save({k: v for k, v in state.items() if k != "transformer.h.1.rms_2.scale"}, path)
+        case "a key too many":
+            torch.save({**state, "transformer.h.2.rms_2.scale": torch.zeros(32)}, path)
+        case "a wrong shape":
+            torch.save({**state, "lm_head.weight": torch.zeros(7, 32)}, path)
+        case "no tensor":
+            torch.save({**state, "lm_head.weight": "nothing"}, path)
+        case "lora weights":
+            torch.save({"kind": "lora", "state_dict": {}}, path)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "missing",
+        "truncated",
+        "empty",
+        "text",
+        "code in a zip",
+        "bare pickle",
+        "a list",
+        "a key missing",
+        "a key too many",
+        "a wrong shape",
+        "no tensor",
+        "lora weights",
+    ],
+)
+def test_a_damaged_checkpoint_ends_in_one_line_that_names_it(kind: str, checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "lit-llama.pth"
+    shutil.copy(checkpoint.with_name("config.json"), tmp_path)
+    damaged(kind, checkpoint, path)
+    with pytest.raises(UserError) as error:
+        load_model(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_and_unexpected_names_are_told(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copy(checkpoint.with_name("config.json"), tmp_path)
+    for kind, message in {
+        "a key missing": r"lacks transformer\.h\.1\.rms_2\.scale",
+        "a key too many": r"transformer\.h\.2\.rms_2\.scale",
+        "a wrong shape": r"another shape lm_head\.weight",
+        "lora weights": "--lora_path",
+    }.items():
+        damaged(kind, checkpoint, tmp_path / "lit-llama.pth")
+        with pytest.raises(UserError, match=message):
+            load_model(tmp_path / "lit-llama.pth")
+
+
+def test_a_broken_config_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copy(checkpoint, tmp_path)
+    for text in ("{", '{"n_layers": 3}', '{"n_embd": 30, "n_head": 4}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"config\.json"):
+            load_model(tmp_path / "lit-llama.pth")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.pth"
+    write_file(path, {"x": torch.ones(3)})
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ckpt.os, "fsync", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        write_file(path, {"x": torch.zeros(3)})
+    assert torch.equal(read_file(path)["x"], torch.ones(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_finetuned_files_are_checked_for_kind_and_base(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    write_file(path, {"kind": "adapter", "adapter": {}, "base": asdict(TINY), "state_dict": {}})
+    with pytest.raises(UserError, match="adapter"):
+        load_finetuned(path, "lora", TINY)
+    assert load_finetuned(path, "adapter", TINY)["state_dict"] == {}
+    with pytest.raises(UserError, match="3 layers"):
+        load_finetuned(path, "adapter", replace(TINY, n_layer=3))

@@ -1,0 +1,72 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = '''
+"""A script."""
+from pathlib import Path
+from lit_llama.cli import UserError, constants, run
+
+rate = 3e-4  # how fast # really
+steps: int | None = None  # how many
+names = "a,b"
+FIXED = 1
+_private = 2
+
+
+def main(path: Path = Path("x"), resume: bool = False) -> None:
+    derived = steps or 7
+    if names == "fail":
+        raise UserError("this is wrong")
+    if names == "missing":
+        open(path)
+    print(rate, derived, names, path, resume, constants(__import__("sys").modules["__main__"]))
+
+
+if __name__ == "__main__":
+    run(main)
+'''
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def call(script: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+
+
+def test_defaults_and_overrides_reach_main_and_are_recorded(script: Path) -> None:
+    settings = {"rate": 0.0003, "steps": None, "names": "a,b"}
+    assert call(script).stdout == f"0.0003 7 a,b x False {settings}\n"
+    out = call(script, "--rate", "1", "--steps", "3", "--names", "c", "--path", "y/z", "--resume", "true").stdout
+    assert out == f"1.0 3 c y/z True { {'rate': 1.0, 'steps': 3, 'names': 'c'} }\n"
+
+
+def test_help_lists_each_constant_with_its_comment_type_and_default(script: Path) -> None:
+    text = " ".join(call(script, "--help").stdout.split())
+    assert "--rate RATE how fast # really (type: float, default: 0.0003)" in text
+    assert "--steps STEPS how many (type: int | null, default: null)" in text
+    assert "FIXED" not in text
+    assert "private" not in text
+
+
+@pytest.mark.parametrize("arguments", [("--steps", "many"), ("--unknown", "1"), ("--rate", "x")])
+def test_wrong_values_are_refused(script: Path, arguments: tuple[str, str]) -> None:
+    result = call(script, *arguments)
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+
+
+def test_mistakes_end_in_one_line(script: Path) -> None:
+    result = call(script, "--names", "fail")
+    assert (result.returncode, result.stderr) == (1, "error: this is wrong\n")
+    result = call(script, "--names", "missing", "--path", "/not/there")
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "/not/there" in result.stderr

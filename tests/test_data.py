@@ -1,0 +1,189 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import RECORDS, TINY, random_model
+from torch.nn import functional as F
+
+from lit_llama.cli import UserError
+from lit_llama.data import BatchSchedule, Dataset, prepare, read_records, split_records
+from lit_llama.prompt import format_prompt
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.training import loss_sum
+
+
+@pytest.fixture
+def tokenizer(model_folder: Path) -> Tokenizer:
+    return Tokenizer(model_folder / "tokenizer.json")
+
+
+def test_unmasked_targets_are_the_response_and_eos_exactly(data_dir: Path, tokenizer: Tokenizer) -> None:
+    dataset = Dataset(data_dir, "train", block_size=128)
+    for i, record in enumerate(RECORDS[:11]):
+        targets = dataset.batch([i]).targets.tolist()
+        assert targets[-1] == tokenizer.eos_id
+        assert tokenizer.decode(targets[:-1]) == record["output"]
+
+
+def test_the_prompt_at_training_is_the_prompt_at_generation(data_dir: Path, tokenizer: Tokenizer) -> None:
+    dataset = Dataset(data_dir, "train", block_size=128)
+    for i, record in enumerate(RECORDS[:11]):
+        prompt = tokenizer.encode(format_prompt("plain", record["instruction"], record["input"]))
+        ids, select, _ = dataset.batch([i])
+        assert ids[0, : len(prompt)].tolist() == prompt
+        assert select[0] == len(prompt) - 1  # the last prompt token predicts the first of the response
+
+
+def test_targets_follow_their_inputs_in_a_padded_batch(data_dir: Path) -> None:
+    dataset = Dataset(data_dir, "train", block_size=128, mask_prompt=False)
+    records = [0, 5, 10]
+    ids, select, targets = dataset.batch(records)
+    assert len(targets) == dataset.n_targets(records) == sum(dataset.lengths[records]) - 3
+    row, column = select // ids.size(1), select % ids.size(1)
+    inner = column + 1 < torch.from_numpy(dataset.lengths[records])[row] - 1
+    assert torch.equal(ids[row[inner], column[inner] + 1], targets[inner])
+
+
+def test_a_truncated_response_has_no_eos_and_a_prompt_without_room_is_dropped(
+    data_dir: Path, tokenizer: Tokenizer
+) -> None:
+    longest = len(tokenizer.encode(format_prompt("plain", RECORDS[8]["instruction"], RECORDS[8]["input"])))
+    dataset = Dataset(data_dir, "train", block_size=longest)
+    assert dataset.n_dropped > 0
+    assert len(dataset) + dataset.n_dropped == 11
+    for i in range(len(dataset)):
+        targets = dataset.batch([i]).targets
+        assert len(targets) > 0
+        if dataset.lengths[i] == longest:
+            assert targets[-1] != tokenizer.eos_id
+
+
+def test_an_empty_batch_contributes_zero(data_dir: Path) -> None:
+    model = random_model(TINY)
+    loss = loss_sum(model, *Dataset(data_dir, "train", 128).batch(np.empty(0, np.int64)))
+    assert loss == 0
+    loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_gradient_accumulation_over_ragged_micro_batches_equals_one_large_batch(data_dir: Path) -> None:
+    dataset = Dataset(data_dir, "train", 128)
+    grads = []
+    for size in (1, 2, 4, 8):
+        model = random_model(TINY).double()
+        step = BatchSchedule(dataset.lengths[:8], 8, size, seed=0)[0]
+        assert sorted(np.concatenate(step)) == list(range(8))
+        assert len(step) == 8 // size
+        n_targets = dataset.n_targets(np.concatenate(step))
+        for micro_batch in step:
+            (loss_sum(model, *dataset.batch(micro_batch)) / n_targets).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert grads[0].abs().max() > 0.1
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0], atol=1e-6, rtol=0)
+
+
+def test_the_loss_is_the_mean_over_target_tokens(data_dir: Path) -> None:
+    model, dataset = random_model(TINY), Dataset(data_dir, "train", 128)
+    losses = []
+    for i in range(3):
+        start, length, first = dataset.offsets[i], dataset.lengths[i], dataset.first_targets[i]
+        ids = torch.from_numpy(dataset.tokens[start : start + length].astype(np.int64))
+        logits = model(ids[None, :-1])[0]
+        losses += [F.cross_entropy(logits[t - 1], ids[t]) for t in range(first, length)]
+    mean = loss_sum(model, *dataset.batch([0, 1, 2])) / dataset.n_targets([0, 1, 2])
+    torch.testing.assert_close(mean, torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize(("n", "batch_size", "micro_batch_size"), [(100, 16, 4), (37, 8, 3), (5, 128, 4), (9, 2, 4)])
+def test_every_epoch_has_every_record_once(n: int, batch_size: int, micro_batch_size: int) -> None:
+    lengths = np.random.default_rng(0).integers(2, 100, n)
+    schedule = BatchSchedule(lengths, batch_size, micro_batch_size, seed=1)
+    epochs = []
+    for epoch in range(3):
+        steps = [schedule[epoch * schedule.steps_per_epoch + i] for i in range(schedule.steps_per_epoch)]
+        assert all(len(batch) <= micro_batch_size for step in steps for batch in step)
+        epochs.append([record for step in steps for batch in step for record in batch])
+        assert sorted(epochs[-1]) == list(range(n))
+    assert n < 30 or epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_schedule_is_a_function_of_seed_and_step() -> None:
+    lengths = np.random.default_rng(0).integers(2, 100, 60)
+    one, other = BatchSchedule(lengths, 8, 4, seed=1), BatchSchedule(lengths, 8, 4, seed=1)
+    for step in (20, 3, 11):
+        assert all(np.array_equal(a, b) for a, b in zip(one[step], other[step], strict=True))
+    assert any(not np.array_equal(a, b) for a, b in zip(one[3], BatchSchedule(lengths, 8, 4, seed=2)[3], strict=True))
+
+
+def test_the_longest_micro_batch_comes_first_and_little_is_padding() -> None:
+    lengths = np.random.default_rng(0).integers(2, 500, 4000)
+    schedule = BatchSchedule(lengths, 128, 4, seed=0)
+    micro_batches = [batch for step in range(schedule.steps_per_epoch) for batch in schedule[step]]
+    assert max(lengths[batch].sum() for batch in micro_batches) == lengths[micro_batches[0]].sum()
+    padded = sum(len(batch) * lengths[batch].max() for batch in micro_batches)
+    assert lengths.sum() / padded > 0.98
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_processes_share_a_step_without_overlap_and_in_equal_numbers(world_size: int) -> None:
+    schedule = BatchSchedule(np.arange(2, 40), 16, 4, seed=0)
+    for step in range(schedule.steps_per_epoch):
+        shares = [schedule.share(step, rank, world_size) for rank in range(world_size)]
+        assert len({len(share) for share in shares}) == 1
+        together = np.concatenate([batch for share in shares for batch in share])
+        assert sorted(together) == sorted(np.concatenate(schedule[step]))
+
+
+def test_json_and_jsonl_are_read_alike(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(RECORDS))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({k: v for k, v in r.items() if v}) for r in RECORDS))
+    assert read_records(tmp_path / "a.json") == read_records(tmp_path / "a.jsonl") == RECORDS
+
+
+def test_other_names_of_the_fields(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"instruction": "i", "context": "c", "response": "r", "category": "x"}')
+    keys = {"input": "context", "output": "response"}
+    assert read_records(tmp_path / "a.jsonl", keys) == [{"instruction": "i", "input": "c", "output": "r"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"instruction": "i", "output": "o"}, {"instruction": "i"}]', "record 2: 'output'"),
+        ('[{"instruction": "i", "output": ""}]', "record 1: 'output'"),
+        ('[{"instruction": 3, "output": "o"}]', "record 1: 'instruction'"),
+        ('["text"]', "record 1"),
+        ('{"a": {}}', "record 1: 'instruction'"),
+        ('[{"instruction": "i", ', "neither"),
+    ],
+)
+def test_malformed_records_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        read_records(tmp_path / "a.json")
+    assert "\n" not in str(error.value)
+
+
+def test_splits_are_disjoint_and_depend_on_the_seed_alone() -> None:
+    records = [{"instruction": str(i), "input": "", "output": "o"} for i in range(100)]
+    split = split_records(records, None, seed=1)
+    assert (len(split["train"]), len(split["validation"])) == (90, 10)
+    assert not {r["instruction"] for r in split["train"]} & {r["instruction"] for r in split["validation"]}
+    assert split == split_records(records, None, seed=1) != split_records(records, None, seed=2)
+    assert len(split_records(records, 25, seed=1)["validation"]) == 25
+    with pytest.raises(UserError):
+        split_records(records, 100, seed=1)
+
+
+def test_preparing_no_records_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="no training records"):
+        prepare(tmp_path / "out", {"train": [], "validation": []}, tokenizer, [tmp_path], "plain")
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="prepare_"):
+        Dataset(tmp_path, "train", 128)

@@ -1,0 +1,62 @@
+import pytest
+import torch
+from conftest import TINY, random_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lit_llama.cli import UserError
+from lit_llama.generation import generate, sample
+from lit_llama.huggingface import hf_config, to_hf
+
+
+def test_greedy_continuation_equals_transformers() -> None:
+    model = random_model(TINY)
+    hf = LlamaForCausalLM(LlamaConfig(**hf_config(TINY, torch.float32)))
+    hf.load_state_dict(to_hf(model.state_dict(), TINY))
+    prompt = torch.randint(TINY.vocab_size, (1, 12))
+    expected = hf.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 12:]
+    assert list(generate(model, prompt[0].tolist(), 40, temperature=0)) == expected.tolist()
+
+
+def test_it_stops_at_eos_and_a_second_prompt_is_not_affected_by_the_first() -> None:
+    model = random_model(TINY)
+    tokens = list(generate(model, [5, 6, 7], 20, temperature=0))
+    assert list(generate(model, [9, 3], 20, temperature=0)) != tokens
+    stop = next(i for i, token in enumerate(tokens) if token not in tokens[:i] and i > 2)
+    assert list(generate(model, [5, 6, 7], 20, temperature=0, eos_id=tokens[stop])) == tokens[:stop]
+
+
+def test_sampling_is_a_function_of_the_seed() -> None:
+    model = random_model(TINY)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(list(generate(model, [1, 2, 3], 20, temperature=1.0)))
+    assert draws[0] == draws[1] != draws[2]
+
+
+def frequencies(logits: torch.Tensor, **how: float) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.bincount(torch.stack([sample(logits, **how) for _ in range(4000)]), minlength=len(logits)) / 4000
+
+
+def test_samples_follow_temperature_top_k_and_top_p() -> None:
+    probs = torch.tensor([0.15, 0.5, 0.05, 0.3])
+    logits = probs.log()
+    close = {"atol": 0.03, "rtol": 0}
+    torch.testing.assert_close(frequencies(logits, temperature=1.0), probs, **close)
+    torch.testing.assert_close(frequencies(logits, temperature=0.5), probs**2 / (probs**2).sum(), **close)
+    torch.testing.assert_close(
+        frequencies(logits, temperature=1.0, top_k=2), torch.tensor([0, 0.5, 0, 0.3]) / 0.8, **close
+    )
+    torch.testing.assert_close(
+        frequencies(logits, temperature=1.0, top_p=0.81), torch.tensor([0.15, 0.5, 0, 0.3]) / 0.95, **close
+    )
+    assert frequencies(logits, temperature=1.0, top_p=0.1)[1] == 1
+    assert sample(logits, temperature=0) == 1
+
+
+def test_a_prompt_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(UserError, match="expected 1 to 28"):
+        next(generate(random_model(TINY), [1] * 29, 100))
+    with pytest.raises(UserError):
+        next(generate(random_model(TINY), [], 100))

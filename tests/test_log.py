@@ -1,0 +1,53 @@
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from lightning import Fabric
+
+from lit_llama.log import COLUMNS, TrainingLog, format_seconds, read_metrics
+
+
+def run_steps(path: Path, first: int, last: int, n_steps: int) -> None:
+    log = TrainingLog(Fabric(accelerator="cpu", devices=1), path, n_steps, first, interval=1)
+    if first == 0:
+        log.validation(0, 3.0)
+    for step in range(first + 1, last + 1):
+        log.step(step, 3 - step / 10, 1e-3, n_records=8, n_tokens=100)
+        if step % 2 == 0:
+            log.validation(step, 3 - step / 10)
+    log.close("a model, LoRA with r = 8")
+
+
+def test_each_step_and_validation_is_a_row(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run_steps(tmp_path, 0, 4, 4)
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [(r["step"], "validation_loss" in r) for r in rows] == [
+        (0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True),
+    ]  # fmt: skip
+    assert (rows[-1]["records"], rows[-1]["tokens"]) == (32, 400)
+    assert rows[4]["train_loss"] == pytest.approx(2.7)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "step 3/4: loss 2.7000" in captured.err
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_resuming_drops_rows_after_the_state_and_counts_on(tmp_path: Path) -> None:
+    run_steps(tmp_path, 0, 3, 6)
+    run_steps(tmp_path, 2, 6, 6)  # step 3 was lost with the crash
+    rows = [row for row in read_metrics(tmp_path / "metrics.csv") if "train_loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["tokens"] for row in rows] == [100, 200, 300, 400, 500, 600]
+    assert all(a["seconds"] <= b["seconds"] for a, b in pairwise(rows))
+
+
+def test_a_row_that_was_cut_off_is_no_trouble(tmp_path: Path) -> None:
+    run_steps(tmp_path, 0, 2, 2)
+    path = tmp_path / "metrics.csv"
+    path.write_text(path.read_text() + "3,24,30")
+    assert read_metrics(path)[-1]["step"] == 2
+
+
+def test_durations() -> None:
+    assert [format_seconds(s) for s in (5, 65.4, 3600, 45296)] == ["0:05", "1:05", "1:00:00", "12:34:56"]
