@@ -33,7 +33,7 @@ def storage_dtype(precision: str) -> torch.dtype:
 def write_file(path: Path, content: bytes | str | Mapping[str, Any]) -> None:
     """Write bytes, text or (by torch.save) a mapping; at any moment `path` is the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    part = path.with_name(f"{path.name}.part")
     try:
         with open(part, "wb") as file:
             if isinstance(content, Mapping):
@@ -66,8 +66,10 @@ def read_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def save_model_folder(folder: Path, state: Mapping[str, Tensor], config: LLaMAConfig, files: dict[str, str]) -> None:
-    """Write a model folder; `files` are its text files besides config.json, the tokenizer's. The weights come last."""
+def save_model_folder(
+    folder: Path, state: Mapping[str, Tensor], config: LLaMAConfig, files: Mapping[str, bytes | str]
+) -> None:
+    """Write a model folder; `files` are the tokenizer's. The weights come last."""
     for name, text in {**files, "config.json": json.dumps(asdict(config), indent=2)}.items():
         write_file(folder / name, text)
     write_file(folder / "lit-llama.pth", state)

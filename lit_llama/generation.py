@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
+from itertools import tee
 from pathlib import Path
 
 import torch
@@ -86,26 +87,18 @@ def respond(
     for prompt in prompts:
         torch.manual_seed(seed)
         text = format_prompt(prompt_style, prompt, context)
-        ids, count, start = tokenizer.encode(text), 0, time.perf_counter()
+        ids = tokenizer.encode(text)
         if prompt_style == "plain":
             print(text, end="", flush=True)
         elif len(prompts) > 1:
             print(f"> {prompt}", file=sys.stderr)
-
-        def counted(tokens: Iterator[int]) -> Iterator[int]:
-            nonlocal count
-            for count, token in enumerate(tokens, 1):  # noqa: B007
-                yield token
-
-        tokens = counted(generate(model, ids, eos_id=tokenizer.eos_id, **sampling))
+        start = time.perf_counter()
+        tokens, kept = tee(generate(model, ids, eos_id=tokenizer.eos_id, **sampling))
         for piece in tokenizer.stream(tokens, after=ids if prompt_style == "plain" else []):
             print(piece, end="", flush=True)
         print(flush=True)
-        seconds = time.perf_counter() - start
-        print(
-            f"Time for inference: {seconds:.2f} sec total, {count / seconds:.2f} tokens/sec",
-            file=sys.stderr,
-        )
+        seconds, count = time.perf_counter() - start, len(list(kept))
+        print(f"Time for inference: {seconds:.2f} sec total, {count / seconds:.2f} tokens/sec", file=sys.stderr)
     print(f"Memory used: {peak_memory(model.lm_head.weight.device):.2f} GB", file=sys.stderr)
 
 

@@ -1,11 +1,13 @@
-"""Hugging Face's names, row order and configuration of the same models."""
+"""Hugging Face's names, row order and configuration of the same models, in both directions."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_llama.model import LLaMAConfig
+from lit_llama.cli import UserError
+from lit_llama.model import LLaMAConfig, RopeScaling
 
 NAMES = {
     "rms_1.scale": "input_layernorm.weight",
@@ -28,6 +30,11 @@ def halves_from_pairs(weight: Tensor, n_head: int) -> Tensor:
     return weight.unflatten(0, (n_head, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
+def pairs_from_halves(weight: Tensor, n_head: int) -> Tensor:
+    """The inverse of `halves_from_pairs`."""
+    return weight.unflatten(0, (n_head, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
 def to_hf(state: dict[str, Tensor], config: LLaMAConfig) -> dict[str, Tensor]:
     """The state dict of LLaMA as that of transformers' LlamaForCausalLM."""
     result = {}
@@ -45,6 +52,31 @@ def to_hf(state: dict[str, Tensor], config: LLaMAConfig) -> dict[str, Tensor]:
         else:
             result[prefix + NAMES[parts[3]]] = tensor
     return result
+
+
+def from_hf(tensors: Iterable[tuple[str, Tensor]], config: LLaMAConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state dict of LLaMA from the named tensors of a LlamaForCausalLM, which may come in any order."""
+    names = {theirs: ours for ours, theirs in NAMES.items()}
+    state: dict[str, Tensor] = {}
+    qkv: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors:
+        layer, prefix = name, ""
+        if name.startswith("model.layers."):
+            number, layer = name.removeprefix("model.layers.").split(".", 1)
+            prefix = f"transformer.h.{number}."
+        if layer in names:
+            state[prefix + names[layer]] = tensor.to(dtype)
+        elif layer in ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"):
+            parts = qkv.setdefault(f"{prefix}attn.c_attn.weight", {})
+            parts[layer[10]] = tensor.to(dtype)
+            if len(parts) == 3:
+                q, k = pairs_from_halves(parts["q"], config.n_head), pairs_from_halves(parts["k"], config.n_kv_head)
+                state[f"{prefix}attn.c_attn.weight"] = torch.cat((q, k, parts["v"]))
+        elif not layer.endswith("rotary_emb.inv_freq"):  # old files carry these tables
+            raise UserError(f"there is a tensor {name}, which a LLaMA does not have")
+    if config.tie_embeddings and "transformer.wte.weight" in state:
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+    return state
 
 
 def hf_config(config: LLaMAConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -73,3 +105,33 @@ def hf_config(config: LLaMAConfig, dtype: torch.dtype) -> dict[str, Any]:
         "rope_parameters": rope,
         "tie_word_embeddings": config.tie_embeddings,
     }
+
+
+def config_from_hf(fields: dict[str, Any]) -> LLaMAConfig:
+    """The configuration from the fields of a config.json, as transformers 4 or 5 writes them."""
+    if fields.get("model_type") != "llama":
+        raise UserError(f"the model is of type {fields.get('model_type')!r}, expected 'llama'")
+    head_size = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
+    if head_size * fields["num_attention_heads"] != fields["hidden_size"]:
+        raise UserError(f"heads of {head_size} channels do not add up to the width of {fields['hidden_size']}")
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UserError(f"rotary scaling of type {kind!r} is not supported")
+    scaling = None
+    if kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        scaling = RopeScaling(*(rope[name] for name in names))
+    return LLaMAConfig(
+        block_size=fields["max_position_embeddings"],
+        vocab_size=fields["vocab_size"],
+        n_layer=fields["num_hidden_layers"],
+        n_head=fields["num_attention_heads"],
+        n_embd=fields["hidden_size"],
+        n_kv_head=fields.get("num_key_value_heads") or fields["num_attention_heads"],
+        n_hidden=fields["intermediate_size"],
+        norm_eps=fields["rms_norm_eps"],
+        rope_base=float(rope.get("rope_theta", fields.get("rope_theta", 10000.0))),
+        rope_scaling=scaling,
+        tie_embeddings=fields.get("tie_word_embeddings", False),
+    )

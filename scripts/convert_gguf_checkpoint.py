@@ -76,12 +76,14 @@ def get(reader: GGUFReader, key: str, default: Any = None) -> Any:
 
 
 def read_config(reader: GGUFReader) -> LLaMAConfig:
-    tensors = {tensor.name for tensor in reader.tensors}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if "token_embd.weight" not in tensors:
+        raise UserError("this GGUF has no weights, only a vocabulary")
     if "rope_freqs.weight" in tensors:
         raise UserError("this GGUF stores its rotary scaling as a tensor (Llama 3.1 and later), which is not supported")
     return LLaMAConfig(
         block_size=get(reader, "llama.context_length"),
-        vocab_size=len(get(reader, "tokenizer.ggml.tokens")),
+        vocab_size=int(tensors["token_embd.weight"].shape[-1]),  # may be padded beyond the tokenizer's
         n_layer=get(reader, "llama.block_count"),
         n_head=get(reader, "llama.attention.head_count"),
         n_embd=get(reader, "llama.embedding_length"),

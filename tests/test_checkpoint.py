@@ -1,6 +1,8 @@
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -156,3 +158,22 @@ def test_finetuned_files_are_checked_for_kind_and_base(tmp_path: Path) -> None:
     assert load_finetuned(path, "adapter", TINY)["state_dict"] == {}
     with pytest.raises(UserError, match="3 layers"):
         load_finetuned(path, "adapter", replace(TINY, n_layer=3))
+
+
+def test_loading_takes_at_most_1_2_times_the_file_in_ram(tmp_path: Path) -> None:
+    config = replace(TINY, n_embd=512, n_hidden=2048, n_layer=12, vocab_size=8000)
+    save_model_folder(tmp_path, LLaMA(config).state_dict(), config, {})
+    size = (tmp_path / "lit-llama.pth").stat().st_size
+    assert size > 150e6
+    program = f"""
+import torch
+from pathlib import Path
+from lit_llama.checkpoint import load_model
+from lit_llama.log import peak_memory
+before = peak_memory(torch.device("cpu"))
+model = load_model(Path({str(tmp_path / "lit-llama.pth")!r}))
+total = sum(p.sum() for p in model.parameters())  # touch every page
+print(peak_memory(torch.device("cpu")) - before)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(result.stdout) * 1e9 < 1.2 * size

@@ -1,0 +1,77 @@
+"""Convert a Hugging Face model folder (config.json and .safetensors or .bin shards) into a model folder."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from lit_llama.checkpoint import check_state, read_file, save_model_folder
+from lit_llama.cli import UserError, run
+from lit_llama.huggingface import config_from_hf, from_hf
+from lit_llama.model import LLaMA
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def main(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None) -> None:
+    """Convert one model of the llama architecture.
+
+    Args:
+        checkpoint_dir: The folder that was downloaded.
+        out_dir: The model folder to write: lit-llama.pth, config.json and the tokenizer.
+        dtype: float32, bfloat16 or float16 to store the weights in. By default as they are.
+    """
+    fields = read_json(checkpoint_dir / "config.json")
+    config = config_from_hf(fields)
+    name = dtype or fields.get("dtype") or fields.get("torch_dtype") or "float32"
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype is one of float32, bfloat16, float16, not {name!r}")
+    state = from_hf(read_shards(checkpoint_dir), config, getattr(torch, name))
+    with torch.device("meta"):
+        expected = LLaMA(config).state_dict()
+    check_state(checkpoint_dir, state, expected)
+    files = {file: checkpoint_dir / file for file in TOKENIZER_FILES if (checkpoint_dir / file).is_file()}
+    contents: dict[str, bytes | str] = {file: path.read_bytes() for file, path in files.items()}
+    if (checkpoint_dir / "tokenizer.model").is_file():  # LLaMA's own; with Hugging Face's beside it, one is enough
+        contents = {"tokenizer.model": (checkpoint_dir / "tokenizer.model").read_bytes()}
+    save_model_folder(out_dir, state, config, contents)
+    print(f"Saved {out_dir}", file=sys.stderr)
+
+
+def read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; expected a folder in Hugging Face's format")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}); download it again") from None
+
+
+def read_shards(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors of all shards, one shard at a time."""
+    shards = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not shards:
+        raise UserError(f"{folder} has no .safetensors or pytorch_model*.bin files")
+    for index in folder.glob("*.index.json"):
+        for name in set(read_json(index)["weight_map"].values()):
+            if index.name.split(".")[-3] == shards[0].suffix[1:] and not (folder / name).is_file():
+                raise UserError(f"{folder / name} is missing; download it")
+    for shard in tqdm(shards, desc="Converting", unit="shard"):
+        if shard.suffix == ".bin":
+            yield from read_file(shard).items()
+            continue
+        try:
+            with safe_open(shard, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - it is no dict
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{shard} is truncated or no safetensors file ({error}); download it again") from None
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,92 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import convert_hf_checkpoint
+import pytest
+import torch
+from conftest import TINY, random_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lit_llama.checkpoint import load_model
+from lit_llama.cli import UserError
+from lit_llama.huggingface import config_from_hf, from_hf, hf_config, to_hf
+from lit_llama.model import CONFIGS, LLaMAConfig, RopeScaling
+
+VARIANTS = {
+    "mha": replace(TINY, n_kv_head=4),
+    "gqa": TINY,
+    "tied": replace(TINY, tie_embeddings=True),
+    "llama3": replace(TINY, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32)),
+}
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_there_and_back_is_bit_exact(config: LLaMAConfig) -> None:
+    state = random_model(config).state_dict()
+    back = from_hf(reversed(to_hf(state, config).items()), config, torch.float32)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), *VARIANTS.values()])
+def test_configs_survive_the_way_through_transformers(config: LLaMAConfig, tmp_path: Path) -> None:
+    LlamaConfig(**hf_config(config, torch.float32)).save_pretrained(tmp_path)
+    assert config_from_hf(json.loads((tmp_path / "config.json").read_text())) == config
+
+
+def test_configs_of_transformers_4_are_read() -> None:
+    fields = {**hf_config(TINY, torch.float32), "rope_theta": 5e5}
+    del fields["rope_parameters"]
+    assert config_from_hf(fields) == replace(TINY, rope_base=5e5)
+    fields["rope_scaling"] = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    assert config_from_hf(fields).rope_scaling == RopeScaling(8.0, 1.0, 4.0, 32)
+
+
+@pytest.fixture
+def hf_folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**hf_config(TINY, torch.float32)))
+    model.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@torch.no_grad()
+def test_a_sharded_folder_gives_the_logits_of_transformers(hf_folder: Path, tmp_path: Path, kind: str) -> None:
+    model = LlamaForCausalLM.from_pretrained(hf_folder).eval()
+    if kind == "bin":
+        for path in hf_folder.glob("*.safetensors*"):
+            path.unlink()
+        items = list(model.state_dict().items())
+        torch.save(dict(items[:5]), hf_folder / "pytorch_model-00001-of-00002.bin")
+        torch.save(dict(items[5:]), hf_folder / "pytorch_model-00002-of-00002.bin")
+    convert_hf_checkpoint.main(hf_folder, tmp_path / "out")
+    ours = load_model(tmp_path / "out" / "lit-llama.pth").eval()
+    idx = torch.randint(TINY.vocab_size, (2, 80))
+    torch.testing.assert_close(ours(idx), model(idx).logits, atol=1e-4, rtol=0)
+
+
+def test_wrong_folders_are_refused_and_leave_nothing(hf_folder: Path, tmp_path: Path) -> None:
+    shards = sorted(hf_folder.glob("*.safetensors"))
+    config = (hf_folder / "config.json").read_text()
+    out = tmp_path / "out"
+    (hf_folder / "config.json").write_text(config.replace('"llama"', '"gpt2"'))
+    with pytest.raises(UserError, match="'gpt2'"):
+        convert_hf_checkpoint.main(hf_folder, out)
+    (hf_folder / "config.json").write_text(config)
+    whole = shards[1].read_bytes()
+    shards[1].write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=shards[1].name):
+        convert_hf_checkpoint.main(hf_folder, out)
+    shards[1].unlink()
+    with pytest.raises(UserError, match=shards[1].name):
+        convert_hf_checkpoint.main(hf_folder, out)
+    assert not out.exists()
