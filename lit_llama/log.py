@@ -44,12 +44,11 @@ class TrainingLog:
     def __init__(self, fabric: "Fabric", out_dir: Path, n_steps: int, first_step: int, interval: int) -> None:
         self.fabric, self.n_steps, self.first_step, self.interval = fabric, n_steps, first_step, interval
         self.path = out_dir / "metrics.csv"
-        rows = read_metrics(self.path) if first_step else []
+        rows = fabric.broadcast(read_metrics(self.path)) if first_step else []
         self.rows = [row for row in rows if row["step"] <= first_step]
         last = self.rows[-1] if self.rows else {}
         self.records, self.tokens = int(last.get("records", 0)), int(last.get("tokens", 0))
         self.seconds = last.get("seconds", 0.0)
-
         self.validated = {row["step"] for row in self.rows if "validation_loss" in row}
         terminal = sys.stderr.isatty() and fabric.is_global_zero
         self.bar = tqdm(total=n_steps, initial=first_step, unit="step", disable=not terminal, dynamic_ncols=True)
