@@ -1,10 +1,9 @@
-"""Finetune LLaMA on instructions with LoRA (arXiv 2106.09685). The settings below are flags of the command, too."""
+"""Finetune LLaMA on instructions with LoRA (arXiv 2106.09685). The settings below are flags, too."""
 
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,17 +11,19 @@ from lightning import Fabric
 from torch import nn
 from torch.optim import Optimizer
 
-from lit_llama.checkpoint import copy_state, default_precision, load_model, save_finetuned, storage_dtype
+from lit_llama.checkpoint import default_precision, save_finetuned, storage_dtype
 from lit_llama.cli import UserError, constants, run
 from lit_llama.data import BatchSchedule, Dataset
 from lit_llama.log import TrainingLog
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable
+from lit_llama.sharding import in_one_piece, load_training_state
 from lit_llama.training import (
     STATE_FILE,
     StopSignal,
     check_out_dir,
     check_tokenizer,
     launch,
+    load_base,
     loss_sum,
     validation_loss,
 )
@@ -45,9 +46,10 @@ eval_records: int | None = 400  # the first ones of the validation split; null: 
 save_interval = 100  # optimizer steps
 log_interval = 1  # optimizer steps between two lines, where there is no terminal
 seed = 1337
-devices = 1
+devices = 1  # per node
 num_nodes = 1
-strategy = "auto"
+strategy = "auto"  # ddp: the whole model on each device; fsdp: spread over them, if it does not fit on one
+activation_checkpointing = False  # compute blocks anew in the backward pass: less memory, a third more time
 precision: str | None = None  # null: bf16-mixed on a GPU that has bfloat16, else 32-true
 
 LORA_FILE = "lit-llama-lora-finetuned.pth"
@@ -74,45 +76,42 @@ def main(
     state = check_out_dir(out_dir, resume)
     train_data = Dataset(data_dir, "train", block_size, mask_prompt)
     val_data = Dataset(data_dir, "validation", block_size, mask_prompt, limit=eval_records)
+    schedule = BatchSchedule(train_data.lengths, batch_size, micro_batch_size, seed)
 
     torch.manual_seed(seed)
-    llama = load_model(pretrained_path, storage_dtype(numerics), fabric.device)
+    llama = load_base(fabric, pretrained_path, storage_dtype(numerics))
     check_tokenizer(train_data, llama, pretrained_path, tokenizer_path)
     config = LoRAConfig(lora_r, lora_alpha, lora_dropout, tuple(lora_targets.split(",")))
     add_lora(llama, config)
     mark_only_lora_as_trainable(llama)
+    llama.recompute_blocks = activation_checkpointing
+    model = fabric.setup(llama)
     trained = [parameter for parameter in llama.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
-    model, optimizer = fabric.setup(llama, optimizer)
-    if state:
-        copy_state(out_dir / STATE_FILE, state["state_dict"], lora_state_dict(llama))
-        optimizer.load_state_dict(state["optimizer"])
-    first_step = state["step"] if state else 0
+    optimizer = fabric.setup_optimizers(torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay))
+    first_step = load_training_state(out_dir / STATE_FILE, state, lora_state_dict(llama), optimizer) if state else 0
+    last_step = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
 
-    schedule = BatchSchedule(train_data.lengths, batch_size, micro_batch_size, seed)
-    n_steps = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
-    log = TrainingLog(fabric, out_dir, n_steps, first_step, log_interval)
-    log.say(f"{len(train_data):,} records ({train_data.n_dropped} dropped: no room for a response), {n_steps} steps")
+    log = TrainingLog(fabric, out_dir, last_step, first_step, log_interval)
+    log.say(f"{len(train_data):,} records ({train_data.n_dropped} dropped: no room for a response), {last_step} steps")
     log.say(f"{sum(parameter.numel() for parameter in trained):,} trained parameters")
-
-    def save(path: Path, dtype: torch.dtype, **progress: Any) -> None:
-        weights = {name: tensor.to(dtype) for name, tensor in lora_state_dict(llama).items()}
-        settings = constants(sys.modules[__name__])
-        style = train_data.meta["prompt_style"]
-        if fabric.is_global_zero:
-            save_finetuned(
-                path, "lora", config, llama, weights, prompt_style=style, hyperparameters=settings, **progress
-            )
+    about = {"prompt_style": train_data.meta["prompt_style"], "hyperparameters": constants(sys.modules[__name__])}
 
     def save_state(step: int) -> None:
-        save(out_dir / STATE_FILE, torch.float32, step=step, optimizer=optimizer.state_dict())
+        weights = in_one_piece(lora_state_dict(llama), fabric.is_global_zero)
+        progress = {"step": step, "optimizer": in_one_piece(optimizer.state_dict(), fabric.is_global_zero)}
+        if fabric.is_global_zero:
+            save_finetuned(out_dir / STATE_FILE, "lora", config, llama, weights, **about, **progress)
 
-    train(fabric, model, optimizer, schedule, train_data, val_data, log, save_state, first_step, n_steps)
-    path = out_dir / LORA_FILE
-    save(path, storage_dtype(numerics))
-    log.close(f"{pretrained_path.parent.name}, LoRA with r = {lora_r}")
-    log.say(f"Saved {path} ({path.stat().st_size / 1e6:.1f} MB). Ask it something:")
-    log.say(f'python generate_lora.py --lora_path {path} --pretrained_path {pretrained_path} --prompt "..."')
+    steps = range(first_step, last_step)
+    train(fabric, model, optimizer, schedule, train_data, val_data, log, save_state, steps, warmup_steps)
+    weights = in_one_piece(lora_state_dict(llama), fabric.is_global_zero)
+    if fabric.is_global_zero:
+        path = out_dir / LORA_FILE
+        weights = {name: tensor.to(storage_dtype(numerics)) for name, tensor in weights.items()}
+        save_finetuned(path, "lora", config, llama, weights, **about)
+        log.close(f"{pretrained_path.parent.name}, LoRA with r = {lora_r}")
+        log.say(f"Saved {path} ({path.stat().st_size / 1e6:.1f} MB). Ask it something:")
+        log.say(f'python generate_lora.py --lora_path {path} --pretrained_path {pretrained_path} --prompt "..."')
 
 
 def train(
@@ -124,14 +123,14 @@ def train(
     val_data: Dataset,
     log: TrainingLog,
     save_state: Callable[[int], None],
-    first_step: int,
-    n_steps: int,
+    steps: range,
+    warmup_steps: int,
 ) -> None:
-    """Steps `first_step` to `n_steps` of a run. Each depends on nothing but its number and the state before it."""
+    """Take `steps` of a run. Each depends on nothing but its number and the state before it."""
     stop = StopSignal()
-    if first_step not in log.validated and (first_step % eval_interval == 0 or first_step == n_steps):
-        log.validation(first_step, validation_loss(fabric, model, val_data, micro_batch_size))
-    for step in range(first_step, n_steps):
+    if steps.start not in log.validated and (steps.start % eval_interval == 0 or not steps):
+        log.validation(steps.start, validation_loss(fabric, model, val_data, micro_batch_size))
+    for step in steps:
         torch.manual_seed(seed + step * fabric.world_size + fabric.global_rank)  # for the dropout
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1.0, (step + 1) / max(1, warmup_steps))
@@ -156,11 +155,11 @@ def train(
         done = step + 1
         log.step(done, mean_loss, optimizer.param_groups[0]["lr"], len(records), train_data.n_tokens(records))
         stopping = fabric.strategy.reduce_boolean_decision(stop.requested, all=False)
-        if done % save_interval == 0 or done == n_steps or stopping:
+        if done % save_interval == 0 or done == steps.stop or stopping:
             save_state(done)
         if stopping:
             raise UserError(f"stopped after step {done} as asked; continue with --resume true")
-        if done % eval_interval == 0 or done == n_steps:
+        if done % eval_interval == 0 or done == steps.stop:
             log.validation(done, validation_loss(fabric, model, val_data, micro_batch_size))
 
 

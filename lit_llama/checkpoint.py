@@ -72,6 +72,8 @@ def save_model_folder(
     """Write a model folder; `files` are the tokenizer's. The weights come last."""
     for name, text in {**files, "config.json": json.dumps(asdict(config), indent=2)}.items():
         write_file(folder / name, text)
+    if config.tie_embeddings:  # one tensor under two names is stored once
+        state = {**state, "lm_head.weight": state["transformer.wte.weight"]}
     write_file(folder / "lit-llama.pth", state)
 
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from lit_llama.cli import UserError
 
 FILE_NAMES = ("tokenizer.model", "tokenizer.json")
+CONFIG_NAME = "tokenizer_config.json"  # says which token is the eos of a tokenizer.json
 EOS_TOKENS = ("</s>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")  # if tokenizer_config.json does not say
 
 
@@ -41,7 +42,7 @@ class Tokenizer:
             self.eos_id = self._find_eos()
 
     def _find_eos(self) -> int:
-        config = self.path.with_name("tokenizer_config.json")
+        config = self.path.with_name(CONFIG_NAME)
         names = EOS_TOKENS
         if config.is_file() and (token := json.loads(config.read_text(encoding="utf-8")).get("eos_token")):
             names = (token["content"] if isinstance(token, dict) else token,)
@@ -72,6 +73,11 @@ class Tokenizer:
             if piece and not piece.endswith("\ufffd"):
                 yield piece
                 before, pending = pending, []
+
+    def files(self) -> dict[str, bytes]:
+        """The files that it was read from, by name, to be stored with a model."""
+        paths = (self.path, self.path.with_name(CONFIG_NAME))
+        return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
     def fingerprint(self) -> str:
         """sha256 of the tokenizer's file, by which prepared data is matched to a model."""

@@ -2,36 +2,67 @@
 
 import math
 import signal
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from lightning import Fabric
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_llama.checkpoint import read_file
+from lit_llama.checkpoint import load_model, read_file, storage_dtype
 from lit_llama.cli import UserError
 from lit_llama.data import BatchSchedule, Dataset
 from lit_llama.model import LLaMA
-from lit_llama.tokenizer import find_tokenizer
+from lit_llama.sharding import shard
+from lit_llama.tokenizer import Tokenizer, find_tokenizer
 
 STATE_FILE = "training-state.pth"
 
 
 def launch(devices: int, num_nodes: int, strategy: str, precision: str) -> Fabric:
-    """Fabric, with one process running for each device."""
-    fabric = Fabric(devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision)
+    """Fabric, with one process running for each device of each node.
+
+    Args:
+        strategy: "ddp" for a whole model on each device, "fsdp" for a model that is spread over them, "auto" for the
+            former if there is more than one device.
+    """
+    n, available = devices * num_nodes, torch.cuda.device_count()
+    if available and devices > available:
+        raise UserError(f"{devices} devices were asked for, this machine has {available}; lower --devices")
+    if devices < 1 or num_nodes < 1 or strategy not in ("auto", "ddp", "fsdp"):
+        raise UserError("expected --devices and --num_nodes from 1 on, and --strategy auto, ddp or fsdp")
+    chosen: Any = "auto"
+    if strategy == "fsdp":
+        spread = partial(shard, compute_dtype=storage_dtype(precision))
+        chosen = ModelParallelStrategy(spread, data_parallel_size=n, tensor_parallel_size=1)
+    elif n > 1:
+        chosen = DDPStrategy(init_sync=False)  # all processes read the same file and draw the same random numbers
+    fabric = Fabric(devices=devices, num_nodes=num_nodes, strategy=chosen, precision=precision)
     fabric.launch()
+    if fabric.world_size != n:
+        raise UserError(
+            f"{n} processes were asked for, {fabric.world_size} were launched; adapt --devices, --num_nodes"
+        )
     return fabric
 
 
-def check_tokenizer(dataset: Dataset, model: LLaMA, pretrained_path: Path, tokenizer_path: Path | None) -> None:
-    """Raise a UserError if the data was tokenised with another tokenizer than the model's."""
+def load_base(fabric: Fabric, path: Path, dtype: torch.dtype) -> LLaMA:
+    """The pretrained model in `dtype` on this process's device, or mapped from its file, if it is to be sharded."""
+    if isinstance(fabric.strategy, ModelParallelStrategy):
+        return load_model(path)
+    return load_model(path, dtype, fabric.device)
+
+
+def check_tokenizer(dataset: Dataset, model: LLaMA, pretrained_path: Path, tokenizer_path: Path | None) -> Tokenizer:
+    """The model's tokenizer, or a UserError if the data was tokenised with another one."""
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     if tokenizer.fingerprint() != dataset.meta["tokenizer"] or tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"{dataset.data_dir} was not prepared with {tokenizer.path}; prepare it again with that")
+    return tokenizer
 
 
 def loss_sum(model: nn.Module, input_ids: Tensor, select: Tensor, targets: Tensor) -> Tensor:

@@ -1,0 +1,96 @@
+"""LLaMA-Adapter: a learned prefix for the upper layers, faded in by zero-initialised gates (arXiv 2303.16199).
+
+From layer `start_layer` on, each attention gets `prompt_length` learned prefix vectors. Its queries attend to them
+apart from the text, in a softmax of their own, and what they gather is added, scaled by a gate for each head (section
+3.2). All gates start at 0, so training starts at the pretrained model. Only prefixes and gates are trained. As in
+Lit-LLaMA, a gate is used as it is, without a tanh.
+
+Shapes: B batch, T tokens, P prompt length, C embedding width, nh query heads, nkv key and value heads, hs head size.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_llama.checkpoint import copy_state, load_finetuned
+from lit_llama.cli import UserError
+from lit_llama.model import CausalSelfAttention, LLaMA
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """How many prefix vectors a layer gets, and the first layer (counted from 0) that gets them."""
+
+    prompt_length: int = 10
+    start_layer: int = 2
+
+    def __post_init__(self) -> None:
+        if self.prompt_length < 1 or self.start_layer < 0:
+            raise UserError(f"an adapter needs 1 or more prefix vectors and a layer from 0 on, not {self}")
+
+
+class AdapterAttention(CausalSelfAttention):
+    """The attention that it takes the place of, with the same weights, and a gated prefix besides."""
+
+    def __init__(self, base: CausalSelfAttention, config: AdapterConfig) -> None:
+        nn.Module.__init__(self)
+        self.config, self.c_attn, self.c_proj = base.config, base.c_attn, base.c_proj
+        device = base.c_proj.weight.device
+        self.adapter_wte = nn.Embedding(config.prompt_length, self.config.n_embd, device=device)
+        self.gating_factor = nn.Parameter(torch.zeros(1, self.config.n_head, 1, 1, device=device))
+        self.cached_prefix: tuple[Tensor, Tensor] | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ak, av = self.cached_prefix or self.prefix()
+        gathered = F.scaled_dot_product_attention(q, ak, av, enable_gqa=q.size(1) != ak.size(1))  # (B, nh, T, hs)
+        return super().attend(q, k, v) + self.gating_factor.to(q.dtype) * gathered
+
+    def prefix(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (1, nkv, P, hs) of the prefix. It comes before all positions, so they are not rotated."""
+        nh, nkv = self.config.n_head, self.config.n_kv_head
+        _, ak, av = self.heads(self.adapter_wte.weight[None]).split((nh, nkv, nkv), dim=1)
+        return ak, av
+
+
+def add_adapter(model: LLaMA, config: AdapterConfig) -> None:
+    """Replace the attention of the upper layers of a built and loaded model by one with a prefix."""
+    if config.start_layer >= model.config.n_layer:
+        raise UserError(
+            f"the model has {model.config.n_layer} layers, so an adapter cannot start at {config.start_layer}"
+        )
+    for block in model.transformer.h[config.start_layer :]:
+        block.attn = AdapterAttention(block.attn, config)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to the adapter."""
+    return name.endswith(("adapter_wte.weight", "gating_factor"))
+
+
+def mark_only_adapter_as_trainable(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = is_adapter(name)
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's parameters alone, under Lit-LLaMA's names."""
+    return {name: tensor for name, tensor in model.state_dict().items() if is_adapter(name)}
+
+
+@torch.no_grad()
+def cache_prefix(model: LLaMA) -> None:
+    """Compute the keys and values of all prefixes once, for generation. Not for a model that is trained on."""
+    for block in model.transformer.h:
+        if isinstance(block.attn, AdapterAttention):
+            block.attn.cached_prefix = block.attn.prefix()
+
+
+def load_adapter(model: LLaMA, path: Path) -> str:
+    """Add the adapter of a finetuned file to its base model; returns the prompt style it was trained with."""
+    content = load_finetuned(path, "adapter", model.config)
+    add_adapter(model, AdapterConfig(**content["adapter"]))
+    copy_state(path, content["state_dict"], adapter_state_dict(model))
+    return content["prompt_style"]

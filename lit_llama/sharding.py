@@ -1,0 +1,78 @@
+"""Models spread over several devices with FSDP2, and their state in one piece (arXiv 2304.11277).
+
+A sharded parameter is a DTensor: each device stores a slice of its rows. FSDP gathers a block's parameters just before
+the block is computed and drops them after it. Everything here leaves plain tensors as they are.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from lit_llama.checkpoint import check_state
+from lit_llama.model import LLaMA
+
+
+def store_as(module: nn.Module, frozen_dtype: torch.dtype) -> None:
+    """Store frozen parameters in `frozen_dtype` and trained ones in float32, in which small updates are not lost."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen_dtype)
+
+
+def shard(model: LLaMA, mesh: DeviceMesh, compute_dtype: torch.dtype) -> LLaMA:
+    """Spread a model over the devices, block by block, so that none of them ever holds all of it.
+
+    Parameters are gathered in `compute_dtype`; gradients are summed in float32.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in (*model.transformer.h, model):
+        store_as(module, compute_dtype)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def in_one_piece(state: Mapping[Any, Any], keep: bool) -> dict[Any, Any]:
+    """A state dict with every sharded tensor gathered, on the CPU: called by all processes, for those with `keep`."""
+    result = {}
+    for name, value in state.items():  # one by one: no device holds more than one gathered tensor
+        if isinstance(value, Mapping):
+            result[name] = in_one_piece(value, keep)
+        elif isinstance(value, Tensor):
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if keep:
+                result[name] = whole.detach().cpu()
+        else:
+            result[name] = value
+    return result
+
+
+def shard_like(whole: Tensor, target: Tensor) -> Tensor:
+    """`whole` sharded as `target` is; `whole` itself if that is a plain tensor."""
+    if isinstance(target, DTensor):
+        return distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+    return whole
+
+
+def load_training_state(path: Path, state: dict[str, Any], weights: dict[str, Tensor], optimizer: Optimizer) -> int:
+    """Put the weights and the optimizer back to what they were, from a state in one piece; returns the steps done.
+
+    Args:
+        path: where `state` was read from.
+        weights: the tensors that are trained, sharded or not, by their names in the state.
+    """
+    check_state(path, state["state_dict"], weights)
+    for name, tensor in weights.items():
+        tensor.copy_(shard_like(state["state_dict"][name], tensor))
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries = {
+        i: {k: shard_like(v, trained[i]) if v.shape == trained[i].shape else v for k, v in entry.items()}
+        for i, entry in state["optimizer"]["state"].items()
+    }
+    optimizer.load_state_dict({**state["optimizer"], "state": entries})
+    return state["step"]
