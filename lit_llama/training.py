@@ -1,6 +1,7 @@
 """What the training loops share besides the loop: launching, validation, stopping on a signal, training states."""
 
 import math
+import os
 import signal
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from lightning import Fabric
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,9 +32,10 @@ def launch(devices: int, num_nodes: int, strategy: str, precision: str) -> Fabri
         strategy: "ddp" for a whole model on each device, "fsdp" for a model that is spread over them, "auto" for the
             former if there is more than one device.
     """
-    n, available = devices * num_nodes, torch.cuda.device_count()
-    if available and devices > available:
-        raise UserError(f"{devices} devices were asked for, this machine has {available}; lower --devices")
+    n, gpus = devices * num_nodes, torch.cuda.device_count()
+    if devices > (gpus or os.cpu_count() or 1):
+        has = f"{gpus} GPUs" if gpus else f"no GPU and {os.cpu_count()} CPU cores"
+        raise UserError(f"{devices} devices were asked for, this machine has {has}; lower --devices")
     if devices < 1 or num_nodes < 1 or strategy not in ("auto", "ddp", "fsdp"):
         raise UserError("expected --devices and --num_nodes from 1 on, and --strategy auto, ddp or fsdp")
     chosen: Any = "auto"
@@ -41,12 +44,13 @@ def launch(devices: int, num_nodes: int, strategy: str, precision: str) -> Fabri
         chosen = ModelParallelStrategy(spread, data_parallel_size=n, tensor_parallel_size=1)
     elif n > 1:
         chosen = DDPStrategy(init_sync=False)  # all processes read the same file and draw the same random numbers
-    fabric = Fabric(devices=devices, num_nodes=num_nodes, strategy=chosen, precision=precision)
-    fabric.launch()
+    try:
+        fabric = Fabric(devices=devices, num_nodes=num_nodes, strategy=chosen, precision=precision)
+        fabric.launch()
+    except (ValueError, RuntimeError, MisconfigurationException) as error:  # what it says of settings is clear enough
+        raise UserError(f"could not launch {n} processes: {str(error).splitlines()[0]}") from None
     if fabric.world_size != n:
-        raise UserError(
-            f"{n} processes were asked for, {fabric.world_size} were launched; adapt --devices, --num_nodes"
-        )
+        raise UserError(f"expected {n} processes (devices x nodes), {fabric.world_size} were launched; adapt --devices")
     return fabric
 
 

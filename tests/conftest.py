@@ -1,6 +1,9 @@
 """What tests share: a tiny model folder with a real tokenizer, and instruction data prepared with it."""
 
+import importlib
 import json
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from lit_llama import cli
 from lit_llama.checkpoint import save_model_folder
 from lit_llama.data import prepare
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -77,3 +81,34 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Pa
     splits = {"train": RECORDS[:11], "validation": RECORDS[11:]}
     prepare(folder, splits, Tokenizer(model_folder / "tokenizer.json"), [source], "plain")
     return folder
+
+
+ROOT = Path(__file__).parent.parent
+RESULTS = {  # what the finetune scripts write
+    "lora": "lit-llama-lora-finetuned.pth",
+    "adapter": "lit-llama-adapter-finetuned.pth",
+    "full": "lit-llama.pth",
+}
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def run_script(name: str, *arguments: object) -> str | None:
+    """Run a script in this process as the command line would; returns the message that it ended with, if any."""
+    module = importlib.import_module(name)
+    constants, argv, handlers = cli.constants(module), sys.argv, [signal.getsignal(number) for number in SIGNALS]
+    sys.argv = [name, *map(str, arguments)]
+    try:
+        cli.run(module.main)
+    except SystemExit as ended:
+        return str(ended.code)
+    finally:
+        sys.argv = argv
+        for number, handler in zip(SIGNALS, handlers, strict=True):
+            signal.signal(number, handler)
+        for constant, value in constants.items():
+            setattr(module, constant, value)
+    return None
+
+
+def command(script: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / script), *map(str, arguments)]

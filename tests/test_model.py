@@ -79,6 +79,27 @@ def test_single_token_path_of_linear_equals_the_plain_one() -> None:
     torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight))
 
 
+def test_recomputed_blocks_give_the_same_gradients_from_fewer_activations() -> None:
+    idx = torch.randint(TINY.vocab_size, (2, 50))
+    grads, stored = [], []
+    for recompute in (False, True):
+        model = random_model(TINY)
+        model.recompute_blocks = recompute
+        sizes: list[int] = []
+
+        def pack(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(idx).logsumexp(-1).sum()
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        stored.append(sum(sizes))
+    assert torch.equal(*grads)
+    assert stored[1] < stored[0] / 2
+
+
 def test_rotary_table_stays_float32_in_a_bfloat16_model() -> None:
     config = replace(TINY, block_size=4096, n_layer=1)
     assert rotary_table(config, 0, 2048, torch.device("cpu")).dtype == torch.complex64

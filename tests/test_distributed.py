@@ -1,0 +1,158 @@
+"""Two processes (CPU, gloo) must give what one gives with the same batch: DDP and FSDP2, by Fabric or torchrun."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RESULTS, ROOT, run_script
+
+from lit_llama.checkpoint import load_model
+from lit_llama.log import read_metrics
+
+SETTINGS = {
+    "lora": ["--learning_rate", 0.01, "--lora_dropout", 0, "--lora_targets", "query,value,mlp"],
+    "adapter": ["--learning_rate", 0.01, "--start_layer", 0, "--warmup_epochs", 1],
+    "full": ["--learning_rate", 0.003, "--moments_dtype", "float32"],
+}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+# Runs a finetune script and prints how often DDP reduced gradients.
+COUNTING = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}]
+import finetune_lora as script
+from lit_llama.cli import run
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+count, train = [0], script.train
+
+def counted(fabric, model, *rest):
+    def hook(state, bucket):
+        count[0] += bucket.is_last()
+        return allreduce_hook(state, bucket)
+    model._forward_module.register_comm_hook(None, hook)
+    train(fabric, model, *rest)
+    if fabric.is_global_zero:
+        print("reductions:", count[0])
+
+script.train = counted
+run(script.main)
+"""
+
+
+def arguments(method: str, checkpoint: Path, data_dir: Path, out_dir: Path) -> list[object]:
+    """6 steps, 2 an epoch, of 3 micro-batches: of two processes, one gets two and the other one and an empty one."""
+    paths = ["--data_dir", data_dir, "--pretrained_path", checkpoint, "--out_dir", out_dir, "--precision", "32-true"]
+    steps = ["--batch_size", 6, "--micro_batch_size", 2, "--num_epochs", 3, "--block_size", 128, "--eval_interval", 2]
+    return [*paths, *steps, *SETTINGS[method]]
+
+
+def on_two_processes(method: str, *rest: object, torchrun: bool = False) -> subprocess.CompletedProcess:
+    launcher = [*TORCHRUN, "2"] if torchrun else [sys.executable]
+    command = [*launcher, ROOT / f"finetune_{method}.py", *rest, "--devices", 2]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module", params=RESULTS)
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def single(method: str, checkpoint: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out_dir = tmp_path_factory.mktemp("single")
+    assert run_script(f"finetune_{method}", *arguments(method, checkpoint, data_dir, out_dir)) is None
+    return out_dir
+
+
+@pytest.fixture(scope="module")
+def single_full(checkpoint: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out_dir = tmp_path_factory.mktemp("single")
+    assert run_script("finetune_full", *arguments("full", checkpoint, data_dir, out_dir)) is None
+    return out_dir
+
+
+def assert_equal_runs(one: Path, other: Path, method: str) -> None:
+    rows, others = (read_metrics(folder / "metrics.csv") for folder in (one, other))
+    assert len(rows) == len(others)
+    for row, their in zip(rows, others, strict=True):
+        for key in ("step", "records", "tokens", "train_loss", "validation_loss"):
+            assert row.get(key, 0) == pytest.approx(their.get(key, 0), rel=1e-4), (row, their)
+    contents = [torch.load(folder / RESULTS[method], weights_only=True) for folder in (one, other)]
+    first, second = (content.get("state_dict", content) for content in contents)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_give_what_one_gives(
+    method: str, single: Path, checkpoint: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    result = on_two_processes(method, *arguments(method, checkpoint, data_dir, tmp_path), torchrun=method == "adapter")
+    assert result.returncode == 0, result.stderr
+    assert_equal_runs(single, tmp_path, method)
+    if method == "full":
+        load_model(tmp_path / "lit-llama.pth")
+
+
+def test_lora_on_a_sharded_base_gives_what_one_process_gives(
+    method: str, single: Path, checkpoint: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    if method == "lora":
+        rest = arguments(method, checkpoint, data_dir, tmp_path)
+        result = on_two_processes(method, *rest, "--strategy", "fsdp", "--activation_checkpointing", "true")
+        assert result.returncode == 0, result.stderr
+        assert_equal_runs(single, tmp_path, method)
+
+
+@pytest.mark.parametrize("first_sharded", [True, False])
+def test_the_state_of_a_sharded_run_is_continued_by_one_process_and_the_other_way_round(
+    checkpoint: Path, data_dir: Path, tmp_path: Path, first_sharded: bool, single_full: Path
+) -> None:
+    rest = arguments("full", checkpoint, data_dir, tmp_path)
+    begin, go_on = [*rest, "--max_steps", 3], [*rest, "--resume", "true"]
+    sharded, alone = (begin, go_on) if first_sharded else (go_on, begin)
+    if not first_sharded:
+        assert run_script("finetune_full", *alone) is None
+    result = on_two_processes("full", *sharded)
+    assert result.returncode == 0, result.stderr
+    if first_sharded:
+        assert run_script("finetune_full", *alone) is None
+    steps = [row["step"] for row in read_metrics(tmp_path / "metrics.csv") if "train_loss" in row]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    one, other = (load_model(folder / "lit-llama.pth").state_dict() for folder in (single_full, tmp_path))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_are_reduced_once_an_optimizer_step(checkpoint: Path, data_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "driver.py").write_text(COUNTING)
+    rest = [*arguments("lora", checkpoint, data_dir, tmp_path / "out"), "--devices", 2]
+    command = [sys.executable, tmp_path / "driver.py", *rest]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "reductions: 6\n"
+
+
+def test_fewer_processes_than_asked_for_end_in_one_line(checkpoint: Path, data_dir: Path, tmp_path: Path) -> None:
+    rest = [*arguments("lora", checkpoint, data_dir, tmp_path), "--devices", 2]
+    command = [*TORCHRUN, "1", ROOT / "finetune_lora.py", *rest]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "error: could not launch 2 processes: You set `devices=2`" in result.stderr
+    assert 'finetune_lora.py", line' not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_devices_than_there_are_end_in_one_line(
+    checkpoint: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    rest = [*arguments("lora", checkpoint, data_dir, tmp_path), "--devices", 2]
+    assert run_script("finetune_lora", *rest) == (
+        "error: 2 devices were asked for, this machine has 1 GPUs; lower --devices"
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "2000 devices were asked for" in run_script("finetune_lora", *rest, "--devices", 2000)

@@ -1,0 +1,227 @@
+"""The three finetune scripts and their generate scripts, run on a tiny model as a user would run them."""
+
+import ast
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RESULTS, ROOT, command, run_script
+
+from lit_llama.log import read_metrics
+
+SETTINGS = {
+    "lora": ["--learning_rate", 0.01, "--lora_r", 4, "--lora_alpha", 32, "--lora_dropout", 0.2, "--warmup_steps", 2],
+    "adapter": ["--learning_rate", 0.05, "--start_layer", 0, "--prompt_length", 4, "--warmup_epochs", 1],
+    "full": ["--learning_rate", 0.003, "--warmup_steps", 2],
+}
+
+
+def finetune_arguments(method: str, checkpoint: Path, data_dir: Path, out_dir: Path) -> list[object]:
+    """12 steps, 3 in each of 4 epochs."""
+    paths = ["--data_dir", data_dir, "--pretrained_path", checkpoint, "--out_dir", out_dir, "--precision", "32-true"]
+    steps = ["--batch_size", 4, "--micro_batch_size", 2, "--num_epochs", 4, "--save_interval", 2, "--eval_interval", 3]
+    return [*paths, *steps, *SETTINGS[method], "--block_size", 128]
+
+
+@pytest.fixture(scope="module", params=RESULTS)
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def finished(method: str, checkpoint: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of an undisturbed run."""
+    out_dir = tmp_path_factory.mktemp(method)
+    base = checkpoint.read_bytes()
+    assert run_script(f"finetune_{method}", *finetune_arguments(method, checkpoint, data_dir, out_dir)) is None
+    assert checkpoint.read_bytes() == base
+    return out_dir
+
+
+def test_the_losses_fall_and_the_learning_rate_warms_up_in_optimizer_steps(method: str, finished: Path) -> None:
+    rows = read_metrics(finished / "metrics.csv")
+    steps = [row for row in rows if "train_loss" in row]
+    full, warmup = SETTINGS[method][1], 3 if method == "adapter" else 2
+    expected = [full * min(1, (step + 1) / warmup) for step in range(12)]
+    assert [row["learning_rate"] for row in steps] == pytest.approx(expected, rel=1e-5)
+    assert steps[-1]["records"] == 4 * 11
+    validation = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    assert len(validation) == 5
+    assert validation[-1] < validation[0] - 0.05
+
+
+def test_the_result_describes_itself_and_is_neither_empty_nor_zero(method: str, finished: Path) -> None:
+    content = torch.load(finished / RESULTS[method], weights_only=True)
+    if method == "full":
+        assert {path.name for path in finished.iterdir()} >= {"config.json", "tokenizer.json", "tokenizer_config.json"}
+        weights = content
+    else:
+        weights = content["state_dict"]
+        assert content["prompt_style"] == "plain"
+        assert content["hyperparameters"]["num_epochs"] == 4
+    if method == "lora":
+        assert content["lora"] == {"r": 4, "alpha": 32, "dropout": 0.2, "targets": ("query", "value")}
+    if method == "adapter":
+        assert content["adapter"] == {"prompt_length": 4, "start_layer": 0}
+    assert len(weights) == {"lora": 4, "adapter": 4, "full": 17}[method]
+    assert all(tensor.isfinite().all() and tensor.any() for tensor in weights.values())
+
+
+def generate_arguments(method: str, folder: Path, checkpoint: Path) -> tuple[str, list[object]]:
+    if method == "full":
+        return "generate", ["--checkpoint_path", folder / RESULTS["full"]]
+    return f"generate_{method}", [f"--{method}_path", folder / RESULTS[method], "--pretrained_path", checkpoint]
+
+
+def test_the_result_is_used_without_any_setting_of_the_training(
+    method: str, finished: Path, checkpoint: Path, capsys: pytest.CaptureFixture
+) -> None:
+    common = ["--prompt", "Count to 3", "--temperature", 0, "--max_new_tokens", 20]
+    script, arguments = generate_arguments(method, finished, checkpoint)
+    assert run_script(script, *arguments, *common) is None
+    answer = capsys.readouterr()
+    assert run_script("generate", "--checkpoint_path", checkpoint, *common) is None
+    base = capsys.readouterr()
+    assert answer.out.startswith("Count to 3")
+    assert answer.out != base.out
+    for printed in (answer, base):
+        assert "Time for inference: " in printed.err
+        assert "tokens/sec" in printed.err
+        assert "Memory used: " in printed.err
+
+
+def test_lora_answers_alike_merged_and_unmerged(
+    checkpoint: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = [*finetune_arguments("lora", checkpoint, data_dir, tmp_path), "--max_steps", 3]
+    assert run_script("finetune_lora", *arguments) is None
+    script, arguments = generate_arguments("lora", tmp_path, checkpoint)
+    capsys.readouterr()
+    for merge in ("true", "false"):
+        assert run_script(script, *arguments, "--prompt", "Count", "--temperature", 0, "--merge", merge) is None
+    first, second = capsys.readouterr().out.split("Count")[1:]
+    assert first == second
+
+
+def assert_same_run(one: Path, other: Path, method: str) -> None:
+    for name in (RESULTS[method], "training-state.pth"):
+        contents = [torch.load(folder / name, weights_only=True) for folder in (one, other)]
+        first, second = (content.get("state_dict", content) for content in contents)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    rows, others = (read_metrics(folder / "metrics.csv") for folder in (one, other))
+    for key in ("step", "records", "tokens", "train_loss", "validation_loss"):
+        assert [row.get(key) for row in rows] == [row.get(key) for row in others]
+
+
+def test_a_run_stopped_by_a_signal_and_resumed_ends_in_the_same_bits(
+    method: str, finished: Path, checkpoint: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = finetune_arguments(method, checkpoint, data_dir, tmp_path)
+    replaced = os.replace
+
+    def interrupt_at_step_4(source: Path, target: Path) -> None:
+        replaced(source, target)
+        rows = read_metrics(tmp_path / "metrics.csv")
+        if target.name == "training-state.pth" and rows[-1]["step"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)  # arrives in step 5
+
+    monkeypatch.setattr(os, "replace", interrupt_at_step_4)
+    message = run_script(f"finetune_{method}", *arguments)
+    monkeypatch.undo()
+    assert message == "error: stopped after step 5 as asked; continue with --resume true"
+    assert not (tmp_path / RESULTS[method]).exists()
+    assert "--resume true" in run_script(f"finetune_{method}", *arguments)  # it is not written over
+    assert run_script(f"finetune_{method}", *arguments, "--resume", "true") is None
+    assert_same_run(finished, tmp_path, method)
+
+
+def test_a_run_killed_and_resumed_ends_in_the_same_bits(
+    method: str, finished: Path, checkpoint: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    arguments = finetune_arguments(method, checkpoint, data_dir, tmp_path)
+    process = subprocess.Popen(command(f"finetune_{method}.py", *arguments), stderr=subprocess.DEVNULL)
+    while not any(row["step"] >= 5 for row in read_metrics(tmp_path / "metrics.csv")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / RESULTS[method]).exists()
+    assert run_script(f"finetune_{method}", *arguments, "--resume", "true") is None
+    assert_same_run(finished, tmp_path, method)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--learning_rate", "1e30"], "the loss of step"),
+        (["--resume", "true"], "training-state.pth does not exist"),
+        (["--lora_targets", "query,foo"], "foo"),
+        (["--data_dir", "nowhere"], "prepare_"),
+        (["--pretrained_path", "nowhere/lit-llama.pth"], "nowhere/lit-llama.pth does not exist"),
+        (["--block_size", "2"], "no records"),
+        (["--strategy", "magic"], "auto, ddp or fsdp"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    checkpoint: Path, data_dir: Path, tmp_path: Path, extra: list[str], message: str
+) -> None:
+    ended = run_script("finetune_lora", *finetune_arguments("lora", checkpoint, data_dir, tmp_path), *extra)
+    assert message in ended
+    assert ended.startswith("error: ")
+    assert "\n" not in ended
+    assert not (tmp_path / RESULTS["lora"]).exists()
+
+
+def test_a_resumed_run_must_be_of_the_same_shape(method: str, finished: Path, checkpoint: Path, data_dir: Path) -> None:
+    other = {"lora": ["--lora_r", 2], "adapter": ["--prompt_length", 3], "full": []}[method]
+    if other:
+        arguments = finetune_arguments(method, checkpoint, data_dir, finished)
+        assert "does not fit" in run_script(f"finetune_{method}", *arguments, *other, "--resume", "true")
+
+
+TOY = {
+    "lora": ["--learning_rate", 0.03, "--warmup_steps", 1, "--lora_targets", "query,value,mlp,head"],
+    "adapter": ["--learning_rate", 0.3, "--warmup_epochs", 1, "--start_layer", 0, "--prompt_length", 20],
+    "full": ["--learning_rate", 0.01, "--warmup_steps", 1],
+}
+
+
+def test_a_toy_task_is_learned_and_generation_stops_by_itself(
+    method: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The end of sequence is trained on and passed on, so that a learned answer ends."""
+    (tmp_path / "train.json").write_text('[{"instruction": "Say hello", "output": "hello there"}]')
+    files = ["--train_file", tmp_path / "train.json", "--validation_file", tmp_path / "train.json"]
+    data = ["--pretrained_path", checkpoint, "--data_dir", tmp_path / "data"]
+    assert run_script("prepare_json", *files, *data) is None
+    settings = [*TOY[method], "--num_epochs", 200, "--save_interval", 1000, "--eval_interval", 1000]
+    assert run_script(f"finetune_{method}", *data, "--out_dir", tmp_path / "out", *settings) is None
+    script, arguments = generate_arguments(method, tmp_path / "out", checkpoint)
+    if method == "full":
+        arguments += ["--prompt_style", "alpaca"]
+    capsys.readouterr()
+    answer = ["--prompt", "Say hello", "--temperature", 0, "--max_new_tokens", 20]
+    assert run_script(script, *arguments, *answer) is None
+    assert capsys.readouterr().out == "hello there\n"
+
+
+def test_the_loops_are_the_same_text() -> None:
+    """They are repeated so that each script is read alone; full finetuning alone reduces gradients differently."""
+    loops = {}
+    for method in RESULTS:
+        source = (ROOT / f"finetune_{method}.py").read_text()
+        train = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "train")
+        loops[method] = ast.get_source_segment(source, train).splitlines()
+        assert len(loops[method]) <= 60
+    assert loops["lora"] == loops["adapter"]
+    head, rest = (line.strip() for line in ("for i, micro_batch in", "loss += part.detach()"))
+    for method in ("lora", "full"):
+        lines = [line.strip() for line in loops[method]]
+        start = next(i for i, line in enumerate(lines) if line.startswith(("for i, micro_batch", "for micro_batch")))
+        loops[method] = [*lines[:start], head, *lines[lines.index(rest) :]]
+    assert loops["lora"] == loops["full"]

@@ -1,0 +1,61 @@
+import copy
+
+import pytest
+import torch
+
+from lit_llama.optimizer import AdamW
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(5, 7)), torch.nn.Parameter(torch.randn(3))]
+
+
+def take_steps(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], first: int, last: int) -> None:
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        for parameter in params:
+            parameter.grad = torch.randn(parameter.shape, generator=generator) * (1 + 10 * (step == 7))
+        optimizer.step()
+
+
+def test_with_float32_moments_it_equals_torch() -> None:
+    ours, theirs = parameters(), parameters()
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    take_steps(AdamW(ours, **settings, moments_dtype=torch.float32), ours, 0, 20)
+    take_steps(torch.optim.AdamW(theirs, **settings), theirs, 0, 20)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_with_bfloat16_moments_it_stays_near_torch() -> None:
+    ours, theirs = parameters(), parameters()
+    take_steps(AdamW(ours, lr=1e-2), ours, 0, 100)
+    take_steps(torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0), theirs, 0, 100)
+    start = parameters()
+    for one, other, origin in zip(ours, theirs, start, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other).norm() < 0.02 * (other - origin).norm()
+
+
+def test_small_updates_are_not_lost() -> None:
+    parameter = torch.nn.Parameter(torch.ones(4))
+    optimizer = AdamW([parameter], lr=1e-6)
+    for _ in range(100):
+        parameter.grad = torch.ones(4)
+        optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.full((4,), 1 - 1e-4), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("moments_dtype", [torch.bfloat16, torch.float32])
+def test_a_loaded_state_continues_bit_for_bit(moments_dtype: torch.dtype) -> None:
+    params = parameters()
+    optimizer = AdamW(params, lr=1e-2, moments_dtype=moments_dtype)
+    take_steps(optimizer, params, 0, 5)
+    state, at_five = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(params)
+    take_steps(optimizer, params, 5, 9)
+    resumed = AdamW(at_five, lr=1e-2, moments_dtype=moments_dtype)
+    resumed.load_state_dict(state)
+    assert resumed.state[at_five[0]]["exp_avg"].dtype == moments_dtype
+    take_steps(resumed, at_five, 5, 9)
+    assert all(torch.equal(one, other) for one, other in zip(params, at_five, strict=True))
