@@ -171,6 +171,7 @@ class CausalSelfAttention(nn.Module):
         nh, nkv = self.config.n_head, self.config.n_kv_head
         qk, v = self.heads(x).split((nh + nkv, nkv), dim=1)
         q, k = apply_rope(qk, rope).split((nh, nkv), dim=1)
+        v = v.contiguous()  # a view would keep q and k of before the rotation alive until the backward pass
         if cache is not None:
             k, v = cache.append(k, v)  # (B, nkv, S, hs)
         y = self.attend(q, k, v)  # (B, nh, T, hs)
@@ -200,7 +201,14 @@ class MLP(nn.Module):
         self.c_proj = Linear(config.n_hidden, config.n_embd)  # down
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.silu(self.c_fc1(x)) * self.c_fc2(x))
+        gate, up = self.c_fc1(x), self.c_fc2(x)  # (B, T, H)
+        if torch.is_grad_enabled():  # the product is cheap to compute again, and large to keep
+            return self.c_proj(checkpoint(swiglu, gate, up, use_reentrant=False, preserve_rng_state=False))
+        return self.c_proj(swiglu(gate, up))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 class Linear(nn.Linear):

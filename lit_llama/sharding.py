@@ -31,7 +31,8 @@ def shard(model: LLaMA, mesh: DeviceMesh, compute_dtype: torch.dtype) -> LLaMA:
     Parameters are gathered in `compute_dtype`; gradients are summed in float32.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in (*model.transformer.h, model):
+    ends = [] if model.config.tie_embeddings else [model.transformer.wte, model.lm_head]  # tied ones stay together
+    for module in (*model.transformer.h, *ends, model):
         store_as(module, compute_dtype)
         fully_shard(module, mesh=mesh, mp_policy=policy)
     return model

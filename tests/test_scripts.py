@@ -15,6 +15,7 @@ import prepare_json
 import pytest
 import torch
 from conftest import RECORDS, TINY, random_model
+from estimate_memory import peak_of_training
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType, dequantize, quantize
 from tokenizers import Tokenizer as HFTokenizer
 
@@ -184,3 +185,10 @@ def test_own_records_with_and_without_a_validation_file(checkpoint: Path, tmp_pa
     assert responses(tmp_path / "out", "validation", tokenizer) == [r["output"] for r in RECORDS[12:]]
     prepare_json.main(tmp_path / "a.json", tmp_path / "out2", pretrained_path=checkpoint, val_split_size=3)
     assert len(responses(tmp_path / "out2", "validation", tokenizer)) == 3
+
+
+def test_a_7b_model_trains_on_24_gb() -> None:
+    """The real training step on tensors without data; it must have no shape that depends on data."""
+    lora = peak_of_training("7B", "lora", micro_batch_size=4, block_size=512)
+    assert 13.5e9 < lora < 23e9
+    assert peak_of_training("7B", "lora", 4, 512, activation_checkpointing=True) < 16e9
