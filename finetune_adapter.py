@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jsonargparse.typing import PositiveInt
 from lightning import Fabric
 from torch import nn
 from torch.optim import Optimizer
@@ -20,32 +21,33 @@ from lit_llama.sharding import in_one_piece, load_training_state
 from lit_llama.training import (
     STATE_FILE,
     StopSignal,
+    check_data,
     check_out_dir,
-    check_tokenizer,
     launch,
     load_base,
     loss_sum,
+    on_first_process,
     validation_loss,
 )
 
 learning_rate = 9e-3
-batch_size = 128  # records an optimizer step, over all devices
-micro_batch_size = 4  # records that a device computes at once; lower it if memory runs out
-num_epochs = 5
-max_steps: int | None = None  # optimizer steps to end after, where that is before num_epochs
+batch_size: PositiveInt = 128  # records an optimizer step, over all devices
+micro_batch_size: PositiveInt = 4  # records that a device computes at once; lower it if memory runs out
+num_epochs: PositiveInt = 5
+max_steps: PositiveInt | None = None  # optimizer steps to end after, where that is before num_epochs
 warmup_epochs = 2  # in which the learning rate rises to its value
 weight_decay = 0.02
-block_size = 512  # tokens; longer records are cut
+block_size: PositiveInt = 512  # tokens; longer records are cut
 mask_prompt = True  # train on the responses alone
-prompt_length = 10  # prefix vectors a layer
+prompt_length: PositiveInt = 10  # prefix vectors a layer
 start_layer = 2  # the first layer that gets a prefix, counted from 0
-eval_interval = 100  # optimizer steps
-eval_records: int | None = 400  # the first ones of the validation split; null: all
-save_interval = 100  # optimizer steps
-log_interval = 1  # optimizer steps between two lines, where there is no terminal
+eval_interval: PositiveInt = 100  # optimizer steps
+eval_records: PositiveInt | None = 400  # the first ones of the validation split; null: all
+save_interval: PositiveInt = 100  # optimizer steps
+log_interval: PositiveInt = 1  # optimizer steps between two lines, where there is no terminal
 seed = 1337
-devices = 1  # per node
-num_nodes = 1
+devices: PositiveInt = 1  # per node
+num_nodes: PositiveInt = 1
 strategy = "auto"  # ddp: the whole model on each device; fsdp: spread over them, if it does not fit on one
 activation_checkpointing = False  # compute blocks anew in the backward pass: less memory, a third more time
 precision: str | None = None  # null: bf16-mixed on a GPU that has bfloat16, else 32-true
@@ -71,14 +73,15 @@ def main(
     """
     numerics = precision or default_precision()
     fabric = launch(devices, num_nodes, strategy, numerics)
-    state = check_out_dir(out_dir, resume)
     train_data = Dataset(data_dir, "train", block_size, mask_prompt)
     val_data = Dataset(data_dir, "validation", block_size, mask_prompt, limit=eval_records)
+    settings = {**constants(sys.modules[__name__]), "data": train_data.fingerprint}
+    state = check_out_dir(out_dir, resume, settings)
     schedule = BatchSchedule(train_data.lengths, batch_size, micro_batch_size, seed)
 
     torch.manual_seed(seed)
     llama = load_base(fabric, pretrained_path, storage_dtype(numerics))
-    check_tokenizer(train_data, llama, pretrained_path, tokenizer_path)
+    check_data(train_data, llama, pretrained_path, tokenizer_path)
     config = AdapterConfig(prompt_length, start_layer)
     add_adapter(llama, config)
     mark_only_adapter_as_trainable(llama)
@@ -92,23 +95,23 @@ def main(
     log = TrainingLog(fabric, out_dir, last_step, first_step, log_interval)
     log.say(f"{len(train_data):,} records ({train_data.n_dropped} dropped: no room for a response), {last_step} steps")
     log.say(f"{sum(parameter.numel() for parameter in trained):,} trained parameters")
-    about = {"prompt_style": train_data.meta["prompt_style"], "hyperparameters": constants(sys.modules[__name__])}
+    about = {"prompt_style": train_data.meta["prompt_style"], "hyperparameters": settings}
 
     def save_state(step: int) -> None:
         weights = in_one_piece(adapter_state_dict(llama), fabric.is_global_zero)
         progress = {"step": step, "optimizer": in_one_piece(optimizer.state_dict(), fabric.is_global_zero)}
-        if fabric.is_global_zero:
-            save_finetuned(out_dir / STATE_FILE, "adapter", config, llama, weights, **about, **progress)
+        path = out_dir / STATE_FILE
+        on_first_process(fabric, save_finetuned, path, "adapter", config, llama, weights, **about, **progress)
 
     warmup_steps = warmup_epochs * schedule.steps_per_epoch
     steps = range(first_step, last_step)
     train(fabric, model, optimizer, schedule, train_data, val_data, log, save_state, steps, warmup_steps)
     weights = in_one_piece(adapter_state_dict(llama), fabric.is_global_zero)
+    path = out_dir / ADAPTER_FILE
+    weights = {name: tensor.to(storage_dtype(numerics)) for name, tensor in weights.items()}
+    on_first_process(fabric, save_finetuned, path, "adapter", config, llama, weights, **about)
+    log.close(f"{pretrained_path.parent.name}, LLaMA-Adapter with {prompt_length} prefix vectors")
     if fabric.is_global_zero:
-        path = out_dir / ADAPTER_FILE
-        weights = {name: tensor.to(storage_dtype(numerics)) for name, tensor in weights.items()}
-        save_finetuned(path, "adapter", config, llama, weights, **about)
-        log.close(f"{pretrained_path.parent.name}, LLaMA-Adapter with {prompt_length} prefix vectors")
         log.say(f"Saved {path} ({path.stat().st_size / 1e6:.1f} MB). Ask it something:")
         log.say(f'python generate_adapter.py --adapter_path {path} --pretrained_path {pretrained_path} --prompt "..."')
 

@@ -22,12 +22,17 @@ from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
 
 def default_precision() -> str:
     """What to compute in, in Fabric's words: bf16-mixed on a GPU that has bfloat16, else 32-true."""
-    return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
+    has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if has_bfloat16 else "32-true"
 
 
 def storage_dtype(precision: str) -> torch.dtype:
     """What frozen weights are stored in: bfloat16 or float16 where all or most is computed in it, else float32."""
-    return {"bf16": torch.bfloat16, "16-t": torch.float16}.get(precision[:4], torch.float32)
+    dtypes = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+    dtypes["bf16-mixed"] = torch.bfloat16
+    if precision not in dtypes:
+        raise UserError(f"--precision is one of {', '.join(dtypes)}, not {precision!r}")
+    return dtypes[precision]
 
 
 def write_file(path: Path, content: bytes | str | Mapping[str, Any]) -> None:
@@ -60,7 +65,9 @@ def read_file(path: Path) -> dict[str, Any]:
             f"{path} holds more than weights (code, perhaps) and was not opened; get it elsewhere"
         ) from None
     except (RuntimeError, EOFError, ValueError, OSError):
-        raise UserError(f"{path} is truncated or no PyTorch checkpoint; copy or convert it again") from None
+        raise UserError(
+            f"{path} is truncated, or no checkpoint of PyTorch 1.6 or later; copy or convert it again"
+        ) from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a checkpoint with named tensors")
     return content
@@ -69,12 +76,12 @@ def read_file(path: Path) -> dict[str, Any]:
 def save_model_folder(
     folder: Path, state: Mapping[str, Tensor], config: LLaMAConfig, files: Mapping[str, bytes | str]
 ) -> None:
-    """Write a model folder; `files` are the tokenizer's. The weights come last."""
-    for name, text in {**files, "config.json": json.dumps(asdict(config), indent=2)}.items():
-        write_file(folder / name, text)
+    """Write a model folder; `files` are the tokenizer's. The weights come first: a full disk shows there."""
     if config.tie_embeddings:  # one tensor under two names is stored once
         state = {**state, "lm_head.weight": state["transformer.wte.weight"]}
     write_file(folder / "lit-llama.pth", state)
+    for name, text in {**files, "config.json": json.dumps(asdict(config), indent=2)}.items():
+        write_file(folder / name, text)
 
 
 def load_model(path: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LLaMA:
@@ -132,22 +139,32 @@ def copy_state(path: Path, state: Mapping[str, Any], target: Mapping[str, Tensor
 def hint(state: Mapping[str, Any]) -> str:
     """What a file is that was given in the place of a base checkpoint, where that can be told."""
     kind = state.get("kind") or next((k for k in ("lora", "adapter") if any(f"{k}_" in name for name in state)), None)
+    if kind and "kind" not in state:
+        return f"; it holds {kind} weights without their settings, as the archived Lit-LLaMA wrote them"
     return f"; it is a file of {kind} weights, for --{kind}_path" if kind else ""
 
 
+def check_finite(state: Mapping[str, Tensor]) -> None:
+    """Raise a UserError if any weight is inf or nan, before a good file is overwritten with them."""
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"training has diverged: {name} is not finite; what was saved before is good")
+
+
 def save_finetuned(path: Path, kind: str, method: Any, model: LLaMA, state: Mapping[str, Tensor], **extra: Any) -> None:
-    """Write finetuned weights with what is needed to use them: the method's config and the base model's."""
-    write_file(
-        path, {"kind": kind, kind: asdict(method), "base": asdict(model.config), **extra, "state_dict": dict(state)}
-    )
+    """Write finetuned weights with what is needed to use them: the method's config, if any, and the base model's."""
+    check_finite(state)
+    about = {"kind": kind, kind: asdict(method) if method else {}, "base": asdict(model.config)}
+    write_file(path, {**about, **extra, "state_dict": dict(state)})
 
 
 def load_finetuned(path: Path, kind: str, base: LLaMAConfig) -> dict[str, Any]:
     """What `save_finetuned` wrote, checked to be of this kind and for this base model."""
     content = read_file(path)
     if content.get("kind") != kind:
-        raise UserError(f"{path} is no file of {kind} weights from finetune_{kind}.py{hint(content)}")
-    if LLaMAConfig(**content["base"]) != base:
-        theirs, ours = (f"{c['n_layer']} layers of width {c['n_embd']}" for c in (content["base"], asdict(base)))
-        raise UserError(f"{path} was made for another base model ({theirs}, the one given has {ours})")
+        raise UserError(f"{path} is no file that finetune_{kind}.py wrote{hint(content)}")
+    ours, theirs = asdict(base), asdict(LLaMAConfig(**content["base"]))
+    different = [f"{name} {theirs[name]}, not {ours[name]}" for name in ours if ours[name] != theirs[name]]
+    if different:
+        raise UserError(f"{path} was made for another base model: one with {'; '.join(different)}")
     return content

@@ -33,13 +33,15 @@ def run(main: Callable[..., None]) -> None:
         parser.add_argument(f"--{name}", type=kind, default=default, help=comment or name.replace("_", " "))
     arguments = vars(parser.parse_args())
     for name in comments:
-        setattr(module, name, arguments.pop(name))
+        value = arguments.pop(name)
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        setattr(module, name, int(value) if is_whole else value)  # PositiveInt is no int that a checkpoint may hold
     try:
         main(**arguments)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of memory, try a smaller --micro_batch_size ({str(error).splitlines()[0]})")
+        sys.exit(f"error: out of memory; for training, lower --micro_batch_size ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 

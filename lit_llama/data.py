@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
@@ -34,7 +35,7 @@ def download(url: str, path: Path) -> None:
     try:
         with urlopen(url, timeout=60) as response:
             content = response.read()
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise UserError(f"could not download {url} ({error}); fetch it by other means and pass --data_file") from None
     write_file(path, content)
 
@@ -47,14 +48,19 @@ def read_records(path: Path, keys: Record | None = None) -> list[Record]:
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         rows = json.loads(text)
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not encoded in UTF-8; convert it") from None
     except ValueError as error:
-        try:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except ValueError:
-            raise UserError(f"{path} is neither a JSON list nor JSON lines: {error}") from None
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError:
+                what = f"line {number} is no JSON" if rows else str(error)
+                raise UserError(f"{path} is neither a JSON list nor JSON lines: {what}") from None
     records = []
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
         record = {"input": ""}
@@ -134,7 +140,7 @@ class Dataset:
     def __init__(
         self, data_dir: Path, split: str, block_size: int, mask_prompt: bool = True, limit: int | None = None
     ) -> None:
-        self.data_dir = data_dir
+        self.data_dir, self.block_size = data_dir, block_size
         try:
             self.meta = json.loads((data_dir / "meta.json").read_text(encoding="utf-8"))
             self.tokens, self.offsets, prompt_lengths = (
@@ -142,6 +148,8 @@ class Dataset:
             )
         except (OSError, ValueError) as error:
             raise UserError(f"{data_dir} holds no prepared data ({error}); run one of scripts/prepare_*.py") from None
+        origin = {name: self.meta[name] for name in ("sources", "tokenizer", "prompt_style", "split_seed", "records")}
+        self.fingerprint = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
         lengths = np.minimum(np.diff(self.offsets), block_size)
         masked = prompt_lengths if mask_prompt else np.ones_like(prompt_lengths)
         self.index = np.flatnonzero(lengths > prompt_lengths)[:limit]  # places of the records in the files
@@ -189,8 +197,10 @@ class BatchSchedule:
     def __init__(self, lengths: np.ndarray, batch_size: int, micro_batch_size: int, seed: int) -> None:
         if not len(lengths):
             raise UserError("no records to train on, or none with room for a response in --block_size tokens")
+        if batch_size % micro_batch_size:
+            raise UserError(f"--batch_size {batch_size} is no multiple of --micro_batch_size {micro_batch_size}")
         self.lengths, self.micro_batch_size, self.seed = lengths, micro_batch_size, seed
-        self.accumulation = max(batch_size // micro_batch_size, 1)  # micro-batches a step
+        self.accumulation = batch_size // micro_batch_size  # micro-batches a step
         n_micro_batches = -(-len(lengths) // micro_batch_size)
         self.steps_per_epoch = -(-n_micro_batches // self.accumulation)
         self._epoch, self._micro_batches = -1, []

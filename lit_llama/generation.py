@@ -36,7 +36,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None = None, top_p: 
         logits[max(top_k, 1) :] = -torch.inf
     probs = logits.softmax(-1)
     if top_p is not None:
-        probs[probs.cumsum(-1) - probs >= top_p] = 0  # the most likely one always stays, if top_p is above 0
+        probs[1:][(probs.cumsum(-1) - probs)[1:] >= top_p] = 0  # the most likely one always stays
     return ids[torch.multinomial(probs, 1)].squeeze()
 
 
@@ -83,6 +83,8 @@ def respond(
         context: the input that goes with the instruction.
         sampling: the further arguments of `generate`.
     """
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}")
     model.eval()
     for prompt in prompts:
         torch.manual_seed(seed)

@@ -70,6 +70,7 @@ def from_hf(tensors: Iterable[tuple[str, Tensor]], config: LLaMAConfig, dtype: t
             parts = qkv.setdefault(f"{prefix}attn.c_attn.weight", {})
             parts[layer[10]] = tensor.to(dtype)
             if len(parts) == 3:
+                del qkv[f"{prefix}attn.c_attn.weight"]
                 q, k = pairs_from_halves(parts["q"], config.n_head), pairs_from_halves(parts["k"], config.n_kv_head)
                 state[f"{prefix}attn.c_attn.weight"] = torch.cat((q, k, parts["v"]))
         elif not layer.endswith("rotary_emb.inv_freq"):  # old files carry these tables

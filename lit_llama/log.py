@@ -1,4 +1,4 @@
-"""What a training run tells: a progress bar or plain lines, metrics.csv, loss.png, and Fabric's loggers."""
+"""What a training run tells: a progress bar or plain lines, metrics.csv and loss.png."""
 
 import csv
 import io
@@ -84,9 +84,9 @@ class TrainingLog:
                 f"{format_seconds(left)} left"
             )
 
-    def validation(self, step: int, loss: float) -> None:
+    def validation(self, step: int, loss: float | None) -> None:
         """Report the validation loss after `step` steps, if there is one. The time it took is not training time."""
-        if not math.isnan(loss):
+        if loss is not None:
             self.validated.add(step)
             self._row(step, validation_loss=loss)
             self.say(
@@ -101,7 +101,6 @@ class TrainingLog:
             plot_losses(self.rows, self.path.with_name("loss.png"), title)
 
     def _row(self, step: int, **values: float) -> None:
-        self.fabric.log_dict(values, step=step)
         seconds = self.seconds + time.perf_counter() - self.started
         row = {"step": step, "records": self.records, "tokens": self.tokens, **values, "seconds": seconds}
         self.rows.append(row)

@@ -48,16 +48,16 @@ class LoRAConfig:
 class LoRALinear(Linear):
     """W x + (alpha / r) B A x, where W is the weight of the layer that this one takes the place of."""
 
-    def __init__(self, base: Linear, parts: dict[str, int], config: LoRAConfig) -> None:
-        """`parts` names the targets in the layer's output, in order, each with its number of rows."""
+    def __init__(self, base: Linear, rows: dict[str, int], config: LoRAConfig) -> None:
+        """`rows` names what could be targets in the layer's output, in order, each with its number of rows."""
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features)
         self.weight = base.weight
-        self.parts = {name: rows if name in config.targets else 0 for name, rows in parts.items()}
-        self.rows = tuple(parts.values())
-        n, device = sum(rows > 0 for rows in self.parts.values()), base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(n * config.r, self.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(sum(self.parts.values()), config.r, device=device))
+        self.rows = rows
+        self.target_rows = {name: n if name in config.targets else 0 for name, n in rows.items()}
+        n_targets, device = sum(n > 0 for n in self.target_rows.values()), base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(n_targets * config.r, self.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(sum(self.target_rows.values()), config.r, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.dropout = nn.Dropout(config.dropout)
         self.scaling = config.alpha / config.r
@@ -68,10 +68,8 @@ class LoRALinear(Linear):
 
     def spread_B(self) -> Tensor:
         """B as one matrix (out, n r): each target's block beside the others', zero rows for what is no target."""
-        blocks = self.lora_B.split(tuple(self.parts.values()))
-        return torch.block_diag(
-            *(block if len(block) else block.new_zeros(rows, 0) for block, rows in zip(blocks, self.rows, strict=True))
-        )
+        blocks = zip(self.lora_B.split(tuple(self.target_rows.values())), self.rows.values(), strict=True)
+        return torch.block_diag(*(block if len(block) else block.new_zeros(n, 0) for block, n in blocks))
 
     def delta(self) -> Tensor:
         """The update of the whole weight (out, in), in float32."""
@@ -90,9 +88,9 @@ def add_lora(model: LLaMA, config: LoRAConfig) -> None:
             (block.mlp, "c_fc2", {"mlp": H}),
             (block.mlp, "c_proj", {"mlp": C}),
         ]
-    for parent, name, parts in layers:
-        if parts.keys() & set(config.targets):
-            setattr(parent, name, LoRALinear(getattr(parent, name), parts, config))
+    for parent, name, rows in layers:
+        if rows.keys() & set(config.targets):
+            setattr(parent, name, LoRALinear(getattr(parent, name), rows, config))
 
 
 def mark_only_lora_as_trainable(model: nn.Module) -> None:

@@ -28,13 +28,14 @@ def store_as(module: nn.Module, frozen_dtype: torch.dtype) -> None:
 def shard(model: LLaMA, mesh: DeviceMesh, compute_dtype: torch.dtype) -> LLaMA:
     """Spread a model over the devices, block by block, so that none of them ever holds all of it.
 
+    `mesh` is Fabric's, with a dimension for tensor parallelism besides; given whole, it would mean replication.
     Parameters are gathered in `compute_dtype`; gradients are summed in float32.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     ends = [] if model.config.tie_embeddings else [model.transformer.wte, model.lm_head]  # tied ones stay together
     for module in (*model.transformer.h, *ends, model):
         store_as(module, compute_dtype)
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh["data_parallel"], mp_policy=policy)
     return model
 
 

@@ -29,13 +29,16 @@ class Tokenizer:
         try:
             if path.suffix == ".json":
                 self._hf = HFTokenizer.from_file(str(path))
+                self._hf.no_truncation()
+                self._hf.no_padding()
                 self._sp = None
             else:
                 self._sp = SentencePieceProcessor(model_file=str(path))
         except Exception:  # both libraries raise bare exceptions
             raise UserError(f"{path} is no tokenizer, or a truncated one; copy it again") from None
         if self._sp:
-            self.vocab_size, self.bos_id, self.eos_id = self._sp.vocab_size(), self._sp.bos_id(), self._sp.eos_id()
+            self.vocab_size, self.eos_id = self._sp.vocab_size(), self._sp.eos_id()
+            self.bos_id = self._sp.bos_id() if self._sp.bos_id() >= 0 else None
         else:
             self.vocab_size = self._hf.get_vocab_size()
             self.bos_id = next(iter(self._hf.encode("").ids), None)  # what its own post-processor adds
@@ -44,7 +47,11 @@ class Tokenizer:
     def _find_eos(self) -> int:
         config = self.path.with_name(CONFIG_NAME)
         names = EOS_TOKENS
-        if config.is_file() and (token := json.loads(config.read_text(encoding="utf-8")).get("eos_token")):
+        try:
+            token = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
+        except ValueError:
+            raise UserError(f"{config} is truncated or no JSON; copy it again") from None
+        if token:
             names = (token["content"] if isinstance(token, dict) else token,)
         for name in names:
             if (token_id := self._hf.token_to_id(name)) is not None:
@@ -58,6 +65,7 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids; bos and eos leave no trace."""
+        ids = [i for i in ids if i < self.vocab_size]  # a model may have more rows than the tokenizer has tokens
         return self._sp.decode(ids) if self._sp else self._hf.decode(ids)
 
     def stream(self, ids: Iterable[int], after: list[int] | None = None) -> Iterator[str]:
@@ -75,9 +83,9 @@ class Tokenizer:
                 before, pending = pending, []
 
     def files(self) -> dict[str, bytes]:
-        """The files that it was read from, by name, to be stored with a model."""
-        paths = (self.path, self.path.with_name(CONFIG_NAME))
-        return {path.name: path.read_bytes() for path in paths if path.is_file()}
+        """The files that it was read from, under the names by which they are found beside a model."""
+        paths = {FILE_NAMES[self._sp is None]: self.path, CONFIG_NAME: self.path.with_name(CONFIG_NAME)}
+        return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
 
     def fingerprint(self) -> str:
         """sha256 of the tokenizer's file, by which prepared data is matched to a model."""

@@ -1,8 +1,8 @@
 """What the training loops share besides the loop: launching, validation, stopping on a signal, training states."""
 
-import math
 import os
 import signal
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -23,6 +23,10 @@ from lit_llama.sharding import shard
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 
 STATE_FILE = "training-state.pth"
+MAY_CHANGE = (  # between the parts of a run; all else must stay as it was
+    "learning_rate", "num_epochs", "max_steps", "warmup_steps", "warmup_epochs", "eval_interval", "eval_records",
+    "save_interval", "log_interval", "devices", "num_nodes", "strategy", "activation_checkpointing",
+)  # fmt: skip
 
 
 def launch(devices: int, num_nodes: int, strategy: str, precision: str) -> Fabric:
@@ -38,6 +42,8 @@ def launch(devices: int, num_nodes: int, strategy: str, precision: str) -> Fabri
         raise UserError(f"{devices} devices were asked for, this machine has {has}; lower --devices")
     if devices < 1 or num_nodes < 1 or strategy not in ("auto", "ddp", "fsdp"):
         raise UserError("expected --devices and --num_nodes from 1 on, and --strategy auto, ddp or fsdp")
+    if precision not in ("32-true", "bf16-mixed"):  # others store what is trained in too few digits
+        raise UserError(f"--precision is 32-true or bf16-mixed for training, not {precision!r}")
     chosen: Any = "auto"
     if strategy == "fsdp":
         spread = partial(shard, compute_dtype=storage_dtype(precision))
@@ -61,8 +67,10 @@ def load_base(fabric: Fabric, path: Path, dtype: torch.dtype) -> LLaMA:
     return load_model(path, dtype, fabric.device)
 
 
-def check_tokenizer(dataset: Dataset, model: LLaMA, pretrained_path: Path, tokenizer_path: Path | None) -> Tokenizer:
-    """The model's tokenizer, or a UserError if the data was tokenised with another one."""
+def check_data(dataset: Dataset, model: LLaMA, pretrained_path: Path, tokenizer_path: Path | None) -> Tokenizer:
+    """The model's tokenizer, or a UserError if the data was tokenised with another one or is too long for the model."""
+    if dataset.block_size > model.config.block_size:
+        raise UserError(f"--block_size {dataset.block_size} is more than the model's {model.config.block_size} tokens")
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     if tokenizer.fingerprint() != dataset.meta["tokenizer"] or tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"{dataset.data_dir} was not prepared with {tokenizer.path}; prepare it again with that")
@@ -76,17 +84,31 @@ def loss_sum(model: nn.Module, input_ids: Tensor, select: Tensor, targets: Tenso
 
 
 @torch.no_grad()
-def validation_loss(fabric: Fabric, model: nn.Module, dataset: Dataset, micro_batch_size: int) -> float:
-    """The mean cross-entropy per target token of a whole data set (nan if that is empty); changes no random state."""
+def validation_loss(fabric: Fabric, model: nn.Module, dataset: Dataset, micro_batch_size: int) -> float | None:
+    """The mean cross-entropy per target token of a whole data set (None if that is empty); changes no random state."""
     if not len(dataset):
-        return math.nan
+        return None
     model.eval()
-    schedule = BatchSchedule(dataset.lengths, len(dataset) + micro_batch_size, micro_batch_size, seed=0)  # one step
+    everything = -(-len(dataset) // micro_batch_size) * micro_batch_size
+    schedule = BatchSchedule(dataset.lengths, everything, micro_batch_size, seed=0)  # one step
     total = torch.zeros((), device=fabric.device)
     for records in schedule.share(0, fabric.global_rank, fabric.world_size):
         total += loss_sum(model, *fabric.to_device(dataset.batch(records)))
     model.train()
     return float(fabric.all_reduce(total, reduce_op="sum")) / dataset.n_targets(range(len(dataset)))
+
+
+def on_first_process(fabric: Fabric, action: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Do something on one process alone, while the others wait. A UserError there is raised on all of them."""
+    problem = None
+    if fabric.is_global_zero:
+        try:
+            action(*args, **kwargs)
+        except UserError as error:
+            problem = str(error)
+    problem = fabric.broadcast(problem)
+    if problem:
+        raise UserError(problem)
 
 
 class StopSignal:
@@ -102,11 +124,15 @@ class StopSignal:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
-def check_out_dir(out_dir: Path, resume: bool) -> dict[str, Any] | None:
-    """The training state to resume from; refuses to write over a run, and to resume one that is not there."""
+def check_out_dir(out_dir: Path, resume: bool, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The training state to resume from; refuses to write over a run, and to resume one with other settings."""
     path = out_dir / STATE_FILE
     if resume:
-        return read_file(path)
+        state = read_file(path)
+        for name, value in state["hyperparameters"].items():
+            if name not in MAY_CHANGE and settings.get(name) != value:
+                raise UserError(f"cannot resume: the run in {out_dir} has {name} {value}, not {settings.get(name)}")
+        return state
     if path.exists():
         raise UserError(f"{out_dir} holds a run: continue it with --resume true, or give another --out_dir")
     return None

@@ -106,12 +106,12 @@ def read_weights(reader: GGUFReader, config: LLaMAConfig) -> dict[str, Tensor]:
         if name in ("attn_q", "attn_k", "attn_v"):
             parts = qkv.setdefault(prefix, [torch.empty(0)] * 3)
             parts["qkv".index(name[-1])] = weight
+            if all(len(part) for part in parts):
+                state[f"{prefix}attn.c_attn.weight"] = torch.cat(qkv.pop(prefix))  # ((nh + 2 nkv) hs, C)
         elif name in TENSOR_NAMES:
             state[prefix + TENSOR_NAMES[name]] = weight
         else:
             raise UserError(f"unexpected tensor {tensor.name} in a llama GGUF")
-    for prefix, parts in qkv.items():
-        state[f"{prefix}attn.c_attn.weight"] = torch.cat(parts)  # ((nh + 2 nkv) hs, C)
     if config.tie_embeddings:
         state["lm_head.weight"] = state["transformer.wte.weight"]
     return state

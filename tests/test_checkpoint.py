@@ -156,7 +156,7 @@ def test_finetuned_files_are_checked_for_kind_and_base(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="adapter"):
         load_finetuned(path, "lora", TINY)
     assert load_finetuned(path, "adapter", TINY)["state_dict"] == {}
-    with pytest.raises(UserError, match="3 layers"):
+    with pytest.raises(UserError, match="n_layer 2, not 3"):
         load_finetuned(path, "adapter", replace(TINY, n_layer=3))
 
 

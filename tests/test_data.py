@@ -97,7 +97,7 @@ def test_the_loss_is_the_mean_over_target_tokens(data_dir: Path) -> None:
     torch.testing.assert_close(mean, torch.stack(losses).mean())
 
 
-@pytest.mark.parametrize(("n", "batch_size", "micro_batch_size"), [(100, 16, 4), (37, 8, 3), (5, 128, 4), (9, 2, 4)])
+@pytest.mark.parametrize(("n", "batch_size", "micro_batch_size"), [(100, 16, 4), (37, 9, 3), (5, 128, 4), (9, 2, 1)])
 def test_every_epoch_has_every_record_once(n: int, batch_size: int, micro_batch_size: int) -> None:
     lengths = np.random.default_rng(0).integers(2, 100, n)
     schedule = BatchSchedule(lengths, batch_size, micro_batch_size, seed=1)
@@ -149,6 +149,18 @@ def test_other_names_of_the_fields(tmp_path: Path) -> None:
     assert read_records(tmp_path / "a.jsonl", keys) == [{"instruction": "i", "input": "c", "output": "r"}]
 
 
+def test_unicode_line_separators_do_not_end_a_record(tmp_path: Path) -> None:
+    record = {"instruction": "i", "input": "", "output": "a\u2028b\u0085c"}
+    (tmp_path / "a.jsonl").write_text((json.dumps(record, ensure_ascii=False) + "\n") * 2)
+    assert read_records(tmp_path / "a.jsonl") == [record, record]
+
+
+def test_another_encoding_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes('[{"instruction": "é"}]'.encode("latin-1"))
+    with pytest.raises(UserError, match="UTF-8"):
+        read_records(tmp_path / "a.json")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -158,6 +170,7 @@ def test_other_names_of_the_fields(tmp_path: Path) -> None:
         ('["text"]', "record 1"),
         ('{"a": {}}', "record 1: 'instruction'"),
         ('[{"instruction": "i", ', "neither"),
+        ('{"instruction": "i", "output": "o"}\n{"instruction"', "line 2"),
     ],
 )
 def test_malformed_records_are_named(tmp_path: Path, text: str, message: str) -> None:

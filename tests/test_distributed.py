@@ -136,6 +136,25 @@ def test_gradients_are_reduced_once_an_optimizer_step(checkpoint: Path, data_dir
     assert result.stdout == "reductions: 6\n"
 
 
+def test_a_sharded_model_holds_an_equal_share_on_each_device(tmp_path: Path) -> None:
+    """Under the very mesh that Fabric passes; a model that is only replicated would give the same results."""
+    program = """
+import torch
+from conftest import TINY, random_model
+from lit_llama.training import launch
+
+fabric = launch(2, 1, "fsdp", "32-true")
+model = random_model(TINY)
+n_parameters = sum(p.numel() for p in model.parameters())
+fabric.setup(model)
+share = sum(p.to_local().numel() for p in model.parameters())
+assert share <= 0.51 * n_parameters, (share, n_parameters)
+"""
+    (tmp_path / "driver.py").write_text(f"import sys\nsys.path[:0] = [{str(ROOT / 'tests')!r}]\n{program}")
+    result = subprocess.run([sys.executable, tmp_path / "driver.py"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_fewer_processes_than_asked_for_end_in_one_line(checkpoint: Path, data_dir: Path, tmp_path: Path) -> None:
     rest = [*arguments("lora", checkpoint, data_dir, tmp_path), "--devices", 2]
     command = [*TORCHRUN, "1", ROOT / "finetune_lora.py", *rest]

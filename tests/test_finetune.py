@@ -158,12 +158,16 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--learning_rate", "1e30"], "the loss of step"),
+        (["--learning_rate", "1e30", "--save_interval", "100"], "the loss of step"),
+        (["--learning_rate", "1e30"], "training has diverged"),
         (["--resume", "true"], "training-state.pth does not exist"),
         (["--lora_targets", "query,foo"], "foo"),
         (["--data_dir", "nowhere"], "prepare_"),
         (["--pretrained_path", "nowhere/lit-llama.pth"], "nowhere/lit-llama.pth does not exist"),
         (["--block_size", "2"], "no records"),
+        (["--block_size", "1000"], "--block_size 1000"),
+        (["--batch_size", "3"], "no multiple"),
+        (["--precision", "bf16-true"], "32-true or bf16-mixed"),
         (["--strategy", "magic"], "auto, ddp or fsdp"),
     ],
 )
@@ -181,7 +185,7 @@ def test_a_resumed_run_must_be_of_the_same_shape(method: str, finished: Path, ch
     other = {"lora": ["--lora_r", 2], "adapter": ["--prompt_length", 3], "full": []}[method]
     if other:
         arguments = finetune_arguments(method, checkpoint, data_dir, finished)
-        assert "does not fit" in run_script(f"finetune_{method}", *arguments, *other, "--resume", "true")
+        assert "cannot resume" in run_script(f"finetune_{method}", *arguments, *other, "--resume", "true")
 
 
 TOY = {
@@ -199,7 +203,17 @@ def test_a_toy_task_is_learned_and_generation_stops_by_itself(
     files = ["--train_file", tmp_path / "train.json", "--validation_file", tmp_path / "train.json"]
     data = ["--pretrained_path", checkpoint, "--data_dir", tmp_path / "data"]
     assert run_script("prepare_json", *files, *data) is None
-    settings = [*TOY[method], "--num_epochs", 200, "--save_interval", 1000, "--eval_interval", 1000]
+    settings = [
+        *TOY[method],
+        "--num_epochs",
+        200,
+        "--block_size",
+        128,
+        "--save_interval",
+        1000,
+        "--eval_interval",
+        1000,
+    ]
     assert run_script(f"finetune_{method}", *data, "--out_dir", tmp_path / "out", *settings) is None
     script, arguments = generate_arguments(method, tmp_path / "out", checkpoint)
     if method == "full":

@@ -52,6 +52,7 @@ def test_samples_follow_temperature_top_k_and_top_p() -> None:
         frequencies(logits, temperature=1.0, top_p=0.81), torch.tensor([0.15, 0.5, 0, 0.3]) / 0.95, **close
     )
     assert frequencies(logits, temperature=1.0, top_p=0.1)[1] == 1
+    assert frequencies(logits, temperature=1.0, top_p=0.0)[1] == 1
     assert sample(logits, temperature=0) == 1
 
 

@@ -50,8 +50,8 @@ def to_peft(model: LLaMA) -> dict[str, torch.Tensor]:
             continue
         place = name.split(".")
         prefix = "base_model.model." + (f"model.layers.{place[2]}." if len(place) > 1 else "")
-        used = [part for part, rows in layer.parts.items() if rows]
-        blocks = layer.lora_B.split([layer.parts[part] for part in used])
+        used = [part for part, rows in layer.target_rows.items() if rows]
+        blocks = layer.lora_B.split([layer.target_rows[part] for part in used])
         for part, a, b in zip(used, layer.lora_A.chunk(len(used)), blocks, strict=True):
             if part in ("query", "key"):
                 b = halves_from_pairs(b, c.n_head if part == "query" else c.n_kv_head)

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from lit_llama.cli import UserError
 from lit_llama.data import BatchSchedule, Dataset
-from lit_llama.training import check_out_dir, check_tokenizer, loss_sum, validation_loss
+from lit_llama.training import check_data, check_out_dir, loss_sum, validation_loss
 
 
 def test_validation_is_repeatable_token_weighted_and_disturbs_no_random_state(data_dir: Path) -> None:
@@ -36,23 +36,39 @@ def test_data_of_another_tokenizer_is_refused(
 ) -> None:
     dataset = Dataset(data_dir, "train", 128)
     model = random_model(TINY)
-    check_tokenizer(dataset, model, checkpoint, None)
+    check_data(dataset, model, checkpoint, None)
     shutil.copy(checkpoint, tmp_path)
     other = HFTokenizer.from_str(byte_tokenizer.to_str())
     other.add_tokens(["more"])
     other.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="prepare it again"):
-        check_tokenizer(dataset, model, tmp_path / "lit-llama.pth", None)
+        check_data(dataset, model, tmp_path / "lit-llama.pth", None)
 
 
 def test_a_run_is_not_written_over(tmp_path: Path) -> None:
-    assert check_out_dir(tmp_path, resume=False) is None
+    assert check_out_dir(tmp_path, False, {}) is None
     with pytest.raises(UserError, match="does not exist"):
-        check_out_dir(tmp_path, resume=True)
-    torch.save({"step": 3}, tmp_path / "training-state.pth")
-    assert check_out_dir(tmp_path, resume=True) == {"step": 3}
+        check_out_dir(tmp_path, True, {"seed": 1, "max_steps": 5})
+    torch.save({"step": 3, "hyperparameters": {"seed": 1, "max_steps": 3}}, tmp_path / "training-state.pth")
+    assert check_out_dir(tmp_path, True, {"seed": 1, "max_steps": 5})["step"] == 3
     with pytest.raises(UserError, match="--resume true"):
-        check_out_dir(tmp_path, resume=False)
+        check_out_dir(tmp_path, False, {})
+
+
+def test_a_run_is_not_resumed_with_settings_that_change_it(tmp_path: Path) -> None:
+    torch.save({"step": 3, "hyperparameters": {"seed": 1, "lora_alpha": 16}}, tmp_path / "training-state.pth")
+    with pytest.raises(UserError, match="lora_alpha 16, not 32"):
+        check_out_dir(tmp_path, True, {"seed": 1, "lora_alpha": 32})
+
+
+def test_a_block_size_beyond_the_model_is_refused(data_dir: Path, checkpoint: Path) -> None:
+    with pytest.raises(UserError, match="129"):
+        check_data(Dataset(data_dir, "train", 129), random_model(TINY), checkpoint, None)
+
+
+def test_an_empty_validation_set_has_no_loss(data_dir: Path) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    assert validation_loss(fabric, random_model(TINY), Dataset(data_dir, "train", 2), 2) is None
 
 
 def test_updates_are_not_lost_on_a_bfloat16_base(data_dir: Path) -> None:
