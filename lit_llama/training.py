@@ -129,6 +129,8 @@ def check_out_dir(out_dir: Path, resume: bool, settings: dict[str, Any]) -> dict
     path = out_dir / STATE_FILE
     if resume:
         state = read_file(path)
+        if not {"step", "optimizer", "hyperparameters"} <= state.keys():
+            raise UserError(f"{path} is no training state")
         for name, value in state["hyperparameters"].items():
             if name not in MAY_CHANGE and settings.get(name) != value:
                 raise UserError(f"cannot resume: the run in {out_dir} has {name} {value}, not {settings.get(name)}")

@@ -49,14 +49,18 @@ def test_a_run_is_not_written_over(tmp_path: Path) -> None:
     assert check_out_dir(tmp_path, False, {}) is None
     with pytest.raises(UserError, match="does not exist"):
         check_out_dir(tmp_path, True, {"seed": 1, "max_steps": 5})
-    torch.save({"step": 3, "hyperparameters": {"seed": 1, "max_steps": 3}}, tmp_path / "training-state.pth")
+    torch.save(
+        {"step": 3, "optimizer": {}, "hyperparameters": {"seed": 1, "max_steps": 3}}, tmp_path / "training-state.pth"
+    )
     assert check_out_dir(tmp_path, True, {"seed": 1, "max_steps": 5})["step"] == 3
     with pytest.raises(UserError, match="--resume true"):
         check_out_dir(tmp_path, False, {})
 
 
 def test_a_run_is_not_resumed_with_settings_that_change_it(tmp_path: Path) -> None:
-    torch.save({"step": 3, "hyperparameters": {"seed": 1, "lora_alpha": 16}}, tmp_path / "training-state.pth")
+    torch.save(
+        {"step": 3, "optimizer": {}, "hyperparameters": {"seed": 1, "lora_alpha": 16}}, tmp_path / "training-state.pth"
+    )
     with pytest.raises(UserError, match="lora_alpha 16, not 32"):
         check_out_dir(tmp_path, True, {"seed": 1, "lora_alpha": 32})
 
