@@ -48,8 +48,10 @@ def write_file(path: Path, content: bytes | str | Mapping[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise UserError(f"could not write {path}: {str(error).splitlines()[0]}; free some disk space?") from None
+    except OSError as error:
+        raise UserError(f"could not write {path}: {error.strerror}") from None
+    except RuntimeError:  # torch.save's way to say so
+        raise UserError(f"could not write {path}: the disk is full") from None
     finally:
         part.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -38,6 +39,8 @@ def run(main: Callable[..., None]) -> None:
         setattr(module, name, int(value) if is_whole else value)  # PositiveInt is no int that a checkpoint may hold
     try:
         main(**arguments)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError as error:

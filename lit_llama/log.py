@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import os
 import resource
 import sys
 import time
@@ -50,7 +51,7 @@ class TrainingLog:
         self.records, self.tokens = int(last.get("records", 0)), int(last.get("tokens", 0))
         self.seconds = last.get("seconds", 0.0)
         self.validated = {row["step"] for row in self.rows if "validation_loss" in row}
-        terminal = sys.stderr.isatty() and fabric.is_global_zero
+        terminal = sys.stderr.isatty() and min(os.get_terminal_size(sys.stderr.fileno())) > 0 and fabric.is_global_zero
         self.bar = tqdm(total=n_steps, initial=first_step, unit="step", disable=not terminal, dynamic_ncols=True)
         self.started = self.last = time.perf_counter()
         self.training_seconds = 0.0

@@ -70,3 +70,10 @@ def test_mistakes_end_in_one_line(script: Path) -> None:
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert "/not/there" in result.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(script: Path) -> None:
+    endless = script.read_text().replace("derived =", "[print(i, flush=True) for i in range(10**6)]\n    derived =")
+    script.write_text(endless)
+    result = subprocess.run(f"{sys.executable} {script} | head -1", shell=True, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("0\n", "")

@@ -1,3 +1,10 @@
+import contextlib
+import fcntl
+import os
+import struct
+import subprocess
+import sys
+import termios
 from itertools import pairwise
 from pathlib import Path
 
@@ -51,3 +58,31 @@ def test_a_row_that_was_cut_off_is_no_trouble(tmp_path: Path) -> None:
 
 def test_durations() -> None:
     assert [format_seconds(s) for s in (5, 65.4, 3600, 45296)] == ["0:05", "1:05", "1:00:00", "12:34:56"]
+
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from lightning import Fabric
+from lit_llama.log import TrainingLog
+log = TrainingLog(Fabric(accelerator="cpu", devices=1), Path(sys.argv[1]), 3, 0, interval=1)
+for step in (1, 2, 3):
+    time.sleep(0.15)
+    log.step(step, 1.5, 1e-3, 8, 100)
+log.close("title")
+"""
+
+
+@pytest.mark.parametrize(("size", "bar"), [((40, 120), True), ((0, 0), False)])
+def test_a_terminal_gets_a_bar_and_one_without_a_size_gets_lines(tmp_path: Path, size: tuple, bar: bool) -> None:
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], stderr=theirs)
+    os.close(theirs)
+    output = b""
+    with contextlib.suppress(OSError):  # how Linux reports that the other end has closed
+        while chunk := os.read(ours, 4096):
+            output += chunk
+    assert process.wait() == 0
+    assert (b"3/3 [" in output and b"loss 1.500" in output) == bar
+    assert (b"step 3/3: loss 1.5000" in output) != bar
