@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ warmup_steps = 100  # optimizer steps in which the learning rate rises to its va
 weight_decay = 0.0
 block_size: PositiveInt = 512  # tokens; longer records are cut
 mask_prompt = True  # train on the responses alone
-moments_dtype = "bfloat16"  # of AdamW; weights are float32, in which small updates are not lost; or float32
+moments_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of AdamW; weights are float32, to lose no small updates
 eval_interval: PositiveInt = 100  # optimizer steps
 eval_records: PositiveInt | None = 400  # the first ones of the validation split; null: all
 save_interval: PositiveInt = 100  # optimizer steps
@@ -82,7 +83,7 @@ def main(
     tokenizer = check_data(train_data, llama, pretrained_path, tokenizer_path)
     llama.recompute_blocks = activation_checkpointing
     model = fabric.setup(llama)
-    moments = torch.float32 if moments_dtype == "float32" else torch.bfloat16
+    moments = getattr(torch, moments_dtype)
     adamw = AdamW(llama.parameters(), lr=learning_rate, weight_decay=weight_decay, moments_dtype=moments)
     optimizer = fabric.setup_optimizers(adamw)
     first_step = load_training_state(out_dir / STATE_FILE, state, llama.state_dict(), adamw) if state else 0

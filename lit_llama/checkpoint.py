@@ -28,8 +28,12 @@ def default_precision() -> str:
 
 def storage_dtype(precision: str) -> torch.dtype:
     """What frozen weights are stored in: bfloat16 or float16 where all or most is computed in it, else float32."""
-    dtypes = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
-    dtypes["bf16-mixed"] = torch.bfloat16
+    dtypes = {
+        "32-true": torch.float32,
+        "bf16-mixed": torch.bfloat16,
+        "bf16-true": torch.bfloat16,
+        "16-true": torch.float16,
+    }
     if precision not in dtypes:
         raise UserError(f"--precision is one of {', '.join(dtypes)}, not {precision!r}")
     return dtypes[precision]
@@ -129,6 +133,12 @@ def check_state(path: Path, state: Mapping[str, Any], expected: Mapping[str, Ten
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(f"{path} does not fit the model: it {what} {names[0]}{more}{hint(state)}")
+
+
+def check_complete(path: Path, state: Mapping[str, Any], config: LLaMAConfig) -> None:
+    """Raise a UserError unless `state`, made from `path`, has every weight of a model of this config and no other."""
+    with torch.device("meta"):
+        check_state(path, state, LLaMA(config).state_dict())
 
 
 def copy_state(path: Path, state: Mapping[str, Any], target: Mapping[str, Tensor]) -> None:

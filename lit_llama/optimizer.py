@@ -46,7 +46,7 @@ class AdamW(Optimizer):
                 parameter.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta_1 ** group["step"]))
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load a state without the cast to the parameters' dtype, which torch's optimizers do."""
+        """Load a state; the moments, which torch casts to the parameters' dtype, are cast back."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
             for name in ("exp_avg", "exp_avg_sq"):

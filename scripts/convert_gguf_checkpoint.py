@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_llama.checkpoint import save_model_folder
+from lit_llama.checkpoint import check_complete, save_model_folder
 from lit_llama.cli import UserError, run
 from lit_llama.model import LLaMAConfig
 
@@ -53,7 +53,9 @@ def main(gguf_path: Path, out_dir: Path) -> None:
     """
     reader = read_gguf(gguf_path)
     config = read_config(reader)
-    save_model_folder(out_dir, read_weights(reader, config), config, read_tokenizer(reader))
+    state = read_weights(reader, config)
+    check_complete(gguf_path, state, config)
+    save_model_folder(out_dir, state, config, read_tokenizer(reader))
     print(f"Saved {out_dir}", file=sys.stderr)
 
 

@@ -10,12 +10,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_llama.checkpoint import check_state, read_file, save_model_folder
+from lit_llama.checkpoint import check_complete, read_file, save_model_folder
 from lit_llama.cli import UserError, run
 from lit_llama.huggingface import config_from_hf, from_hf
-from lit_llama.model import LLaMA
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+from lit_llama.tokenizer import FILE_NAMES, find_tokenizer
 
 
 def main(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None) -> None:
@@ -32,14 +30,10 @@ def main(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None) -> None:
     if name not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype is one of float32, bfloat16, float16, not {name!r}")
     state = from_hf(read_shards(checkpoint_dir), config, getattr(torch, name))
-    with torch.device("meta"):
-        expected = LLaMA(config).state_dict()
-    check_state(checkpoint_dir, state, expected)
-    files = {file: checkpoint_dir / file for file in TOKENIZER_FILES if (checkpoint_dir / file).is_file()}
-    contents: dict[str, bytes | str] = {file: path.read_bytes() for file, path in files.items()}
-    if (checkpoint_dir / "tokenizer.model").is_file():  # LLaMA's own; with Hugging Face's beside it, one is enough
-        contents = {"tokenizer.model": (checkpoint_dir / "tokenizer.model").read_bytes()}
-    save_model_folder(out_dir, state, config, contents)
+    check_complete(checkpoint_dir, state, config)
+    has_tokenizer = any((checkpoint_dir / name).is_file() for name in FILE_NAMES)
+    files = find_tokenizer(checkpoint_dir, checkpoint_dir).files() if has_tokenizer else {}
+    save_model_folder(out_dir, state, config, files)
     print(f"Saved {out_dir}", file=sys.stderr)
 
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +73,14 @@ def test_a_sharded_folder_gives_the_logits_of_transformers(hf_folder: Path, tmp_
     ours = load_model(tmp_path / "out" / "lit-llama.pth").eval()
     idx = torch.randint(TINY.vocab_size, (2, 80))
     torch.testing.assert_close(ours(idx), model(idx).logits, atol=1e-4, rtol=0)
+
+
+def test_the_tokenizer_comes_along(hf_folder: Path, tmp_path: Path, model_folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_folder / name, hf_folder)
+    convert_hf_checkpoint.main(hf_folder, tmp_path / "out")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (model_folder / name).read_bytes()
 
 
 def test_wrong_folders_are_refused_and_leave_nothing(hf_folder: Path, tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ GGUF_CONFIG = replace(TINY, vocab_size=300, n_embd=64, n_hidden=96, norm_eps=1e-
 QUANTISED = GGMLQuantizationType.Q8_0
 
 
-def write_gguf(path: Path, tokenizer: HFTokenizer, pre: str = "smollm", architecture: str = "llama") -> dict:
+def write_gguf(
+    path: Path, tokenizer: HFTokenizer, pre: str = "smollm", architecture: str = "llama", without: str = ""
+) -> dict:
     """A GGUF as llama.cpp writes it, with quantised matrices; returns its weights under llama.cpp's names."""
     c, state = GGUF_CONFIG, random_model(GGUF_CONFIG).state_dict()
     writer = GGUFWriter(path, architecture)
@@ -57,6 +59,7 @@ def write_gguf(path: Path, tokenizer: HFTokenizer, pre: str = "smollm", architec
                 tensors[f"blk.{i}.{theirs}"] = state[f"transformer.h.{i}.{ours}"]
         qkv = state[f"transformer.h.{i}.attn.c_attn.weight"].split(c.qkv_sizes)
         tensors |= {f"blk.{i}.attn_{x}": part for x, part in zip("qkv", qkv, strict=True)}
+    tensors.pop(without, None)
     for name, tensor in tensors.items():
         array = tensor.numpy().astype(np.float32)
         if array.ndim == 1:
@@ -112,6 +115,9 @@ def test_other_ggufs_are_refused_and_leave_nothing(tmp_path: Path, byte_tokenize
         convert_gguf_checkpoint.main(path, tmp_path / "out")
     write_gguf(path, byte_tokenizer, pre="unheard-of")
     with pytest.raises(UserError, match="unheard-of"):
+        convert_gguf_checkpoint.main(path, tmp_path / "out")
+    write_gguf(path, byte_tokenizer, without="blk.1.attn_k")
+    with pytest.raises(UserError, match=r"m\.gguf.*lacks transformer\.h\.1\.attn\.c_attn"):
         convert_gguf_checkpoint.main(path, tmp_path / "out")
     write_gguf(path, byte_tokenizer)
     path.write_bytes(path.read_bytes()[:-5000])
