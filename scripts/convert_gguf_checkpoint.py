@@ -1,20 +1,19 @@
 """Convert a GGUF file of the llama architecture (quantised ones are dequantised) into a model folder."""
 
-import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader, dequantize
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
-from tokenizers import Tokenizer as HFTokenizer
+from gguf import GGUFReader, ReaderTensor, dequantize
 from torch import Tensor
 from tqdm import tqdm
 
 from lit_llama.checkpoint import check_complete, save_model_folder
 from lit_llama.cli import UserError, run
-from lit_llama.model import LLaMAConfig
+from lit_llama.model import LLaMAConfig, RopeScaling, stretch_frequencies
+from lit_llama.tokenizer_formats import from_gguf
 
 TENSOR_NAMES = {  # llama.cpp stores q and k rows in Meta's order, which is ours
     "token_embd": "transformer.wte.weight",
@@ -27,21 +26,19 @@ TENSOR_NAMES = {  # llama.cpp stores q and k rows in Meta's order, which is ours
     "ffn_up": "mlp.c_fc2.weight",
     "ffn_down": "mlp.c_proj.weight",
 }
+ROPE_FREQS = "rope_freqs.weight"
+ROWS = 1024  # dequantised at a time; a whole tensor at once takes several times its size
 
-LLAMA_3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
-PRE_TOKENIZERS = {  # llama.cpp's names for how text is cut before the byte pairs are merged
-    "default": [BYTES],
-    "gpt-2": [BYTES],
-    "smollm": [pre_tokenizers.Digits(individual_digits=True), BYTES],
-    "llama-bpe": [
-        pre_tokenizers.Split(Regex(LLAMA_3_PATTERN), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ],
-}
+
+class Metadata(dict[str, Any]):
+    """What the GGUF at `path` says of its model; to ask for what it does not say is a UserError, no KeyError."""
+
+    def __init__(self, path: Path, reader: GGUFReader) -> None:
+        super().__init__({name: field.contents() for name, field in reader.fields.items()})
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self.path} does not say its {key}; get a GGUF from another source")
 
 
 def main(gguf_path: Path, out_dir: Path) -> None:
@@ -51,58 +48,91 @@ def main(gguf_path: Path, out_dir: Path) -> None:
         gguf_path: A .gguf file with `general.architecture = llama`.
         out_dir: The model folder to write: lit-llama.pth, config.json and the tokenizer.
     """
-    reader = read_gguf(gguf_path)
-    config = read_config(reader)
-    state = read_weights(reader, config)
+    metadata, tensors = read_gguf(gguf_path)
+    config = read_config(metadata, tensors)
+    tokenizer = from_gguf(gguf_path, metadata)
+    state = read_weights(gguf_path, tensors, config)
     check_complete(gguf_path, state, config)
-    save_model_folder(out_dir, state, config, read_tokenizer(reader))
+    save_model_folder(out_dir, state, config, tokenizer)
     print(f"Saved {out_dir}", file=sys.stderr)
 
 
-def read_gguf(path: Path) -> GGUFReader:
+def read_gguf(path: Path) -> tuple[Metadata, dict[str, ReaderTensor]]:
+    """Metadata, and tensors as they are stored and by llama.cpp's names; they stay on the disk until they are used."""
     try:
         reader = GGUFReader(path)
+        return Metadata(path, reader), {tensor.name: tensor for tensor in reader.tensors}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (ValueError, IndexError, OSError) as error:
-        raise UserError(f"{path} is not a whole GGUF file ({error}); download it again") from None
-    architecture = get(reader, "general.architecture")
+    except (ValueError, LookupError, OSError) as error:
+        raise UserError(f"{path} is not a whole GGUF file ({error}); download it again, or update gguf") from None
+
+
+def check_supported(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> None:
+    """Raise a UserError for what LLaMA does not have."""
+    path, architecture = metadata.path, metadata["general.architecture"]
     if architecture != "llama":
         raise UserError(f"{path} holds a model of architecture {architecture!r}, expected 'llama'")
-    return reader
-
-
-def get(reader: GGUFReader, key: str, default: Any = None) -> Any:
-    field = reader.get_field(key)
-    return default if field is None else field.contents()
-
-
-def read_config(reader: GGUFReader) -> LLaMAConfig:
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in tensors:
-        raise UserError("this GGUF has no weights, only a vocabulary")
-    if "rope_freqs.weight" in tensors:
-        raise UserError("this GGUF stores its rotary scaling as a tensor (Llama 3.1 and later), which is not supported")
-    return LLaMAConfig(
-        block_size=get(reader, "llama.context_length"),
-        vocab_size=int(tensors["token_embd.weight"].shape[-1]),  # may be padded beyond the tokenizer's
-        n_layer=get(reader, "llama.block_count"),
-        n_head=get(reader, "llama.attention.head_count"),
-        n_embd=get(reader, "llama.embedding_length"),
-        n_kv_head=get(reader, "llama.attention.head_count_kv"),
-        n_hidden=get(reader, "llama.feed_forward_length"),
-        norm_eps=float(f"{get(reader, 'llama.attention.layer_norm_rms_epsilon'):.6g}"),  # float32 on disk
-        rope_base=get(reader, "llama.rope.freq_base", 10000.0),
-        tie_embeddings="output.weight" not in tensors,
-    )
+        raise UserError(f"{path} has no weights, only a vocabulary; get the model itself")
+    if experts := metadata.get("llama.expert_count", 0):
+        raise UserError(f"{path} holds a mixture of {experts} experts, which is not supported; get a dense model")
+    scaling = "linear" if metadata.get("llama.rope.scale_linear", 1.0) != 1 else "none"  # as older files name it
+    scaling = metadata.get("llama.rope.scaling.type", scaling)
+    if scaling != "none":
+        raise UserError(f"{path} stretches its rotary frequencies in the {scaling} way; only Llama 3.1's is supported")
 
 
-def read_weights(reader: GGUFReader, config: LLaMAConfig) -> dict[str, Tensor]:
+def read_config(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> LLaMAConfig:
+    check_supported(metadata, tensors)
+    try:
+        config = LLaMAConfig(
+            block_size=metadata["llama.context_length"],
+            vocab_size=int(tensors["token_embd.weight"].shape[-1]),  # may be padded beyond the tokenizer's
+            n_layer=metadata["llama.block_count"],
+            n_head=metadata["llama.attention.head_count"],
+            n_embd=metadata["llama.embedding_length"],
+            n_kv_head=metadata.get("llama.attention.head_count_kv"),
+            n_hidden=metadata["llama.feed_forward_length"],
+            norm_eps=shortest(metadata["llama.attention.layer_norm_rms_epsilon"]),
+            rope_base=metadata.get("llama.rope.freq_base", 10000.0),
+            tie_embeddings="output.weight" not in tensors,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{metadata.path} does not describe a LLaMA ({error}); get another model") from None
+    rotated = metadata.get("llama.rope.dimension_count", config.head_size)
+    if rotated != config.head_size:
+        raise UserError(f"{metadata.path} rotates {rotated} channels of a head, LLaMA all {config.head_size} of them")
+    if ROPE_FREQS in tensors:
+        config = replace(config, rope_scaling=read_rope_scaling(metadata.path, tensors[ROPE_FREQS], config))
+    return config
+
+
+def shortest(value: float) -> float:
+    """The number that was written as float32: 1e-5, not 9.99999974e-06."""
+    return float(f"{value:.6g}")
+
+
+def read_rope_scaling(path: Path, tensor: ReaderTensor, config: LLaMAConfig) -> RopeScaling:
+    """The settings behind the divisor of each rotary frequency, which is all that llama.cpp keeps of them."""
+    divisors = dequantise(path, tensor)  # (hs / 2,)
+    published = LLaMAConfig.from_name("Llama-3.1-8B").rope_scaling  # models differ in the factor alone
+    scaling = replace(published, factor=shortest(divisors.max().item()))
+    freqs = config.rope_base ** -(torch.arange(0, config.head_size, 2) / config.head_size)  # (hs / 2,)
+    expected = freqs / stretch_frequencies(freqs, scaling)
+    if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):
+        raise UserError(f"{path} scales its rotary frequencies in a way that is not known; it is not Llama 3.1's")
+    return scaling
+
+
+def read_weights(path: Path, tensors: dict[str, ReaderTensor], config: LLaMAConfig) -> dict[str, Tensor]:
     """The state dict of LLaMA, dequantised to float32."""
     state: dict[str, Tensor] = {}
     qkv: dict[str, list[Tensor]] = {}
-    for tensor in tqdm(reader.tensors, desc="Dequantising", unit="tensor"):
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+    for tensor in tqdm(tensors.values(), desc="Dequantising", unit="tensor"):
+        if tensor.name == ROPE_FREQS:  # is in the config
+            continue
+        weight = dequantise(path, tensor)
         *block, name = tensor.name.removesuffix(".weight").split(".")  # blk, 0, attn_q
         prefix = f"transformer.h.{block[1]}." if block else ""
         if name in ("attn_q", "attn_k", "attn_v"):
@@ -113,37 +143,23 @@ def read_weights(reader: GGUFReader, config: LLaMAConfig) -> dict[str, Tensor]:
         elif name in TENSOR_NAMES:
             state[prefix + TENSOR_NAMES[name]] = weight
         else:
-            raise UserError(f"unexpected tensor {tensor.name} in a llama GGUF")
+            raise UserError(f"{path} has a tensor {tensor.name}, which LLaMA does not have")
     if config.tie_embeddings:
         state["lm_head.weight"] = state["transformer.wte.weight"]
     return state
 
 
-def read_tokenizer(reader: GGUFReader) -> dict[str, str]:
-    """The byte-level BPE tokenizer as the Hugging Face files tokenizer.json and tokenizer_config.json."""
-    kind, pre = get(reader, "tokenizer.ggml.model"), get(reader, "tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
-        raise UserError(
-            f"the GGUF's tokenizer ({kind}, {pre}) is not supported; byte-level BPE is: {', '.join(PRE_TOKENIZERS)}"
-        )
-    tokens = get(reader, "tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ")) for merge in get(reader, "tokenizer.ggml.merges")]
-    tokenizer = HFTokenizer(
-        models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=pre == "llama-bpe")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
-    tokenizer.decoder = decoders.ByteLevel()
-    kinds = get(reader, "tokenizer.ggml.token_type")
-    tokenizer.add_special_tokens(
-        [AddedToken(t, special=True) for t, kind in zip(tokens, kinds, strict=True) if kind == 3]
-    )
-    if get(reader, "tokenizer.ggml.add_bos_token", False):
-        bos = tokens[get(reader, "tokenizer.ggml.bos_token_id")]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-        )
-    eos = tokens[get(reader, "tokenizer.ggml.eos_token_id")]
-    return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps({"eos_token": eos}, indent=2)}
+def dequantise(path: Path, tensor: ReaderTensor) -> Tensor:
+    """A tensor in float32."""
+    weight = torch.empty(tensor.shape.tolist()[::-1])
+    try:
+        for start in range(0, len(weight), ROWS):
+            rows = slice(start, start + ROWS)
+            weight.numpy()[rows] = dequantize(tensor.data[rows], tensor.tensor_type)
+    except NotImplementedError:
+        kind = tensor.tensor_type.name
+        raise UserError(f"{path} holds {tensor.name} as {kind}, which the installed gguf cannot dequantise") from None
+    return weight
 
 
 if __name__ == "__main__":

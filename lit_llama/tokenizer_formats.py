@@ -1,0 +1,160 @@
+"""Tokenizers of other formats, turned into the files that `lit_llama.tokenizer.Tokenizer` reads."""
+
+import base64
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer as HFTokenizer
+
+from lit_llama.cli import UserError
+from lit_llama.tokenizer import CONFIG_NAME
+
+CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # SentencePiece's types of pieces, which GGUF has taken over for all tokenizers
+
+BYTES = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+DIGITS = [pre_tokenizers.Digits(individual_digits=True), *BYTES]
+LLAMA_3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA_3 = [
+    pre_tokenizers.Split(Regex(LLAMA_3_PATTERN), "isolated"),
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+]
+PRE_TOKENIZERS = {  # llama.cpp's names for how text is cut before the byte pairs are merged
+    "default": BYTES,
+    "gpt-2": BYTES,
+    "smollm": DIGITS,
+    "minerva-7b": DIGITS,
+    "llama-bpe": LLAMA_3,
+    "llama-v3": LLAMA_3,
+    "llama3": LLAMA_3,
+    "falcon3": LLAMA_3,
+}
+LLAMA_3_NAMES = (
+    *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
+    *("finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"),
+    *(f"reserved_special_token_{i}" for i in range(2, 247)),
+)
+LLAMA_3_SPECIAL = [f"<|{name}|>" for name in LLAMA_3_NAMES]  # as of Llama 3.1; their ids follow those in the file
+
+# Byte-level BPE writes a byte as one character: printable ones as in Latin-1, the others as those from 256 on (GPT-2).
+PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+BYTE_TO_CHAR = {byte: 256 + i for i, byte in enumerate(sorted({*range(256)} - PRINTABLE))}
+
+
+def from_gguf(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes | str]:
+    """The tokenizer that the metadata of the GGUF at `path` describes, as files by their names."""
+    model, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre", "default")
+    if model == "llama":
+        return {"tokenizer.model": sentencepiece_from_gguf(path, metadata)}
+    if model != "gpt2" or pre not in PRE_TOKENIZERS:
+        known = f"SentencePiece (llama) and byte-level BPE (gpt2: {', '.join(PRE_TOKENIZERS)}) are"
+        raise UserError(f"the tokenizer of {path} ({model}, {pre}) is not supported; {known}")
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token", PRE_TOKENIZERS[pre] is LLAMA_3)  # older files do not say
+    return byte_level_bpe(
+        tokens,
+        [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]],
+        pre,
+        bos=tokens[metadata["tokenizer.ggml.bos_token_id"]] if add_bos else None,
+        eos=tokens[metadata["tokenizer.ggml.eos_token_id"]],
+        special=[token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL],
+        added=[token for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED],
+    )
+
+
+def sentencepiece_from_gguf(path: Path, metadata: Mapping[str, Any]) -> bytes:
+    """A `tokenizer.model` with the same pieces, scores and settings as the one that the GGUF was made from."""
+    try:
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    except ImportError:
+        raise UserError(f"to convert the tokenizer of {path}, install protobuf: pip install protobuf") from None
+    tokens, types = metadata["tokenizer.ggml.tokens"], list(metadata["tokenizer.ggml.token_type"])
+    has_bos = metadata.get("tokenizer.ggml.add_bos_token", True)
+    unk = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    bos = metadata.get("tokenizer.ggml.bos_token_id", 1) if has_bos else unk
+    eos = metadata.get("tokenizer.ggml.eos_token_id", 2)
+    for token_id in (bos, eos) if has_bos else (eos,):
+        types[token_id] = CONTROL  # SentencePiece knows a bos or eos, which it finds by its name, only as this
+    model = ModelProto()
+    for token, score, kind in zip(tokens, metadata["tokenizer.ggml.scores"], types, strict=True):
+        model.pieces.add(piece=token, score=score, type=kind)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = trainer.BPE, len(tokens), BYTE in types
+    trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = unk, bos if has_bos else -1, eos, -1
+    trainer.unk_piece, trainer.bos_piece, trainer.eos_piece = tokens[unk], tokens[bos], tokens[eos]
+    normalizer.name, normalizer.remove_extra_whitespaces, normalizer.escape_whitespaces = "identity", False, True
+    normalizer.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    content = model.SerializeToString()
+    try:
+        SentencePieceProcessor(model_proto=content)
+    except RuntimeError as error:
+        raise UserError(f"the tokenizer of {path} is none of SentencePiece ({error}); get the file elsewhere") from None
+    return content
+
+
+def is_tiktoken(path: Path) -> bool:
+    """Whether the file is of tiktoken's format, as Llama 3's `tokenizer.model` is, against all appearances."""
+    with open(path, "rb") as file:
+        return re.match(rb"[A-Za-z0-9+/]+=* \d+\s", file.read(1024)) is not None
+
+
+def from_tiktoken(path: Path) -> dict[str, str]:
+    """Llama 3's `tokenizer.model` as the Hugging Face files tokenizer.json and tokenizer_config.json, with its BOS.
+
+    tiktoken merges the pair of neighbours whose union has the lowest rank, whatever the two are: every way to split a
+    token into two others is a merge.
+    """
+    ranks = read_ranks(path)
+    chars = {token: token.decode("latin-1").translate(BYTE_TO_CHAR) for token in ranks}
+    merges = []
+    for token in ranks:
+        splits = ((token[:i], token[i:]) for i in range(1, len(token)))
+        pairs = [(left, right) for left, right in splits if left in ranks and right in ranks]
+        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(chars[left], chars[right]) for left, right in pairs]
+    bos, eos = LLAMA_3_SPECIAL[:2]
+    return byte_level_bpe([*chars.values(), *LLAMA_3_SPECIAL], merges, "llama-bpe", bos, eos, LLAMA_3_SPECIAL)
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """The tokens of a tiktoken file and their ranks, which count from 0 in the order of the lines."""
+    lines = path.read_bytes().splitlines()
+    try:
+        pairs = [line.split() for line in lines]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except ValueError:
+        raise UserError(f"{path} is no tiktoken file, or a truncated one; copy it again") from None
+    if [*ranks.values()] != [*range(len(lines))] or any(bytes([byte]) not in ranks for byte in range(256)):
+        raise UserError(f"{path} is a tiktoken file with tokens missing or twice; copy it again")
+    return ranks
+
+
+def byte_level_bpe(
+    tokens: Sequence[str],
+    merges: Sequence[tuple[str, ...]],
+    pre: str,
+    bos: str | None,
+    eos: str,
+    special: Sequence[str],
+    added: Sequence[str] = (),
+) -> dict[str, str]:
+    """A byte-level BPE tokenizer as files: tokens by id, merges by rank, the name of how text is cut before.
+
+    Both `special` and `added` tokens are found in text before anything else; only the former are left out in decoding.
+    """
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = HFTokenizer(models.BPE(vocabulary, merges, ignore_merges=PRE_TOKENIZERS[pre] is LLAMA_3))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
+    if bos is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
+    return {"tokenizer.json": tokenizer.to_str(), CONFIG_NAME: json.dumps({"eos_token": eos}, indent=2)}

@@ -1,0 +1,223 @@
+"""GGUF files of the llama architecture become model folders; others are refused."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import convert_gguf_checkpoint
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, random_model
+from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
+from test_tokenizer_formats import bpe_metadata, sentencepiece_metadata, train_sentencepiece
+from tokenizers import Tokenizer as HFTokenizer
+from torch import Tensor
+
+from lit_llama.checkpoint import load_model
+from lit_llama.cli import UserError
+from lit_llama.model import RopeScaling
+from lit_llama.tokenizer import Tokenizer
+
+GGUF_CONFIG = replace(TINY, vocab_size=300, n_embd=64, n_hidden=96, norm_eps=1e-5, rope_base=5e5, tie_embeddings=True)
+QUANTISED = GGMLQuantizationType.Q8_0
+
+
+def write_gguf(
+    path: Path,
+    metadata: dict[str, Any],
+    architecture: str = "llama",
+    without: str = "",
+    extra: dict[str, np.ndarray] | None = None,
+) -> dict[str, Tensor]:
+    """A GGUF as llama.cpp writes it, with quantised matrices; returns its weights under llama.cpp's names.
+
+    `metadata` is the tokenizer's and whatever else there shall be; vectors of `extra` are stored as they are.
+    """
+    c, writer = GGUF_CONFIG, GGUFWriter(path, architecture)
+    shape = {
+        "llama.context_length": c.block_size,
+        "llama.embedding_length": c.n_embd,
+        "llama.block_count": c.n_layer,
+        "llama.feed_forward_length": c.n_hidden,
+        "llama.attention.head_count": c.n_head,
+        "llama.attention.head_count_kv": c.n_kv_head,
+        "llama.attention.layer_norm_rms_epsilon": c.norm_eps,
+        "llama.rope.freq_base": c.rope_base,
+    }
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in (shape | metadata).items():
+        add.get(type(value), writer.add_array)(key, value)
+    tensors = gguf_tensors()
+    tensors.pop(without, None)
+    for name, tensor in tensors.items():
+        array = tensor.numpy().astype(np.float32)
+        if array.ndim == 1:
+            writer.add_tensor(f"{name}.weight", array)
+        else:
+            array = quantize(array, QUANTISED)
+            tensors[name] = torch.from_numpy(dequantize(array, QUANTISED))
+            writer.add_tensor(f"{name}.weight", array, raw_dtype=QUANTISED)
+    for name, array in (extra or {}).items():
+        writer.add_tensor(f"{name}.weight", array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+def gguf_tensors() -> dict[str, Tensor]:
+    """Random weights under llama.cpp's names."""
+    c, state = GGUF_CONFIG, random_model(GGUF_CONFIG).state_dict()
+    tensors = {"token_embd": state["transformer.wte.weight"], "output_norm": state["transformer.ln_f.scale"]}
+    names = {theirs: ours for theirs, ours in convert_gguf_checkpoint.TENSOR_NAMES.items() if "transformer" not in ours}
+    for i in range(c.n_layer):
+        for theirs, ours in names.items():
+            if theirs != "output":
+                tensors[f"blk.{i}.{theirs}"] = state[f"transformer.h.{i}.{ours}"]
+        qkv = state[f"transformer.h.{i}.attn.c_attn.weight"].split(c.qkv_sizes)
+        tensors |= {f"blk.{i}.attn_{x}": part for x, part in zip("qkv", qkv, strict=True)}
+    return tensors
+
+
+def test_a_quantised_gguf_gives_its_dequantised_weights_and_its_config(
+    tmp_path: Path, byte_tokenizer: HFTokenizer
+) -> None:
+    tensors = write_gguf(tmp_path / "m.gguf", bpe_metadata(byte_tokenizer))
+    convert_gguf_checkpoint.main(tmp_path / "m.gguf", tmp_path / "out")
+    model = load_model(tmp_path / "out" / "lit-llama.pth")
+    assert model.config == GGUF_CONFIG
+    state = model.state_dict()
+    assert torch.equal(state["lm_head.weight"], tensors["token_embd"])
+    qkv = torch.cat([tensors[f"blk.1.attn_{x}"] for x in "qkv"])
+    assert torch.equal(state["transformer.h.1.attn.c_attn.weight"], qkv)
+    assert torch.equal(state["transformer.h.0.mlp.c_fc1.weight"], tensors["blk.0.ffn_gate"])
+    assert torch.equal(state["transformer.h.0.mlp.c_fc2.weight"], tensors["blk.0.ffn_up"])
+
+
+def test_a_tensor_is_dequantised_in_pieces(
+    tmp_path: Path, byte_tokenizer: HFTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = write_gguf(tmp_path / "m.gguf", bpe_metadata(byte_tokenizer))
+    monkeypatch.setattr(convert_gguf_checkpoint, "ROWS", 7)
+    _, stored = convert_gguf_checkpoint.read_gguf(tmp_path / "m.gguf")
+    for name in ("token_embd", "output_norm"):
+        assert torch.equal(convert_gguf_checkpoint.dequantise(tmp_path, stored[f"{name}.weight"]), tensors[name])
+
+
+def test_the_gguf_tokenizer_comes_along_and_splits_digits(tmp_path: Path, byte_tokenizer: HFTokenizer) -> None:
+    write_gguf(tmp_path / "m.gguf", bpe_metadata(byte_tokenizer))
+    convert_gguf_checkpoint.main(tmp_path / "m.gguf", tmp_path / "out")
+    tokenizer = Tokenizer(tmp_path / "out" / "tokenizer.json")
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 1)
+    text = "below is an instruction 🙂"
+    assert tokenizer.encode(text) == byte_tokenizer.encode(text).ids
+    space = tokenizer.encode(" ")
+    assert tokenizer.encode("12 34") == [tokenizer.encode(d)[0] for d in "12"] + space + [
+        tokenizer.encode(d)[0] for d in "34"
+    ]
+
+
+def test_a_sentencepiece_tokenizer_comes_along(tmp_path: Path) -> None:
+    sp = train_sentencepiece(tmp_path / "original.model")
+    write_gguf(tmp_path / "m.gguf", sentencepiece_metadata(sp))
+    convert_gguf_checkpoint.main(tmp_path / "m.gguf", tmp_path / "out")
+    ours, original = Tokenizer(tmp_path / "out" / "tokenizer.model"), Tokenizer(tmp_path / "original.model")
+    text = "  Write a response 🙂\n"
+    assert ours.encode(text, eos=True) == original.encode(text, eos=True)
+    assert ours.decode(ours.encode(text)) == text
+
+
+def llama_3_divisors(factor: float, low: float, high: float, original: float) -> np.ndarray:
+    """What llama.cpp stores as rope_freqs, by wavelengths as it computes them."""
+    size, divisors = GGUF_CONFIG.head_size, []
+    for i in range(0, size, 2):
+        wavelength = 2 * np.pi * GGUF_CONFIG.rope_base ** (i / size)
+        smooth = (original / wavelength - low) / (high - low)
+        middle = 1 / ((1 - smooth) / factor + smooth)
+        fast, slow = wavelength < original / high, wavelength > original / low
+        divisors.append(1.0 if fast else factor if slow else middle)
+    return np.array(divisors, dtype=np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_the_scaling_of_llama_3_is_found_again(tmp_path: Path, byte_tokenizer: HFTokenizer, factor: float) -> None:
+    divisors = llama_3_divisors(factor, 1, 4, 8192)
+    assert any(1 < divisor < factor for divisor in divisors)  # all three cases are there
+    write_gguf(tmp_path / "m.gguf", bpe_metadata(byte_tokenizer), extra={"rope_freqs": divisors})
+    convert_gguf_checkpoint.main(tmp_path / "m.gguf", tmp_path / "out")
+    config = load_model(tmp_path / "out" / "lit-llama.pth").config
+    assert config == replace(GGUF_CONFIG, rope_scaling=RopeScaling(factor, 1.0, 4.0, 8192))
+
+
+def test_an_unknown_scaling_is_refused(tmp_path: Path, byte_tokenizer: HFTokenizer) -> None:
+    for divisors in (llama_3_divisors(8, 1, 4.05, 8192), np.ones(3, dtype=np.float32)):
+        write_gguf(tmp_path / "m.gguf", bpe_metadata(byte_tokenizer), extra={"rope_freqs": divisors})
+        with pytest.raises(UserError, match=r"m\.gguf.*rotary"):
+            convert_gguf_checkpoint.main(tmp_path / "m.gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("llama.expert_count", 8, "mixture of 8 experts"),
+        ("llama.rope.scaling.type", "yarn", "in the yarn way"),
+        ("llama.rope.scaling.type", "linear", "in the linear way"),
+        ("llama.rope.scale_linear", 4.0, "in the linear way"),
+        ("llama.rope.dimension_count", 8, "rotates 8 channels"),
+        ("llama.attention.head_count", 3, "n_head=3"),
+    ],
+)
+def test_what_is_not_llama_is_refused(
+    tmp_path: Path, byte_tokenizer: HFTokenizer, key: str, value: object, message: str
+) -> None:
+    write_gguf(tmp_path / "m.gguf", bpe_metadata(byte_tokenizer) | {key: value})
+    with pytest.raises(UserError, match=rf"m\.gguf .*{message}"):
+        convert_gguf_checkpoint.main(tmp_path / "m.gguf", tmp_path / "out")
+
+
+def test_no_scaling_may_be_stated(tmp_path: Path, byte_tokenizer: HFTokenizer) -> None:
+    stated = {"llama.expert_count": 0, "llama.rope.scaling.type": "none", "llama.rope.dimension_count": 16}
+    write_gguf(tmp_path / "m.gguf", bpe_metadata(byte_tokenizer) | stated)
+    convert_gguf_checkpoint.main(tmp_path / "m.gguf", tmp_path / "out")
+    assert load_model(tmp_path / "out" / "lit-llama.pth").config == GGUF_CONFIG
+
+
+def test_a_type_that_cannot_be_dequantised_is_refused(tmp_path: Path, byte_tokenizer: HFTokenizer) -> None:
+    integers = {"output_norm": np.ones(64, dtype=np.int32)}
+    write_gguf(tmp_path / "m.gguf", bpe_metadata(byte_tokenizer), without="output_norm", extra=integers)
+    with pytest.raises(UserError, match=r"m\.gguf holds output_norm\.weight as I32"):
+        convert_gguf_checkpoint.main(tmp_path / "m.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_ggufs_are_refused_and_leave_nothing(tmp_path: Path, byte_tokenizer: HFTokenizer) -> None:
+    path, metadata = tmp_path / "m.gguf", bpe_metadata(byte_tokenizer)
+    with pytest.raises(UserError, match=r"m\.gguf does not exist"):
+        convert_gguf_checkpoint.main(path, tmp_path / "out")
+    path.write_bytes(b"GGUF but not really")
+    with pytest.raises(UserError, match=r"m\.gguf is not a whole GGUF"):
+        convert_gguf_checkpoint.main(path, tmp_path / "out")
+    write_gguf(path, metadata, architecture="gemma")
+    with pytest.raises(UserError, match="'gemma'"):
+        convert_gguf_checkpoint.main(path, tmp_path / "out")
+    write_gguf(path, metadata | {"tokenizer.ggml.pre": "unheard-of"})
+    with pytest.raises(UserError, match="unheard-of"):
+        convert_gguf_checkpoint.main(path, tmp_path / "out")
+    write_gguf(path, {key: value for key, value in metadata.items() if "merges" not in key})
+    with pytest.raises(UserError, match=r"m\.gguf does not say its tokenizer\.ggml\.merges"):
+        convert_gguf_checkpoint.main(path, tmp_path / "out")
+    write_gguf(path, metadata, without="token_embd")
+    with pytest.raises(UserError, match=r"m\.gguf has no weights"):
+        convert_gguf_checkpoint.main(path, tmp_path / "out")
+    write_gguf(path, metadata, without="blk.1.attn_k")
+    with pytest.raises(UserError, match=r"m\.gguf.*lacks transformer\.h\.1\.attn\.c_attn"):
+        convert_gguf_checkpoint.main(path, tmp_path / "out")
+    write_gguf(path, metadata)
+    content = path.read_bytes()
+    for size in [*range(0, len(content) - 5000, 5000), len(content) - 5000]:
+        path.write_bytes(content[:size])
+        with pytest.raises(UserError, match=r"m\.gguf is not a whole GGUF"):
+            convert_gguf_checkpoint.main(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,282 @@
+"""Tokenizers of other formats: SentencePiece and byte-level BPE from GGUF's lists, tiktoken's file of Llama 3."""
+
+import base64
+import io
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import regex
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from tokenizers import Tokenizer as HFTokenizer
+
+from lit_llama.cli import UserError
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.tokenizer_formats import from_gguf, from_tiktoken, is_tiktoken
+
+PATTERN = (  # Llama 3's, as its authors published it
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CORPUS = [
+    "Below is an instruction that describes a task, and it's paired with an input.",
+    "Write a response that appropriately completes the request; don't you think that we'll need 2048 of them?",
+    "def main(path: str) -> None:\n    for i in range(10):\n        print(i, path)\n\n",
+    "Le cœur a ses raisons que la raison ne connaît point. Größe, naïve, señor. 你好, 世界。 Привет, мир.",
+]
+TEXTS = [
+    *CORPUS,
+    *("", " ", "  ", "a", " leading", "   three", "two  spaces", "trailing  ", "\n", "\n\n\tx\r\n", " \n a", "▁low"),
+    *("1", "12", "1234567", "3.14159", "x=10y", "١٢٣", "it's I'M we'LL don't 'tis", "aaaaaaaaa", "ababababab"),
+    *(
+        "🙂",
+        "a🙂b 👩‍👩‍👧 z",
+        "你好世界, こんにちは",
+        "안녕하세요",
+        "e\u0301 ﬁ ① \uff21",
+        "\u00a0x\u3000y",
+        "\x00\x7f\ufeff",
+    ),
+    *("<s>", "</s>", "<unk>", "<0x41>", "a <tool> b<tool>c", "<|im_end|>", "say<|eot_id|>now", "<|begin_of_text|>x"),
+]
+
+
+def train_sentencepiece(path: Path, **settings: Any) -> SentencePieceProcessor:
+    """A SentencePiece model as LLaMA's: BPE, bytes for what is unknown, text as it is."""
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in CORPUS for line in text.splitlines()),
+        model_writer=model,
+        **{"model_type": "bpe", "vocab_size": 420, "byte_fallback": True, "normalization_rule_name": "identity"},
+        **{"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, "split_digits": True},
+        **{"character_coverage": 0.98, "user_defined_symbols": ["<tool>", "  "], "num_threads": 1, "minloglevel": 2},
+        **settings,
+    )
+    path.write_bytes(model.getvalue())
+    return SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def sentencepiece_metadata(sp: SentencePieceProcessor) -> dict[str, Any]:
+    """What llama.cpp writes of a SentencePiece model into a GGUF."""
+    pieces = ModelProto.FromString(sp.serialized_model_proto()).pieces
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [piece.piece for piece in pieces],
+        "tokenizer.ggml.scores": [piece.score for piece in pieces],
+        "tokenizer.ggml.token_type": [piece.type for piece in pieces],
+    }
+
+
+def bpe_metadata(tokenizer: HFTokenizer, pre: str = "smollm") -> dict[str, Any]:
+    """What llama.cpp writes of the tests' byte-level BPE into a GGUF."""
+    model = json.loads(tokenizer.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if token.startswith("<|") else 1 for token in tokens],
+        "tokenizer.ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+    }
+
+
+def converted(folder: Path, metadata: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a GGUF with this metadata, as the project reads it."""
+    files = from_gguf(Path("model.gguf"), metadata)
+    for name, content in files.items():
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return Tokenizer(folder / next(iter(files)))
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_from_a_gguf_is_the_original(tmp_path: Path, prefix: bool) -> None:
+    sp = train_sentencepiece(tmp_path / "original.model", add_dummy_prefix=prefix)
+    original = Tokenizer(tmp_path / "original.model")
+    stated = {} if prefix else {"tokenizer.ggml.add_space_prefix": False}
+    ours = converted(tmp_path, sentencepiece_metadata(sp) | stated)
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (original.vocab_size, 1, 2)
+    for text in TEXTS:
+        ids = original.encode(text, eos=True)
+        assert ours.encode(text, eos=True) == ids, text
+        assert ours.decode(ids) == original.decode(ids), text
+
+
+def test_sentencepiece_that_adds_no_bos(tmp_path: Path) -> None:
+    sp = train_sentencepiece(tmp_path / "original.model")
+    ours = converted(tmp_path, sentencepiece_metadata(sp) | {"tokenizer.ggml.add_bos_token": False})
+    assert ours.bos_id is None
+    assert ours.encode("a task", eos=True) == [*sp.encode("a task"), 2]
+
+
+def test_a_sentencepiece_model_may_end_in_an_added_token(tmp_path: Path) -> None:
+    sp = train_sentencepiece(tmp_path / "original.model")
+    metadata = sentencepiece_metadata(sp)
+    metadata["tokenizer.ggml.tokens"] += ["[call]", "<|im_end|>"]
+    metadata["tokenizer.ggml.scores"] += [-1000.0, -1000.0]
+    metadata["tokenizer.ggml.token_type"] += [4, 4]
+    ours = converted(tmp_path, metadata | {"tokenizer.ggml.eos_token_id": sp.vocab_size() + 1})
+    assert ours.eos_id == sp.vocab_size() + 1
+    assert ours.encode("that[call]", bos=False) == [*sp.encode("that"), sp.vocab_size()]
+    assert ours.decode([*sp.encode("that"), ours.eos_id]) == "that"
+
+
+def test_sentencepiece_with_a_piece_twice_is_refused(tmp_path: Path) -> None:
+    metadata = sentencepiece_metadata(train_sentencepiece(tmp_path / "original.model"))
+    metadata["tokenizer.ggml.tokens"][-1] = metadata["tokenizer.ggml.tokens"][-2]
+    with pytest.raises(UserError, match=r"model\.gguf"):
+        from_gguf(Path("model.gguf"), metadata)
+
+
+def test_sentencepiece_needs_protobuf(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
+    with pytest.raises(UserError, match=r"model\.gguf.*pip install protobuf"):
+        from_gguf(Path("model.gguf"), {"tokenizer.ggml.model": "llama"})
+
+
+def test_byte_level_bpe_from_a_gguf(tmp_path: Path, byte_tokenizer: HFTokenizer) -> None:
+    ours = converted(tmp_path, bpe_metadata(byte_tokenizer, "gpt-2"))
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (byte_tokenizer.get_vocab_size(), None, 1)
+    for text in TEXTS:
+        assert ours.encode(text) == byte_tokenizer.encode(text).ids, text
+
+
+def test_smollm_splits_digits(tmp_path: Path, byte_tokenizer: HFTokenizer) -> None:
+    metadata = bpe_metadata(byte_tokenizer)
+    metadata["tokenizer.ggml.tokens"] += ["12"]
+    metadata["tokenizer.ggml.token_type"] += [1]
+    metadata["tokenizer.ggml.merges"] += ["1 2"]
+    one, two = byte_tokenizer.encode("12").ids
+    assert converted(tmp_path, metadata | {"tokenizer.ggml.pre": "gpt-2"}).encode("12") == [
+        byte_tokenizer.get_vocab_size()
+    ]
+    assert converted(tmp_path, metadata).encode("12") == [one, two]
+
+
+def test_only_llama_3_starts_with_bos_if_the_gguf_does_not_say(tmp_path: Path, byte_tokenizer: HFTokenizer) -> None:
+    metadata = bpe_metadata(byte_tokenizer, "llama-bpe")
+    assert converted(tmp_path, metadata).bos_id == 0
+    assert converted(tmp_path, metadata | {"tokenizer.ggml.add_bos_token": False}).bos_id is None
+    assert converted(tmp_path, metadata | {"tokenizer.ggml.pre": "smollm"}).bos_id is None
+
+
+def test_added_tokens_of_a_gguf_are_found_in_text_and_shown(tmp_path: Path, byte_tokenizer: HFTokenizer) -> None:
+    metadata = bpe_metadata(byte_tokenizer)
+    metadata["tokenizer.ggml.tokens"] += ["<think now>"]
+    metadata["tokenizer.ggml.token_type"] += [4]
+    ours = converted(tmp_path, metadata)
+    ids = ours.encode("a<think now><|im_end|>")
+    assert ids == [*ours.encode("a"), byte_tokenizer.get_vocab_size(), 1]
+    assert ours.decode(ids) == "a<think now>"
+
+
+@pytest.mark.parametrize(("model", "pre"), [("bert", "default"), ("gpt2", "unheard-of")])
+def test_other_tokenizers_are_refused(byte_tokenizer: HFTokenizer, model: str, pre: str) -> None:
+    metadata = bpe_metadata(byte_tokenizer, pre) | {"tokenizer.ggml.model": model}
+    with pytest.raises(UserError, match=rf"model\.gguf \({model}, {pre}\)"):
+        from_gguf(Path("model.gguf"), metadata)
+
+
+def train_ranks(size: int) -> dict[bytes, int]:
+    """Byte pairs merged as tiktoken's training does: the most frequent neighbours become the next rank."""
+    words = [[bytes([byte]) for byte in word.encode()] for text in CORPUS for word in regex.findall(PATTERN, text)]
+    tokens = [bytes([byte]) for byte in range(256)]
+    while len(tokens) < size:
+        left, right = Counter(pair for word in words for pair in pairwise(word)).most_common(1)[0][0]
+        tokens.append(left + right)
+        for word in words:
+            merge(word, left + right)
+    tokens += [
+        b" instructionless",  # no merges lead to it
+        b"aaa",  # can be had in two ways, but only after
+        b"aa",
+        b"1234",  # is always cut before
+    ]
+    return {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
+
+
+def merge(parts: list[bytes], union: bytes) -> None:
+    """Merge the neighbours that make `union`, from left to right, in place."""
+    i = 0
+    while i < len(parts) - 1:
+        if parts[i] + parts[i + 1] == union:
+            parts[i : i + 2] = [union]
+        i += 1
+
+
+def encode_by_ranks(ranks: dict[bytes, int], special: dict[str, int], text: str) -> list[int]:
+    """tiktoken's algorithm, told plainly: merge the neighbours with the lowest rank until there are none."""
+    ids = []
+    for part in regex.split("(" + "|".join(map(regex.escape, special)) + ")", text):
+        if part in special:
+            ids.append(special[part])
+            continue
+        for word in regex.findall(PATTERN, part):
+            tokens = [bytes([byte]) for byte in word.encode()]
+            while tokens != [word.encode()]:
+                unions = [left + right for left, right in pairwise(tokens) if left + right in ranks]
+                if word.encode() in ranks:
+                    tokens = [word.encode()]
+                elif unions:
+                    i = [left + right for left, right in pairwise(tokens)].index(min(unions, key=ranks.__getitem__))
+                    tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
+                else:
+                    break
+            ids += [ranks[token] for token in tokens]
+    return ids
+
+
+def write_ranks(path: Path, ranks: dict[bytes, int]) -> None:
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()))
+
+
+def test_tiktoken_is_encoded_as_its_ranks_say(tmp_path: Path) -> None:
+    ranks = train_ranks(400)
+    n = len(ranks)
+    write_ranks(tmp_path / "tokenizer.model", ranks)
+    for name, content in from_tiktoken(tmp_path / "tokenizer.model").items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    ours = Tokenizer(tmp_path / "tokenizer.json")
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (n + 256, n, n + 1)
+    special = {"<|begin_of_text|>": n, "<|end_of_text|>": n + 1, "<|eot_id|>": n + 9, "<|python_tag|>": n + 10}
+    special |= {"<|reserved_special_token_0|>": n + 2, "<|reserved_special_token_246|>": n + 255}
+    for text in [*TEXTS, "".join(TEXTS), " instructionless", *special]:
+        ids = encode_by_ranks(ranks, special, text)
+        assert ours.encode(text, bos=False) == ids, text
+        shown = text
+        for token in special:
+            shown = shown.replace(token, "")
+        assert ours.decode(ours.encode(text)) == shown
+
+
+def test_tiktoken_is_told_from_sentencepiece(tmp_path: Path) -> None:
+    write_ranks(tmp_path / "tiktoken.model", train_ranks(256))
+    train_sentencepiece(tmp_path / "sentencepiece.model")
+    assert is_tiktoken(tmp_path / "tiktoken.model")
+    assert not is_tiktoken(tmp_path / "sentencepiece.model")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda lines: [*lines[:-1], lines[-1][:-2]],  # cut within the last rank
+        lambda lines: [*lines[:-1], lines[-1][:2]],  # cut within the last token
+        lambda lines: [*lines[:260], *lines[261:]],  # a token is missing
+        lambda lines: [*lines[:260], lines[259].replace(b"259", b"260"), *lines[261:]],  # a token comes twice
+        lambda lines: [lines[0].replace(b"=", b"!=", 1), *lines[1:]],  # no base64
+        lambda lines: lines[:255],  # not every byte is a token
+    ],
+)
+def test_a_spoilt_tiktoken_file_is_refused(tmp_path: Path, spoil: Callable[[list[bytes]], list[bytes]]) -> None:
+    path = tmp_path / "tokenizer.model"
+    write_ranks(path, train_ranks(300))
+    path.write_bytes(b"".join(spoil(path.read_bytes().splitlines(keepends=True))))
+    with pytest.raises(UserError, match=r"tokenizer\.model.*copy it again"):
+        from_tiktoken(path)
