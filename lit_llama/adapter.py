@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, P prompt length, C embedding width, nh query heads, n
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +44,10 @@ class AdapterAttention(CausalSelfAttention):
         self.gating_factor = nn.Parameter(torch.zeros(1, self.config.n_head, 1, 1, device=device))
         self.cached_prefix: tuple[Tensor, Tensor] | None = None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         ak, av = self.cached_prefix or self.prefix()
         gathered = F.scaled_dot_product_attention(q, ak, av, enable_gqa=q.size(1) != ak.size(1))  # (B, nh, T, hs)
-        return super().attend(q, k, v) + self.gating_factor.to(q.dtype) * gathered
+        return super().attend(q, k, v, mask) + self.gating_factor.to(q.dtype) * gathered
 
     def prefix(self) -> tuple[Tensor, Tensor]:
         """Keys and values (1, nkv, P, hs) of the prefix. It comes before all positions, so they are not rotated."""
@@ -90,7 +91,16 @@ def cache_prefix(model: LLaMA) -> None:
 
 def load_adapter(model: LLaMA, path: Path) -> str:
     """Add the adapter of a finetuned file to its base model; returns the prompt style it was trained with."""
-    content = load_finetuned(path, "adapter", model.config)
+
+    def describe(state: dict[str, Tensor]) -> dict[str, Any]:
+        prefixes = {int(name.split(".")[2]): tensor for name, tensor in state.items() if "adapter_wte" in name}
+        return {"prompt_length": len(prefixes[min(prefixes)]), "start_layer": min(prefixes)}
+
+    content = load_finetuned(path, "adapter", model.config, describe)
     add_adapter(model, AdapterConfig(**content["adapter"]))
-    copy_state(path, content["state_dict"], adapter_state_dict(model))
+    state = content["state_dict"]
+    for name, tensor in state.items():
+        if name.endswith("gating_factor") and tensor.numel() == 1:  # the first files had one gate for all heads
+            state[name] = tensor.reshape(1, 1, 1, 1).expand(1, model.config.n_head, 1, 1)
+    copy_state(path, state, adapter_state_dict(model))
     return content["prompt_style"]

@@ -168,6 +168,11 @@ class Dataset:
         """How many tokens of these records are trained on."""
         return int((self.lengths[records] - self.first_targets[records]).sum())
 
+    def prompt(self, record: int) -> list[int]:
+        """The tokens of a record that are not trained on: its prompt, unless mask_prompt is False."""
+        start = self.offsets[self.index[record]]
+        return self.tokens[start : start + self.first_targets[record]].tolist()
+
     def batch(self, records: Sequence[int]) -> Batch:
         """These records, padded on the right; no records make a batch of one token without targets."""
         width = int(max(self.lengths[records], default=2)) - 1

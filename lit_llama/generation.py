@@ -22,7 +22,7 @@ def default_device() -> torch.device:
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """Draw a token id from logits (V,).
+    """Draw a token id from each row of logits (..., V).
 
     Args:
         temperature: divides the logits; 0 always takes the most likely token.
@@ -30,41 +30,72 @@ def sample(logits: Tensor, temperature: float, top_k: int | None = None, top_p: 
         top_p: draw from the fewest tokens that together have this probability (nucleus, arXiv 1904.09751).
     """
     if temperature == 0:
-        return logits.argmax()
+        return logits.argmax(-1)
     logits, ids = (logits.float() / temperature).sort(descending=True)
     if top_k is not None:
-        logits[max(top_k, 1) :] = -torch.inf
+        logits[..., max(top_k, 1) :] = -torch.inf
     probs = logits.softmax(-1)
     if top_p is not None:
-        probs[1:][(probs.cumsum(-1) - probs)[1:] >= top_p] = 0  # the most likely one always stays
-    return ids[torch.multinomial(probs, 1)].squeeze()
+        probs[..., 1:][(probs.cumsum(-1) - probs)[..., 1:] >= top_p] = 0  # the most likely one always stays
+    return ids.gather(-1, torch.multinomial(probs, 1)).squeeze(-1)
 
 
 @torch.inference_mode()
-def generate(
+def next_tokens(
     model: LLaMA,
-    prompt: list[int],
+    prompts: list[list[int]],
     max_new_tokens: int,
     temperature: float = 0.8,
     top_k: int | None = None,
     top_p: float | None = None,
-    eos_id: int | None = None,
-) -> Iterator[int]:
-    """Yield the ids that continue the token ids of `prompt`, up to `eos_id` (which is not yielded)."""
-    length = len(prompt) + max_new_tokens
-    if not prompt or length > model.config.block_size:
+) -> Iterator[Tensor]:
+    """Yield, token by token, the ids (B,) that continue B prompts."""
+    longest = max(map(len, prompts), default=0)
+    length = longest + max_new_tokens
+    if not all(prompts) or not 1 <= longest <= model.config.block_size - max_new_tokens:
         room = model.config.block_size - max_new_tokens
-        raise UserError(f"the prompt has {len(prompt)} tokens, expected 1 to {room} beside {max_new_tokens} new ones")
+        raise UserError(f"the prompt has {longest} tokens, expected 1 to {room} beside {max_new_tokens} new ones")
     device = model.lm_head.weight.device
-    cache = model.new_cache(1, length)
-    idx = torch.tensor([prompt], device=device)  # (1, T), then (1, 1)
+    padding = [longest - len(prompt) for prompt in prompts]
+    n_pad = torch.tensor(padding, device=device) if any(padding) else None
+    idx = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=device)  # (B, T)
+    cache = model.new_cache(len(prompts), length)
     for _ in range(max_new_tokens):
-        last = torch.tensor([idx.size(1) - 1], device=device)
-        token = sample(model(idx, cache, select=last)[0], temperature, top_k, top_p)
+        last = torch.arange(1, len(prompts) + 1, device=device) * idx.size(1) - 1
+        tokens = sample(model(idx, cache, last, n_pad), temperature, top_k, top_p)  # (B,)
+        yield tokens
+        idx = tokens[:, None]  # (B, 1)
+
+
+def generate(
+    model: LLaMA, prompt: list[int], max_new_tokens: int, eos_id: int | None = None, **sampling: float | None
+) -> Iterator[int]:
+    """Yield the ids that continue the token ids of `prompt`, up to `eos_id` (which is not yielded).
+
+    Args:
+        sampling: the further arguments of `next_tokens`.
+    """
+    for (token,) in next_tokens(model, [prompt], max_new_tokens, **sampling):
         if token == eos_id:
             return
         yield int(token)
-        idx = token.view(1, 1)
+
+
+def generate_batch(
+    model: LLaMA, prompts: list[list[int]], max_new_tokens: int, eos_id: int | None = None, **sampling: float | None
+) -> list[list[int]]:
+    """What `generate` yields for each of several prompts, computed at once."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    running = set(range(len(prompts)))
+    for tokens in next_tokens(model, prompts, max_new_tokens, **sampling):
+        for row, token in enumerate(tokens.tolist()):
+            if token == eos_id:
+                running.discard(row)
+            elif row in running:
+                answers[row].append(token)
+        if not running:
+            break
+    return answers
 
 
 def respond(

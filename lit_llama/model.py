@@ -118,22 +118,33 @@ class LLaMA(nn.Module):
         if self.config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 
-    def forward(self, idx: Tensor, cache: "list[KVCache] | None" = None, select: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        idx: Tensor,
+        cache: "list[KVCache] | None" = None,
+        select: Tensor | None = None,
+        n_pad: Tensor | None = None,
+    ) -> Tensor:
         """Logits (B, T, V) for token ids idx (B, T).
 
         Args:
             cache: keys and values of the tokens before `idx`, from `new_cache`; those of `idx` are added in place.
             select: indices (N,) into the B * T tokens; only their logits (N, V) are computed. The head is a large part
                 of a small model, and a training step needs no logits for prompts and padding.
+            n_pad: how many tokens (B,) at the start of each sequence are padding. (At its end they need no care.)
         """
-        start = cache[0].length if cache else 0
-        rope = rotary_table(self.config, start, idx.size(1), idx.device)
+        T, start = idx.size(1), cache[0].length if cache else 0
+        positions = torch.arange(start, start + T, device=idx.device)  # (T,)
+        if n_pad is not None:
+            positions = positions - n_pad[:, None, None]  # (B, 1, T)
+        rope = rotary_table(self.config, positions)
+        mask = attention_mask(T, start + T, n_pad, idx.device)
         x = self.transformer.wte(idx)  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
             if self.recompute_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, use_reentrant=False)
+                x = checkpoint(block, x, rope, mask, use_reentrant=False)
             else:
-                x = block(x, rope, cache[i] if cache else None)
+                x = block(x, rope, mask, cache[i] if cache else None)
         if select is not None:
             x = x.flatten(0, 1)[select]  # (N, C)
         return self.lm_head(self.transformer.ln_f(x))
@@ -153,8 +164,8 @@ class Block(nn.Module):
         self.rms_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: Tensor, cache: "KVCache | None" = None) -> Tensor:
-        x = x + self.attn(self.rms_1(x), rope, cache)
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: "KVCache | None" = None) -> Tensor:
+        x = x + self.attn(self.rms_1(x), rope, mask, cache)
         return x + self.mlp(self.rms_2(x))  # (B, T, C)
 
 
@@ -167,14 +178,14 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, sum(config.qkv_sizes))  # q, k and v in one product
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, rope: Tensor, cache: "KVCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: "KVCache | None" = None) -> Tensor:
         nh, nkv = self.config.n_head, self.config.n_kv_head
         qk, v = self.heads(x).split((nh + nkv, nkv), dim=1)
         q, k = apply_rope(qk, rope).split((nh, nkv), dim=1)
         v = v.contiguous()  # a view would keep q and k of before the rotation alive until the backward pass
         if cache is not None:
             k, v = cache.append(k, v)  # (B, nkv, S, hs)
-        y = self.attend(q, k, v)  # (B, nh, T, hs)
+        y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
     def heads(self, x: Tensor) -> Tensor:
@@ -182,13 +193,10 @@ class CausalSelfAttention(nn.Module):
         B, T, _ = x.shape
         return self.c_attn(x).view(B, T, -1, self.config.head_size).transpose(1, 2)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """What the last T of S tokens gather: queries (B, nh, T, hs), keys and values (B, nkv, S, hs)."""
-        T, S = q.size(2), k.size(2)
-        mask = None
-        if 1 < T < S:  # several tokens after a filled cache
-            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < T == S, enable_gqa=q.size(1) != k.size(1))
+        is_causal = mask is None and q.size(2) > 1
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=q.size(1) != k.size(1))
 
 
 class MLP(nn.Module):
@@ -238,7 +246,7 @@ class RMSNorm(nn.Module):
 
 
 class KVCache:
-    """Keys and values of one layer: preallocated, filled in place, emptied by `reset`."""
+    """Keys and values of one layer: preallocated and filled in place."""
 
     def __init__(self, buffer: Tensor) -> None:
         self.k, self.v = buffer  # (B, nkv, length, hs) each
@@ -251,22 +259,30 @@ class KVCache:
         self.v[:, :, start : self.length] = v
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
 
-    def reset(self) -> None:
-        self.length = 0
+
+def attention_mask(T: int, S: int, n_pad: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which of S tokens each of the last T attends to, (T, S) or (B, 1, T, S). None: all before it and itself."""
+    if n_pad is None and T in (1, S):
+        return None
+    mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    if n_pad is not None:
+        is_text = torch.arange(S, device=device) >= n_pad[:, None]  # (B, S)
+        itself = mask.triu(S - T)  # for padding, since a softmax over nothing is not a number
+        mask = mask & is_text[:, None, None] | itself  # (B, 1, T, S)
+    return mask
 
 
-def rotary_table(config: LLaMAConfig, start: int, length: int, device: torch.device) -> Tensor:
-    """The rotations cos + i sin (length, hs / 2) of the positions from `start` on, complex64.
+def rotary_table(config: LLaMAConfig, positions: Tensor) -> Tensor:
+    """The rotations cos + i sin (..., T, hs / 2) of token positions (..., T), complex64.
 
     Always float32, whatever the model's precision: in bfloat16, 2048 positions would share 641 angles. They are
     computed anew in each forward pass, which costs next to nothing and leaves no state to cast, move or save.
     """
-    exponents = torch.arange(0, config.head_size, 2, device=device, dtype=torch.float32) / config.head_size
+    exponents = torch.arange(0, config.head_size, 2, device=positions.device, dtype=torch.float32) / config.head_size
     freqs = 1.0 / config.rope_base**exponents  # (hs / 2,)
     if config.rope_scaling is not None:
         freqs = stretch_frequencies(freqs, config.rope_scaling)
-    positions = torch.arange(start, start + length, device=device, dtype=torch.float32)
-    angles = torch.outer(positions, freqs)  # (length, hs / 2)
+    angles = positions.float()[..., None] * freqs  # (..., T, hs / 2)
     return torch.polar(torch.ones_like(angles), angles)
 
 

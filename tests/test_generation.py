@@ -4,7 +4,7 @@ from conftest import TINY, random_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_llama.cli import UserError
-from lit_llama.generation import generate, sample
+from lit_llama.generation import generate, generate_batch, sample
 from lit_llama.huggingface import hf_config, to_hf
 
 
@@ -61,3 +61,24 @@ def test_a_prompt_that_does_not_fit_is_refused() -> None:
         next(generate(random_model(TINY), [1] * 29, 100))
     with pytest.raises(UserError):
         next(generate(random_model(TINY), [], 100))
+
+
+def test_batched_greedy_answers_equal_one_by_one() -> None:
+    model = random_model(TINY)
+    prompts = [torch.randint(TINY.vocab_size, (n,)).tolist() for n in (5, 1, 17, 9)]
+    alone = [list(generate(model, prompt, 30, temperature=0)) for prompt in prompts]
+    assert generate_batch(model, prompts, 30, temperature=0) == alone
+    eos = alone[2][7]  # some stop early, each at its own place
+    stopped = [list(generate(model, prompt, 30, temperature=0, eos_id=eos)) for prompt in prompts]
+    assert len({len(answer) for answer in stopped}) > 1
+    assert generate_batch(model, prompts, 30, temperature=0, eos_id=eos) == stopped
+
+
+def test_rows_of_a_batch_are_sampled_by_their_own_probabilities() -> None:
+    probs = torch.tensor([[0.15, 0.5, 0.05, 0.3], [0.7, 0.1, 0.1, 0.1]])
+    torch.manual_seed(0)
+    draws = torch.stack([sample(probs.log(), temperature=1.0, top_k=2) for _ in range(4000)])
+    found = torch.stack([torch.bincount(column, minlength=4) / 4000 for column in draws.T])
+    assert found[1, 0] + found[1, 1:].max() == 1  # one of the equal ones is kept
+    torch.testing.assert_close(found[0], torch.tensor([0, 0.5, 0, 0.3]) / 0.8, atol=0.03, rtol=0)
+    torch.testing.assert_close(found[1, 0], torch.tensor(0.7 / 0.8), atol=0.03, rtol=0)

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, random_model
+from conftest import TINY, random_model, randomize
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
 from lit_llama.huggingface import hf_config, to_hf
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig, RMSNorm, RopeScaling, rotary_table
 
@@ -52,15 +53,23 @@ def test_cached_logits_equal_uncached(config: LLaMAConfig) -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("adapter", [False, True])
 @torch.no_grad()
-def test_reset_clears_the_cache() -> None:
+def test_padding_at_the_start_changes_nothing(adapter: bool) -> None:
+    """Prompts of 3, 11 and 1 tokens, each continued by 5, one at a time; what stands in the padding does not matter."""
     model = random_model(TINY)
-    first, second = torch.randint(TINY.vocab_size, (2, 1, 20))
-    cache = model.new_cache(1, 20)
-    model(first, cache)
-    for layer in cache:
-        layer.reset()
-    assert torch.equal(model(second, cache), model(second, model.new_cache(1, 20)))
+    if adapter:
+        add_adapter(model, AdapterConfig(4, 0))
+        randomize(adapter_state_dict(model), std=0.7)
+    lengths = (3, 11, 1)
+    idx, n_pad = torch.randint(TINY.vocab_size, (3, 16)), torch.tensor([11 - n for n in lengths])
+    cache = model.new_cache(3, 16)
+    parts = [model(part, cache, n_pad=n_pad) for part in idx.split([11, 1, 1, 1, 1, 1], dim=1)]
+    logits = torch.cat(parts, dim=1)
+    assert logits.isfinite().all()
+    for row, start in enumerate(n_pad.tolist()):
+        alone = model(idx[row : row + 1, start:])
+        torch.testing.assert_close(logits[row : row + 1, start:], alone, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -102,8 +111,8 @@ def test_recomputed_blocks_give_the_same_gradients_from_fewer_activations() -> N
 
 def test_rotary_table_stays_float32_in_a_bfloat16_model() -> None:
     config = replace(TINY, block_size=4096, n_layer=1)
-    assert rotary_table(config, 0, 2048, torch.device("cpu")).dtype == torch.complex64
-    table = torch.view_as_real(rotary_table(config, 0, 2048, torch.device("cpu")))
+    assert rotary_table(config, torch.arange(2048)).dtype == torch.complex64
+    table = torch.view_as_real(rotary_table(config, torch.arange(2048)))
     assert len(table.flatten(1).unique(dim=0)) == 2048
     model = random_model(config).to(torch.bfloat16)
     assert all(tensor.dtype == torch.bfloat16 for tensor in model.state_dict().values())  # it is no buffer
