@@ -1,11 +1,13 @@
 """Let a LLaMA that was finetuned with finetune_lora.py follow an instruction."""
 
+import sys
+import time
 from pathlib import Path
 
 from lit_llama.checkpoint import default_precision, load_model, storage_dtype
-from lit_llama.cli import run
+from lit_llama.cli import UserError, run
 from lit_llama.generation import default_device, read_prompts, respond
-from lit_llama.lora import load_lora, merge_lora
+from lit_llama.lora import load_lora, merge_lora, remove_lora
 from lit_llama.tokenizer import find_tokenizer
 
 
@@ -13,10 +15,11 @@ def main(
     prompt: str = "Please explain how weight decay works",
     input: str = "",
     prompt_file: Path | None = None,
-    lora_path: Path = Path("out/lora/alpaca/lit-llama-lora-finetuned.pth"),
+    lora_path: tuple[Path, ...] = (Path("out/lora/alpaca/lit-llama-lora-finetuned.pth"),),
+    lora_alpha: float | None = None,
     pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
     tokenizer_path: Path | None = None,
-    merge: bool = True,
+    merge: bool | None = None,
     max_new_tokens: int = 100,
     temperature: float = 0.8,
     top_k: int | None = 200,
@@ -30,10 +33,11 @@ def main(
         prompt: The instruction.
         input: What the instruction works on, if anything.
         prompt_file: Several instructions, one a line, instead.
-        lora_path: The file that finetune_lora.py wrote.
+        lora_path: The file that finetune_lora.py wrote, or several, which answer one after the other on the same base.
+        lora_alpha: Only for a file of the archived Lit-LLaMA, which does not hold it.
         pretrained_path: The checkpoint of the base model.
         tokenizer_path: The tokenizer, if it does not lie beside the checkpoint.
-        merge: Fold the update into the weights first, which is faster; false keeps it apart.
+        merge: Fold the update into the weights first, which is faster. By default so, unless there are several.
         max_new_tokens: The longest response, in tokens.
         temperature: Below 1 for likelier text, above for more varied; 0 always takes the likeliest token.
         top_k: Draw from this many of the likeliest tokens only.
@@ -41,26 +45,33 @@ def main(
         seed: Of the sampling.
         precision: 32-true, bf16-true or 16-true. By default bf16-true on a GPU that has bfloat16, else 32-true.
     """
+    if merge and len(lora_path) > 1:
+        raise UserError("a merged LoRA file cannot make room for the next; leave out --merge")
     dtype = storage_dtype(precision or default_precision())
     prompts = read_prompts(prompt, prompt_file)
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     model = load_model(pretrained_path, dtype, default_device())
-    prompt_style = load_lora(model, lora_path)
-    if merge:
-        merge_lora(model)
-    model.to(dtype)
-    respond(
-        model,
-        tokenizer,
-        prompts,
-        prompt_style,
-        input,
-        seed,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-    )
+    for path in lora_path:
+        start = time.perf_counter()
+        remove_lora(model)
+        prompt_style = load_lora(model, path, lora_alpha)
+        if merge or (merge is None and len(lora_path) == 1):
+            merge_lora(model)
+        model.to(dtype)
+        if len(lora_path) > 1:
+            print(f"# {path} (loaded in {1000 * (time.perf_counter() - start):.0f} ms)", file=sys.stderr)
+        respond(
+            model,
+            tokenizer,
+            prompts,
+            prompt_style,
+            input,
+            seed,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ A file of finetuned weights describes itself: {"kind", the method's own config, 
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lit_llama.cli import UserError
@@ -39,25 +41,34 @@ def storage_dtype(precision: str) -> torch.dtype:
     return dtypes[precision]
 
 
-def write_file(path: Path, content: bytes | str | Mapping[str, Any]) -> None:
-    """Write bytes, text or (by torch.save) a mapping; at any moment `path` is the old file or the whole new one."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write in the place of `path`, which at any moment is the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     try:
-        with open(part, "wb") as file:
-            if isinstance(content, Mapping):
-                torch.save(content, file)
-            else:
-                file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
+        part.touch()
+        mode = part.stat().st_mode  # safetensors would make the file unreadable for others
+        yield part
+        part.chmod(mode)
+        with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"could not write {path}: {error.strerror}") from None
-    except RuntimeError:  # torch.save's way to say so
+    except (RuntimeError, SafetensorError):  # how torch.save and safetensors say so
         raise UserError(f"could not write {path}: the disk is full") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: bytes | str | Mapping[str, Any]) -> None:
+    """Write bytes, text or (by torch.save) a mapping, whole or not at all."""
+    with replacing(path) as part, open(part, "wb") as file:
+        if isinstance(content, Mapping):
+            torch.save(content, file)
+        else:
+            file.write(content.encode() if isinstance(content, str) else content)
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -77,6 +88,16 @@ def read_file(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a checkpoint with named tensors")
     return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file that comes with a checkpoint."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is truncated or no JSON ({error}); download it again") from None
 
 
 def save_model_folder(
@@ -149,10 +170,8 @@ def copy_state(path: Path, state: Mapping[str, Any], target: Mapping[str, Tensor
 
 
 def hint(state: Mapping[str, Any]) -> str:
-    """What a file is that was given in the place of a base checkpoint, where that can be told."""
+    """What a file is that was given in the place of another, where that can be told."""
     kind = state.get("kind") or next((k for k in ("lora", "adapter") if any(f"{k}_" in name for name in state)), None)
-    if kind and "kind" not in state:
-        return f"; it holds {kind} weights without their settings, as the archived Lit-LLaMA wrote them"
     return f"; it is a file of {kind} weights, for --{kind}_path" if kind else ""
 
 
@@ -170,9 +189,18 @@ def save_finetuned(path: Path, kind: str, method: Any, model: LLaMA, state: Mapp
     write_file(path, {**about, **extra, "state_dict": dict(state)})
 
 
-def load_finetuned(path: Path, kind: str, base: LLaMAConfig) -> dict[str, Any]:
-    """What `save_finetuned` wrote, checked to be of this kind and for this base model."""
+def load_finetuned(
+    path: Path, kind: str, base: LLaMAConfig, describe: Callable[[dict[str, Tensor]], dict[str, Any]]
+) -> dict[str, Any]:
+    """What `save_finetuned` wrote, checked to be of this kind and for this base model.
+
+    The archived Lit-LLaMA wrote the weights alone, for prompts in the Alpaca style; `describe` finds the fields of the
+    method's config for them.
+    """
     content = read_file(path)
+    if "kind" not in content and any(f"{kind}_" in name for name in content):
+        about = {"kind": kind, kind: describe(content), "base": asdict(base), "prompt_style": "alpaca"}
+        content = {**about, "state_dict": content}
     if content.get("kind") != kind:
         raise UserError(f"{path} is no file that finetune_{kind}.py wrote{hint(content)}")
     ours, theirs = asdict(base), asdict(LLaMAConfig(**content["base"]))

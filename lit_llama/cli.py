@@ -2,13 +2,14 @@
 
 import ast
 import inspect
+import json
 import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_origin
 
 import torch
 from jsonargparse import ArgumentParser
@@ -32,7 +33,9 @@ def run(main: Callable[..., None]) -> None:
         default = getattr(module, name)
         kind = inspect.get_annotations(module).get(name, type(default))
         parser.add_argument(f"--{name}", type=kind, default=default, help=comment or name.replace("_", " "))
-    arguments = vars(parser.parse_args())
+    annotations = inspect.get_annotations(main).items()
+    lists = {f"--{name}" for name, annotation in annotations if get_origin(annotation) is tuple}
+    arguments = vars(parser.parse_args(join_lists(sys.argv[1:], lists)))
     for name in comments:
         value = arguments.pop(name)
         is_whole = isinstance(value, int) and not isinstance(value, bool)
@@ -47,6 +50,23 @@ def run(main: Callable[..., None]) -> None:
         sys.exit(f"error: out of memory; for training, lower --micro_batch_size ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def join_lists(arguments: list[str], flags: set[str]) -> list[str]:
+    """Flags that take several values, given as `--x a b` or `--x a --x b`, in jsonargparse's form `--x=["a", "b"]`."""
+    joined: dict[str, list[str]] = {}
+    others, current = [], ""
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag.startswith("--"):
+            current = flag
+        if current not in flags:
+            others.append(argument)
+        elif flag != current:
+            joined[current].append(argument)
+        else:
+            joined.setdefault(flag, []).extend([value] if equals else [])
+    return others + [f"{flag}={json.dumps(values)}" for flag, values in joined.items()]
 
 
 def constants(module: ModuleType) -> dict[str, Any]:

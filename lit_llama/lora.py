@@ -13,6 +13,7 @@ Shapes: B batch, T tokens, r rank, n targets in the layer.
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 from lit_llama.checkpoint import copy_state, load_finetuned
 from lit_llama.cli import UserError
-from lit_llama.model import Linear, LLaMA
+from lit_llama.model import Linear, LLaMA, LLaMAConfig
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 
@@ -90,7 +91,8 @@ def add_lora(model: LLaMA, config: LoRAConfig) -> None:
         ]
     for parent, name, rows in layers:
         if rows.keys() & set(config.targets):
-            setattr(parent, name, LoRALinear(getattr(parent, name), rows, config))
+            layer = LoRALinear(getattr(parent, name), rows, config)
+            setattr(parent, name, layer.train(model.training))
 
 
 def mark_only_lora_as_trainable(model: nn.Module) -> None:
@@ -103,24 +105,58 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
 
 
-def load_lora(model: LLaMA, path: Path) -> str:
-    """Add the LoRA layers of a finetuned file to its base model; returns the prompt style it was trained with."""
-    content = load_finetuned(path, "lora", model.config)
-    add_lora(model, LoRAConfig(**content["lora"]))
-    copy_state(path, content["state_dict"], lora_state_dict(model))
-    return content["prompt_style"]
+def read_lora(path: Path, base: LLaMAConfig, alpha: float | None = None) -> tuple[LoRAConfig, dict[str, Tensor], str]:
+    """Config, parameters and prompt style of a file that finetune_lora.py or the archived Lit-LLaMA wrote.
+
+    Args:
+        base: the config of the model that it is for.
+        alpha: for a file of the archived Lit-LLaMA, which does not hold it.
+    """
+
+    def describe(state: dict[str, Tensor]) -> dict[str, Any]:
+        if alpha is None:
+            raise UserError(f"{path} is of the archived Lit-LLaMA, which stored no alpha; add --lora_alpha (16 there)")
+        r = next(tensor.size(1) for name, tensor in state.items() if name.endswith("lora_B"))
+        return {"r": r, "alpha": alpha, "dropout": 0.0, "targets": ("query", "value")}
+
+    content = load_finetuned(path, "lora", base, describe)
+    config = LoRAConfig(**content["lora"])
+    if alpha not in (None, config.alpha):
+        raise UserError(f"{path} holds its own alpha, {config.alpha}; leave out --lora_alpha")
+    return config, content["state_dict"], content["prompt_style"]
+
+
+def load_lora(model: LLaMA, path: Path, alpha: float | None = None) -> str:
+    """Add the LoRA layers of a file to its base model, see `read_lora`; returns the prompt style of its training."""
+    config, state, prompt_style = read_lora(path, model.config, alpha)
+    add_lora(model, config)
+    copy_state(path, state, lora_state_dict(model))
+    return prompt_style
 
 
 @torch.no_grad()
 def merge_lora(model: LLaMA) -> None:
     """Fold all LoRA updates into the weights, in float32, and put plain layers back; a second call does nothing."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, LoRALinear):
-            with torch.device("meta"):
-                merged = Linear(layer.in_features, layer.out_features)
-            weight = (layer.weight.float() + layer.delta()).to(layer.weight.dtype)
-            merged.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, merged)
-            if name == "lm_head":  # it shares the embedding's weight no longer
-                model.config = replace(model.config, tie_embeddings=False)
+    for name, layer in lora_layers(model):
+        weight = (layer.weight.float() + layer.delta()).to(layer.weight.dtype)
+        put_plain_layer(model, name, nn.Parameter(weight, requires_grad=layer.weight.requires_grad))
+        if name == "lm_head":  # it shares the embedding's weight no longer
+            model.config = replace(model.config, tie_embeddings=False)
+
+
+def remove_lora(model: LLaMA) -> None:
+    """Take unmerged LoRA layers out again: the model is the pretrained one, to the bit, and ready for other ones."""
+    for name, layer in lora_layers(model):
+        put_plain_layer(model, name, layer.weight)
+
+
+def lora_layers(model: LLaMA) -> list[tuple[str, LoRALinear]]:
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
+
+
+def put_plain_layer(model: LLaMA, name: str, weight: nn.Parameter) -> None:
+    with torch.device("meta"):
+        layer = Linear(weight.size(1), weight.size(0))
+    layer.weight = weight
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)

@@ -200,3 +200,21 @@ def test_forward_and_backward_trace_without_data() -> None:
         mark_only_adapter_as_trainable(model)
         model(torch.zeros(2, 16, dtype=torch.int64), select=torch.arange(20)).sum().backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("gates", ["one a head", "one for all"])
+@torch.no_grad()
+def test_a_file_of_the_archived_lit_llama_is_read(gates: str, tmp_path: Path) -> None:
+    """Prefix length and first layer are those of its tensors; its first versions had one gate for all heads."""
+    model = adapter_model()
+    state = adapter_state_dict(model)
+    if gates == "one for all":
+        for name in [name for name in state if name.endswith("gating_factor")]:
+            state[name].fill_(0.7)
+            state[name] = torch.tensor([0.7])
+    torch.save(state, tmp_path / "lit-llama-adapter-finetuned.pth")
+    loaded = random_model(TINY)
+    assert load_adapter(loaded, tmp_path / "lit-llama-adapter-finetuned.pth") == "alpaca"
+    idx = torch.randint(TINY.vocab_size, (1, 9))
+    assert torch.equal(loaded(idx), model(idx))
+    assert not torch.allclose(loaded(idx), random_model(TINY)(idx), atol=0.1)

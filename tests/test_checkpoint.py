@@ -154,10 +154,10 @@ def test_finetuned_files_are_checked_for_kind_and_base(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     write_file(path, {"kind": "adapter", "adapter": {}, "base": asdict(TINY), "state_dict": {}})
     with pytest.raises(UserError, match="adapter"):
-        load_finetuned(path, "lora", TINY)
-    assert load_finetuned(path, "adapter", TINY)["state_dict"] == {}
+        load_finetuned(path, "lora", TINY, dict)
+    assert load_finetuned(path, "adapter", TINY, dict)["state_dict"] == {}
     with pytest.raises(UserError, match="n_layer 2, not 3"):
-        load_finetuned(path, "adapter", replace(TINY, n_layer=3))
+        load_finetuned(path, "adapter", replace(TINY, n_layer=3), dict)
 
 
 def test_loading_takes_at_most_1_2_times_the_file_in_ram(tmp_path: Path) -> None:

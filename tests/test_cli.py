@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from lit_llama.cli import join_lists
+
 SCRIPT = '''
 """A script."""
 from pathlib import Path
@@ -77,3 +79,11 @@ def test_a_reader_that_has_seen_enough_is_no_error(script: Path) -> None:
     script.write_text(endless)
     result = subprocess.run(f"{sys.executable} {script} | head -1", shell=True, capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("0\n", "")
+
+
+def test_a_flag_for_several_values_is_given_once_or_often() -> None:
+    flags = {"--x"}
+    expected = ["--y", "1", "z", '--x=["a b", "c"]']
+    assert join_lists(["--x", "a b", "c", "--y", "1", "z"], flags) == expected
+    assert join_lists(["--x", "a b", "--y", "1", "z", "--x=c"], flags) == expected
+    assert join_lists(["--y", "1"], flags) == ["--y", "1"]

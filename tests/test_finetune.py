@@ -107,6 +107,26 @@ def test_lora_answers_alike_merged_and_unmerged(
     assert first == second
 
 
+def test_several_lora_files_answer_one_after_the_other(
+    checkpoint: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    common = ["--pretrained_path", checkpoint, "--prompt", "Count to 4", "--temperature", 0, "--max_new_tokens", 20]
+    files, alone = [], []
+    for steps in (1, 6):
+        arguments = finetune_arguments("lora", checkpoint, data_dir, tmp_path / str(steps))
+        assert run_script("finetune_lora", *arguments, "--max_steps", steps) is None
+        files.append(tmp_path / str(steps) / RESULTS["lora"])
+        capsys.readouterr()
+        assert run_script("generate_lora", "--lora_path", files[-1], *common) is None
+        alone.append(capsys.readouterr().out)
+    assert alone[0] != alone[1]
+    assert run_script("generate_lora", "--lora_path", *files, files[0], *common) is None
+    printed = capsys.readouterr()
+    assert printed.out == alone[0] + alone[1] + alone[0]
+    assert printed.err.count("loaded in") == 3
+    assert "leave out --merge" in str(run_script("generate_lora", "--lora_path", *files, *common, "--merge", "true"))
+
+
 def assert_same_run(one: Path, other: Path, method: str) -> None:
     for name in (RESULTS[method], "training-state.pth"):
         contents = [torch.load(folder / name, weights_only=True) for folder in (one, other)]

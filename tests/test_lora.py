@@ -24,6 +24,7 @@ from lit_llama.lora import (
     lora_state_dict,
     mark_only_lora_as_trainable,
     merge_lora,
+    remove_lora,
 )
 from lit_llama.model import LLaMA, LLaMAConfig
 
@@ -253,3 +254,56 @@ def test_forward_and_backward_trace_without_data() -> None:
         mark_only_lora_as_trainable(model)
         model(torch.zeros(2, 16, dtype=torch.int64), select=torch.arange(20)).sum().backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def test_a_file_of_the_archived_lit_llama_needs_its_alpha(tmp_path: Path) -> None:
+    """It holds A and B of query and value alone, under the same names; the logits are those of its own formula."""
+    path, base = tmp_path / "lit-llama-lora-finetuned.pth", random_model(HEADS["mha"])
+    C, state = TINY.n_embd, {}
+    for i in range(TINY.n_layer):
+        state[f"transformer.h.{i}.attn.c_attn.lora_A"] = 0.2 * torch.randn(2 * 4, C)
+        state[f"transformer.h.{i}.attn.c_attn.lora_B"] = 0.2 * torch.randn(2 * C, 4)
+    torch.save(state, path)
+    model = random_model(HEADS["mha"])
+    with pytest.raises(UserError, match="--lora_alpha"):
+        load_lora(model, path)
+    assert load_lora(model, path, alpha=12) == "alpaca"
+    for i, block in enumerate(base.transformer.h):
+        A, B = (state[f"transformer.h.{i}.attn.c_attn.lora_{x}"] for x in "AB")
+        block.attn.c_attn.weight[:C] += 12 / 4 * B[:C] @ A[:4]
+        block.attn.c_attn.weight[2 * C :] += 12 / 4 * B[C:] @ A[4:]
+    idx = torch.randint(TINY.vocab_size, (1, 9))
+    torch.testing.assert_close(model(idx), base(idx), atol=1e-4, rtol=0)
+
+
+def test_alpha_is_not_taken_for_a_file_that_has_its_own(tmp_path: Path) -> None:
+    model = lora_model(TINY, LoRAConfig(alpha=8))
+    save_finetuned(tmp_path / "a", "lora", LoRAConfig(alpha=8), model, lora_state_dict(model), prompt_style="plain")
+    with pytest.raises(UserError, match="its own alpha, 8"):
+        load_lora(random_model(TINY), tmp_path / "a", alpha=16)
+    load_lora(random_model(TINY), tmp_path / "a", alpha=8)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_several_files_take_turns_on_one_base(tied: bool, tmp_path: Path) -> None:
+    config = replace(TINY, tie_embeddings=tied)
+    paths, expected, idx = [], [], torch.randint(TINY.vocab_size, (1, 9))
+    for seed, lora in enumerate((LoRAConfig(4, 8, 0.1, TARGETS), LoRAConfig(2, 8, 0.1, ("key",)))):
+        model = lora_model(config, lora)
+        for tensor in lora_state_dict(model).values():
+            tensor.mul_(seed + 1)
+        paths.append(tmp_path / f"{seed}.pth")
+        save_finetuned(paths[-1], "lora", lora, model, lora_state_dict(model), prompt_style="plain")
+        expected.append(model(idx))
+    base = random_model(config)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    for i in (0, 1, 0):
+        load_lora(base, paths[i])
+        assert torch.equal(base(idx), expected[i])  # without dropout, since the base was in evaluation mode
+        remove_lora(base)
+        assert base.state_dict().keys() == before.keys()
+        assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
+        assert (base.lm_head.weight is base.transformer.wte.weight) == tied
+    assert not torch.allclose(*expected, atol=0.1)
