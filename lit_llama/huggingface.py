@@ -65,10 +65,10 @@ def from_hf(tensors: Iterable[tuple[str, Tensor]], config: LLaMAConfig, dtype: t
             number, layer = name.removeprefix("model.layers.").split(".", 1)
             prefix = f"transformer.h.{number}."
         if layer in names:
-            state[prefix + names[layer]] = tensor.to(dtype)
+            state[prefix + names[layer]] = tensor.to(dtype, copy=True)  # a mapped file could not be let go
         elif layer in ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"):
             parts = qkv.setdefault(f"{prefix}attn.c_attn.weight", {})
-            parts[layer[10]] = tensor.to(dtype)
+            parts[layer[10]] = tensor.to(dtype, copy=True)
             if len(parts) == 3:
                 del qkv[f"{prefix}attn.c_attn.weight"]
                 q, k = pairs_from_halves(parts["q"], config.n_head), pairs_from_halves(parts["k"], config.n_kv_head)

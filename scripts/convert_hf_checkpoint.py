@@ -1,6 +1,5 @@
 """Convert a Hugging Face model folder (config.json and .safetensors or .bin shards) into a model folder."""
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_llama.checkpoint import check_complete, read_file, save_model_folder
+from lit_llama.checkpoint import check_complete, read_file, read_json, save_model_folder
 from lit_llama.cli import UserError, run
 from lit_llama.huggingface import config_from_hf, from_hf
 from lit_llama.tokenizer import FILE_NAMES, find_tokenizer
@@ -31,19 +30,13 @@ def main(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None) -> None:
         raise UserError(f"--dtype is one of float32, bfloat16, float16, not {name!r}")
     state = from_hf(read_shards(checkpoint_dir), config, getattr(torch, name))
     check_complete(checkpoint_dir, state, config)
-    has_tokenizer = any((checkpoint_dir / name).is_file() for name in FILE_NAMES)
-    files = find_tokenizer(checkpoint_dir, checkpoint_dir).files() if has_tokenizer else {}
+    files = {}
+    if any((checkpoint_dir / name).is_file() for name in FILE_NAMES):
+        files = find_tokenizer(checkpoint_dir, checkpoint_dir).files()
+    else:
+        print(f"No tokenizer in {checkpoint_dir}: put one beside the converted weights", file=sys.stderr)
     save_model_folder(out_dir, state, config, files)
     print(f"Saved {out_dir}", file=sys.stderr)
-
-
-def read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; expected a folder in Hugging Face's format")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}); download it again") from None
 
 
 def read_shards(folder: Path) -> Iterator[tuple[str, Tensor]]:
