@@ -1,0 +1,77 @@
+"""Export a model folder to Hugging Face's format, tokenizer included, for `AutoModelForCausalLM.from_pretrained`."""
+
+import json
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from lit_llama.checkpoint import load_model, replacing, write_file
+from lit_llama.cli import run
+from lit_llama.huggingface import hf_config, to_hf
+from lit_llama.tokenizer import CONFIG_NAME, Tokenizer, find_tokenizer
+
+
+def main(
+    out_dir: Path,
+    checkpoint_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    tokenizer_path: Path | None = None,
+    max_shard_gb: float = 5.0,
+) -> None:
+    """Write config.json, generation_config.json, the weights as .safetensors, and the tokenizer.
+
+    Args:
+        out_dir: The folder to write.
+        checkpoint_path: The model: a base one, one that finetune_full.py wrote, or one that merge_lora.py wrote.
+        tokenizer_path: The tokenizer, if it does not lie beside the checkpoint.
+        max_shard_gb: The largest file of weights, in GB.
+    """
+    tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
+    model = load_model(checkpoint_path)
+    state = to_hf(model.state_dict(), model.config)
+    if model.config.tie_embeddings:
+        del state["lm_head.weight"]
+    fields = hf_config(model.config, model.lm_head.weight.dtype)
+    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    (out_dir / "config.json").unlink(missing_ok=True)  # it makes the folder valid, and is written last
+    save_weights(state, out_dir, int(max_shard_gb * 1e9))
+    for name, content in tokenizer_files(tokenizer).items():
+        write_file(out_dir / name, content)
+    write_file(out_dir / "generation_config.json", json.dumps(ends, indent=2))
+    write_file(out_dir / "config.json", json.dumps(fields | ends, indent=2))
+    print(f"Saved {out_dir}", file=sys.stderr)
+
+
+def save_weights(state: dict[str, Tensor], out_dir: Path, max_bytes: int) -> None:
+    """Write model.safetensors, or several of at most `max_bytes` with an index. Memory holds one at a time."""
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in state.items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    weight_map = {}
+    for old in out_dir.glob("model*.safetensors*"):
+        old.unlink()
+    for i, shard in enumerate(tqdm(shards, desc="Exporting", unit="shard"), 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        with replacing(out_dir / name) as part:
+            save_file({key: tensor.contiguous() for key, tensor in shard.items()}, part, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
+        write_file(out_dir / "model.safetensors.index.json", json.dumps(index, indent=2))
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes | str]:
+    """The tokenizer's files, with the class that reads a tokenizer.json as it stands noted in its config."""
+    files: dict[str, bytes | str] = dict(tokenizer.files())
+    if "tokenizer.json" in files:
+        fields = json.loads(files.get(CONFIG_NAME, "{}"))
+        files[CONFIG_NAME] = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **fields}, indent=2)
+    return files
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,47 @@
+"""Import a LoRA that Hugging Face's PEFT has trained, for generate_lora.py and all else that takes a LoRA file."""
+
+import sys
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from lit_llama.checkpoint import load_model, read_file, read_json, save_finetuned
+from lit_llama.cli import UserError, run
+from lit_llama.peft_format import config_from_peft, from_peft
+
+
+def main(
+    peft_dir: Path,
+    out_path: Path,
+    pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    prompt_style: str = "alpaca",
+) -> None:
+    """Write a LoRA file.
+
+    Args:
+        peft_dir: The folder with adapter_config.json and adapter_model.safetensors or adapter_model.bin.
+        out_path: The file to write.
+        pretrained_path: The checkpoint of the base model, converted from the Hugging Face model that PEFT used.
+        prompt_style: The template that it was trained with, alpaca or plain; PEFT does not store it.
+    """
+    base = load_model(pretrained_path)
+    fields, tensors = read_json(peft_dir / "adapter_config.json"), read_tensors(peft_dir)
+    config = config_from_peft(fields, iter(tensors))
+    state = from_peft(tensors, base.config, config)
+    save_finetuned(out_path, "lora", config, base, state, prompt_style=prompt_style, hyperparameters={})
+    print(f"Saved {out_path}", file=sys.stderr)
+
+
+def read_tensors(folder: Path) -> dict:
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        return read_file(folder / "adapter_model.bin")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or no safetensors file ({error}); copy it again") from None
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,56 @@
+"""Fold a LoRA file into its base: an ordinary checkpoint, for generate.py, export_hf.py and further finetuning."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lit_llama.checkpoint import load_model, save_model_folder
+from lit_llama.cli import run
+from lit_llama.lora import load_lora, merge_lora
+from lit_llama.model import LLaMA
+from lit_llama.prompt import format_prompt
+from lit_llama.tokenizer import find_tokenizer
+
+
+def main(
+    out_dir: Path,
+    lora_path: Path = Path("out/lora/alpaca/lit-llama-lora-finetuned.pth"),
+    pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    tokenizer_path: Path | None = None,
+    lora_alpha: float | None = None,
+    prompt: str = "Please explain how weight decay works",
+) -> None:
+    """Merge in float32, and save in the dtype of the base model.
+
+    Args:
+        out_dir: The model folder to write: lit-llama.pth, config.json and the tokenizer.
+        lora_path: The file that finetune_lora.py wrote.
+        pretrained_path: The checkpoint of the base model.
+        tokenizer_path: The tokenizer, if it does not lie beside the checkpoint.
+        lora_alpha: Only for a file of the archived Lit-LLaMA, which does not hold it.
+        prompt: An instruction to compare logits on.
+    """
+    tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
+    model = load_model(pretrained_path).eval()
+    prompt_style = load_lora(model, lora_path, lora_alpha)
+    idx = torch.tensor([tokenizer.encode(format_prompt(prompt_style, prompt))])
+    apart = logits(model, idx)
+    merge_lora(model)
+    merged = logits(model, idx)
+    save_model_folder(out_dir, model.state_dict(), model.config, tokenizer.files())
+    change = (merged - apart).abs().max()
+    print(f"Saved {out_dir}. Merging changed the logits of a prompt by up to {change:.1e}", file=sys.stderr)
+
+
+@torch.no_grad()
+def logits(model: LLaMA, idx: Tensor) -> Tensor:
+    """Logits in the precision of the weights."""
+    dtype = model.lm_head.weight.dtype
+    with torch.autocast("cpu", dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32):
+        return model(idx).float()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,175 @@
+"""Merging and exporting, by the scripts that users run, and what transformers makes of it."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, random_model, randomize, run_script
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from lit_llama.checkpoint import load_model, save_finetuned, save_model_folder
+from lit_llama.huggingface import hf_config
+from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict
+from lit_llama.model import LLaMA, RopeScaling
+from lit_llama.tokenizer import Tokenizer
+
+VARIANTS = {
+    "mha": replace(TINY, n_kv_head=4),
+    "gqa": replace(TINY, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32)),
+    "tied": replace(TINY, tie_embeddings=True),
+}
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
+def base(request: pytest.FixtureRequest, model_folder: Path, tmp_path: Path) -> Path:
+    """A model folder with a tokenizer."""
+    files = {name: (model_folder / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    save_model_folder(tmp_path / "base", random_model(request.param).state_dict(), request.param, files)
+    return tmp_path / "base" / "lit-llama.pth"
+
+
+def finetuned(base: Path, targets: tuple[str, ...] = TARGETS) -> tuple[LLaMA, Path]:
+    """The base with random LoRA, apart, and its file."""
+    model, lora, path = load_model(base).eval(), LoRAConfig(4, 32, 0.1, targets), base.parent.parent / "lora.pth"
+    add_lora(model, lora)
+    randomize(lora_state_dict(model), std=0.1)
+    save_finetuned(path, "lora", lora, model, lora_state_dict(model), prompt_style="plain")
+    return model, path
+
+
+@pytest.mark.parametrize("targets", [("query", "value"), TARGETS], ids=["two", "all"])
+@torch.no_grad()
+def test_merged_and_exported_it_gives_the_same_logits_in_transformers(
+    base: Path, targets: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model, lora_path = finetuned(base, targets)
+    merge = ("--out_dir", tmp_path / "merged", "--lora_path", lora_path, "--pretrained_path", base)
+    assert run_script("merge_lora", *merge) is None
+    assert float(capsys.readouterr().err.rsplit(" ", 1)[1]) < 1e-3
+    export = ("--out_dir", tmp_path / "hf", "--checkpoint_path", tmp_path / "merged" / "lit-llama.pth")
+    assert run_script("export_hf", *export) is None
+    idx = torch.randint(TINY.vocab_size, (2, 70))
+    assert not torch.allclose(model(idx), load_model(base)(idx), atol=0.1)
+    torch.testing.assert_close(load_model(tmp_path / "merged" / "lit-llama.pth")(idx), model(idx), atol=1e-4, rtol=0)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    torch.testing.assert_close(theirs(idx).logits, model(idx), atol=1e-4, rtol=0)
+
+
+def test_the_tokenizer_of_transformers_gives_the_same_ids(base: Path, tmp_path: Path) -> None:
+    assert run_script("export_hf", "--out_dir", tmp_path / "hf", "--checkpoint_path", base) is None
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), Tokenizer(base.with_name("tokenizer.json"))
+    text = "below  is an\n instruction, naïve 日本 🙂 <|im_end|>"
+    assert theirs(text)["input_ids"] == ours.encode(text)
+    assert theirs.eos_token_id == ours.eos_id
+
+
+@pytest.mark.parametrize("max_shard_gb", [5.0, 2e-5])
+def test_from_hf_and_back_is_bit_exact(max_shard_gb: float, base: Path, tmp_path: Path) -> None:
+    """transformers' files in bfloat16, by both scripts, are the same tensors again, in one file or many."""
+    config = load_model(base).config
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(LlamaConfig(**hf_config(config, torch.bfloat16))).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base.with_name(name), tmp_path / "hf")
+    here = ("--checkpoint_dir", tmp_path / "hf", "--out_dir", tmp_path / "ours")
+    assert run_script("convert_hf_checkpoint", *here) is None
+    there = ("--checkpoint_path", tmp_path / "ours" / "lit-llama.pth", "--out_dir", tmp_path / "back")
+    assert run_script("export_hf", *there, "--max_shard_gb", max_shard_gb) is None
+    before, after = ({}, {})
+    for state, folder in ((before, tmp_path / "hf"), (after, tmp_path / "back")):
+        for file in folder.glob("*.safetensors"):
+            state |= load_file(file)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "back")  # finds all shards, and ties what is tied
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_merge_is_rounded_once_to_the_dtype_of_the_base(
+    base_dtype: torch.dtype, lora_dtype: torch.dtype, model_folder: Path, tmp_path: Path
+) -> None:
+    model = random_model(TINY).to(base_dtype)
+    files = {name: (model_folder / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    save_model_folder(tmp_path / "base", model.state_dict(), TINY, files)
+    lora = LoRAConfig(4, 8, 0.0, ("projection",))
+    add_lora(model, lora)
+    state = {name: tensor.normal_(std=0.02).to(lora_dtype) for name, tensor in lora_state_dict(model).items()}
+    save_finetuned(tmp_path / "lora.pth", "lora", lora, model, state, prompt_style="plain")
+    paths = ("--lora_path", tmp_path / "lora.pth", "--pretrained_path", tmp_path / "base" / "lit-llama.pth")
+    assert run_script("merge_lora", "--out_dir", tmp_path / "merged", *paths) is None
+    merged = load_model(tmp_path / "merged" / "lit-llama.pth").state_dict()
+    name = "transformer.h.1.attn.c_proj."
+    exact = model.state_dict()[f"{name}weight"].double()
+    exact += 2 * state[f"{name}lora_B"].double() @ state[f"{name}lora_A"].double()
+    assert merged[f"{name}weight"].dtype == base_dtype
+    half_a_step = exact.abs() * torch.finfo(base_dtype).eps + 1e-7
+    assert ((merged[f"{name}weight"].double() - exact).abs() <= half_a_step).all()
+
+
+def test_an_export_that_fails_leaves_nothing_that_loads(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = ("--out_dir", tmp_path / "hf", "--checkpoint_path", base, "--max_shard_gb", 2e-5)
+    assert run_script("export_hf", *export) is None
+    import export_hf
+
+    calls = []
+
+    def full_disk(_: dict, path: Path, **__: object) -> None:
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        path.write_bytes(b"0")
+
+    monkeypatch.setattr(export_hf, "save_file", full_disk)
+    text = run_script("export_hf", *export)
+    assert text is not None
+    assert "No space left" in text
+    assert not (tmp_path / "hf" / "config.json").exists()
+    assert not list((tmp_path / "hf").glob("*.part"))
+
+
+@pytest.mark.parametrize("script", ["merge_lora", "export_peft"])
+def test_files_in_the_wrong_place_are_told_in_one_line(script: str, base: Path, tmp_path: Path) -> None:
+    _, lora_path = finetuned(base)
+    fixed = ("--out_dir", tmp_path / "out", *(("--base_model", "x") if script == "export_peft" else ()))
+    for paths, words in (
+        ((lora_path, lora_path), ("lora.pth", "--lora_path") if script == "merge_lora" else ("lora.pth",)),
+        ((base, base), ("lit-llama.pth", "finetune_lora.py")),
+        ((tmp_path / "no.pth", base), ("no.pth", "does not exist")),
+    ):
+        text = run_script(
+            script,
+            *fixed,
+            "--lora_path",
+            paths[0],
+            "--pretrained_path",
+            paths[1],
+            *(("--tokenizer_path", base.parent) if script == "merge_lora" else ()),
+        )
+        assert text is not None
+        assert text.startswith("error: ")
+        assert "\n" not in text
+        assert all(word in text for word in words), text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_file_is_no_base_for_an_export(base: Path, tmp_path: Path) -> None:
+    _, lora_path = finetuned(base)
+    arguments = ("--checkpoint_path", lora_path, "--tokenizer_path", base.parent, "--out_dir", tmp_path / "out")
+    assert "--lora_path" in str(run_script("export_hf", *arguments))
+    assert not (tmp_path / "out").exists()
+
+
+def test_config_notes_the_ends_of_a_sequence(base: Path, tmp_path: Path) -> None:
+    assert run_script("export_hf", "--out_dir", tmp_path / "hf", "--checkpoint_path", base) is None
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 1
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == 1
