@@ -1,0 +1,216 @@
+"""Evaluate a base, LoRA, adapter or fully finetuned model: perplexity of texts, loss of responses, ROUGE and BLEU."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from lit_llama.adapter import cache_prefix, load_adapter
+from lit_llama.checkpoint import default_precision, load_model, storage_dtype
+from lit_llama.cli import UserError, run
+from lit_llama.data import BatchSchedule, Dataset
+from lit_llama.generation import default_device, generate_batch
+from lit_llama.lora import load_lora, merge_lora
+from lit_llama.model import LLaMA
+from lit_llama.tokenizer import Tokenizer, find_tokenizer
+from lit_llama.training import check_data, loss_sum
+
+CORPORA: dict[str, tuple[dict[str, Any], str, str]] = {  # arguments of load_dataset, column, what joins its rows
+    "wikitext": ({"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"}, "text", ""),
+    "ptb": (
+        {"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet", "split": "test"},
+        "sentence",
+        "\n",
+    ),
+    "c4": (
+        {"path": "allenai/c4", "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"}}
+        | {"split": "validation[:1100]"},
+        "text",
+        "\n\n",
+    ),
+}
+
+
+def main(
+    checkpoint_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    lora_path: Path | None = None,
+    adapter_path: Path | None = None,
+    tokenizer_path: Path | None = None,
+    text: tuple[str, ...] = (),
+    data_dir: Path | None = None,
+    split: str = "validation",
+    n_answers: int = 0,
+    block_size: int | None = None,
+    max_blocks: int | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int = 100,
+    lora_alpha: float | None = None,
+    precision: str | None = None,
+    json: bool = False,
+) -> None:
+    """Print a table to stdout, or JSON.
+
+    Args:
+        checkpoint_path: The base model, or what finetune_full.py or merge_lora.py wrote.
+        lora_path: The file that finetune_lora.py wrote, if that is to be evaluated.
+        adapter_path: The file that finetune_adapter.py wrote, if that is to be evaluated.
+        tokenizer_path: The tokenizer, if it does not lie beside the checkpoint.
+        text: For perplexity: text files, or wikitext, ptb, c4, which are downloaded.
+        data_dir: For the loss of responses, and for answers: what one of scripts/prepare_*.py wrote.
+        split: The records of data_dir, validation or train.
+        n_answers: For ROUGE and BLEU: how many of these records are answered, greedily; the first ones.
+        block_size: Tokens of a block of text, and after which a record is cut. By default at most 2048.
+        max_blocks: How many blocks of each text are evaluated, at most; the first ones.
+        batch_size: Records computed at once.
+        max_new_tokens: The longest answer.
+        lora_alpha: Only for a LoRA file of the archived Lit-LLaMA, which does not hold it.
+        precision: 32-true, bf16-true or 16-true. By default bf16-true on a GPU that has bfloat16, else 32-true.
+        json: Print JSON instead of the table.
+    """
+    if not text and data_dir is None:
+        raise UserError("there is nothing to evaluate on; give --text, --data_dir or both")
+    tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
+    model = load(checkpoint_path, lora_path, adapter_path, lora_alpha, storage_dtype(precision or default_precision()))
+    block_size = block_size or min(2048, model.config.block_size)
+    results = {f"text {name}": text_loss(model, tokenizer, read_text(name), block_size, max_blocks) for name in text}
+    if data_dir is not None:
+        dataset = Dataset(data_dir, split, block_size)
+        check_data(dataset, model, checkpoint_path, tokenizer_path)
+        results["responses"] = response_loss(model, dataset, batch_size)
+        if n_answers:
+            results["answers"] = answer_scores(model, tokenizer, dataset, n_answers, batch_size, max_new_tokens)
+    print(to_json(results) if json else table(results))
+
+
+def load(
+    path: Path, lora_path: Path | None, adapter_path: Path | None, lora_alpha: float | None, dtype: torch.dtype
+) -> LLaMA:
+    """The model as its generate script would use it."""
+    model = load_model(path, dtype, default_device())
+    if lora_path:
+        load_lora(model, lora_path, lora_alpha)
+        merge_lora(model)
+    if adapter_path:
+        load_adapter(model, adapter_path)
+    model.to(dtype).eval()
+    cache_prefix(model)
+    return model
+
+
+def read_text(name: str) -> str:
+    """The content of a text file, or of a known corpus."""
+    if name not in CORPORA:
+        try:
+            return Path(name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UserError(f"{name} does not exist, nor is it one of {', '.join(CORPORA)}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{name} is no text in UTF-8; convert it") from None
+    arguments, column, separator = CORPORA[name]
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(f"to fetch {name}, run: pip install -e '.[eval]'; or give a text file") from None
+    try:
+        return separator.join(load_dataset(**arguments)[column])
+    except Exception as error:  # of the library, or of one of the many beneath it
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"could not fetch {name} ({reason}); give a text file instead") from None
+
+
+@torch.inference_mode()
+def text_loss(
+    model: LLaMA, tokenizer: Tokenizer, text: str, block_size: int, max_blocks: int | None
+) -> dict[str, float]:
+    """Cross-entropy a token, in nats, over blocks that do not overlap; nothing precedes a block's first token."""
+    ids = tokenizer.encode(text)
+    if min(len(ids), block_size) < 2:
+        raise UserError("perplexity needs a text, and blocks, of two tokens at least")
+    blocks = torch.tensor(ids).split(block_size)[:max_blocks]
+    device, total, count = model.lm_head.weight.device, 0.0, 0
+    for block in tqdm(blocks, desc="Perplexity", unit="block"):
+        logits = model(block[None].to(device))[0, :-1]  # (T - 1, V)
+        total += float(F.cross_entropy(logits.float(), block[1:].to(device), reduction="sum"))
+        count += len(block) - 1
+    return {**loss_and_perplexity(total / count), "blocks": len(blocks), "tokens": count}
+
+
+@torch.inference_mode()
+def response_loss(model: LLaMA, dataset: Dataset, batch_size: int) -> dict[str, float]:
+    """Cross-entropy a response token, in nats, over all records."""
+    if not len(dataset):
+        raise UserError(f"{dataset.data_dir} has no such records, or none with room for a response in --block_size")
+    total, device = 0.0, model.lm_head.weight.device
+    for records in tqdm(list(batches(dataset, len(dataset), batch_size)), desc="Loss of responses", unit="batch"):
+        total += float(loss_sum(model, *(tensor.to(device) for tensor in dataset.batch(records))))
+    count = dataset.n_targets(range(len(dataset)))
+    return {**loss_and_perplexity(total / count), "records": len(dataset), "tokens": count}
+
+
+def answer_scores(
+    model: LLaMA, tokenizer: Tokenizer, dataset: Dataset, n: int, batch_size: int, max_new_tokens: int
+) -> dict[str, float]:
+    """ROUGE and BLEU, from 0 to 100, of greedy answers to the first records."""
+    n = min(n, len(dataset))
+    answers, start, count = [""] * n, time.perf_counter(), 0
+    for records in tqdm(list(batches(dataset, n, batch_size)), desc="Answers", unit="batch"):
+        prompts = [dataset.prompt(i) for i in records]
+        new = generate_batch(model, prompts, max_new_tokens, eos_id=tokenizer.eos_id, temperature=0)
+        for i, ids in zip(records, new, strict=True):
+            answers[i], count = tokenizer.decode(ids), count + len(ids)
+    speed = count / (time.perf_counter() - start)
+    references = [tokenizer.decode(dataset.batch([i]).targets.tolist()) for i in range(n)]
+    return {**rouge_and_bleu(answers, references), "records": n, "tokens_per_second": speed}
+
+
+def batches(dataset: Dataset, n: int, batch_size: int) -> Iterator[np.ndarray]:
+    """The first n records, those of similar length together."""
+    schedule = BatchSchedule(dataset.lengths[:n], -(-n // batch_size) * batch_size, batch_size, seed=0)
+    yield from schedule[0]
+
+
+def rouge_and_bleu(answers: list[str], references: list[str]) -> dict[str, float]:
+    """ROUGE-1, -2 and -L (means of the F-measure, with stemming) and the BLEU of the corpus, from 0 to 100.
+
+    Lin 2004, "ROUGE"; Papineni et al. 2002, "BLEU"; as rouge-score and sacrebleu compute them.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+        from sacrebleu import corpus_bleu
+    except ImportError:
+        raise UserError("ROUGE and BLEU need two libraries more; run: pip install -e '.[eval]'") from None
+    names = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(names, use_stemmer=True)
+    scores = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
+    rouge = {name: 100 * sum(score[name].fmeasure for score in scores) / len(scores) for name in names}
+    return {**rouge, "bleu": corpus_bleu(answers, [references]).score}
+
+
+def loss_and_perplexity(loss: float) -> dict[str, float]:
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+
+
+def to_json(results: dict[str, dict[str, float]]) -> str:
+    return json.dumps(results, indent=2)
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    width = max(map(len, results))
+    lines = []
+    for name, values in results.items():
+        cells = [
+            f"{key} {value:,}" if isinstance(value, int) else f"{key} {value:.4f}" for key, value in values.items()
+        ]
+        lines.append(f"{name:<{width}}  {'  '.join(cells)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main)
