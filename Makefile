@@ -21,7 +21,7 @@ quickstart: .venv/quickstart
 	rm -rf $(RUN)
 	python finetune_lora.py --pretrained_path $(MODEL)/lit-llama.pth --data_dir data/quickstart --out_dir $(RUN) \
 	  --lora_r 32 --lora_alpha 64 --lora_targets query,key,value,projection,mlp --lora_dropout 0 \
-	  --learning_rate 1e-3 --warmup_steps 10 --batch_size 4 --num_epochs 1 --eval_interval 45 --log_interval 15
+	  --learning_rate 1e-3 --warmup_steps 10 --batch_size 4 --num_epochs 1 --eval_interval 30 --log_interval 15
 	@echo; echo 'Before: $(QUESTION)'
 	python generate.py --checkpoint_path $(MODEL)/lit-llama.pth \
 	  --prompt_style alpaca --prompt "$(QUESTION)" --temperature 0 --max_new_tokens 60

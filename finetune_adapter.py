@@ -16,7 +16,7 @@ from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, ma
 from lit_llama.checkpoint import default_precision, save_finetuned, storage_dtype
 from lit_llama.cli import UserError, constants, run
 from lit_llama.data import BatchSchedule, Dataset
-from lit_llama.log import TrainingLog
+from lit_llama.log import TrainingLog, find_logger
 from lit_llama.sharding import in_one_piece, load_training_state
 from lit_llama.training import (
     STATE_FILE,
@@ -50,6 +50,7 @@ devices: PositiveInt = 1  # per node
 num_nodes: PositiveInt = 1
 strategy = "auto"  # ddp: the whole model on each device; fsdp: spread over them, if it does not fit on one
 activation_checkpointing = False  # compute blocks anew in the backward pass: less memory, a third more time
+logger: str | None = None  # besides metrics.csv: tensorboard, or the class of another Lightning logger
 precision: str | None = None  # null: bf16-mixed on a GPU that has bfloat16, else 32-true
 
 ADAPTER_FILE = "lit-llama-adapter-finetuned.pth"
@@ -72,7 +73,7 @@ def main(
         resume: Continue the run in out_dir from its last saved state.
     """
     numerics = precision or default_precision()
-    fabric = launch(devices, num_nodes, strategy, numerics)
+    fabric = launch(devices, num_nodes, strategy, numerics, find_logger(logger, out_dir))
     train_data = Dataset(data_dir, "train", block_size, mask_prompt)
     val_data = Dataset(data_dir, "validation", block_size, mask_prompt, limit=eval_records)
     settings = {**constants(sys.modules[__name__]), "data": train_data.fingerprint}

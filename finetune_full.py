@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lit_llama.checkpoint import default_precision, save_finetuned, save_model_folder, storage_dtype
 from lit_llama.cli import UserError, constants, run
 from lit_llama.data import BatchSchedule, Dataset
-from lit_llama.log import TrainingLog
+from lit_llama.log import TrainingLog, find_logger
 from lit_llama.optimizer import AdamW
 from lit_llama.sharding import in_one_piece, load_training_state
 from lit_llama.training import (
@@ -50,6 +50,7 @@ devices: PositiveInt = 1  # per node
 num_nodes: PositiveInt = 1
 strategy = "auto"  # fsdp on several devices, each of which stores its share of weights, gradients and moments
 activation_checkpointing = True  # compute blocks anew in the backward pass: less memory, a third more time
+logger: str | None = None  # besides metrics.csv: tensorboard, or the class of another Lightning logger
 precision: str | None = None  # null: bf16-mixed on a GPU that has bfloat16, else 32-true
 
 
@@ -71,7 +72,9 @@ def main(
     """
     numerics = precision or default_precision()
     sharded = "fsdp" if devices * num_nodes > 1 else "auto"
-    fabric = launch(devices, num_nodes, sharded if strategy == "auto" else strategy, numerics)
+    fabric = launch(
+        devices, num_nodes, sharded if strategy == "auto" else strategy, numerics, find_logger(logger, out_dir)
+    )
     train_data = Dataset(data_dir, "train", block_size, mask_prompt)
     val_data = Dataset(data_dir, "validation", block_size, mask_prompt, limit=eval_records)
     settings = {**constants(sys.modules[__name__]), "data": train_data.fingerprint}

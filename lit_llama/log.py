@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,11 @@ import torch
 from tqdm import tqdm
 
 from lit_llama.checkpoint import write_file
+from lit_llama.cli import UserError
 
 if TYPE_CHECKING:  # it takes seconds to import, and generation needs but `peak_memory`
     from lightning import Fabric
+    from lightning.fabric.loggers import Logger
 
 COLUMNS = (
     "step", "records", "tokens", "train_loss", "validation_loss",
@@ -30,6 +33,25 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def find_logger(name: str | None, out_dir: Path) -> "Logger | None":
+    """TensorBoard's logger, or any of Lightning's by its class, such as lightning.pytorch.loggers.WandbLogger.
+
+    It writes below `out_dir`, or where its library's environment variables say.
+    """
+    if name is None:
+        return None
+    try:
+        if name == "tensorboard":
+            from lightning.fabric.loggers import TensorBoardLogger
+
+            return TensorBoardLogger(out_dir, name="tensorboard", version="")  # a resumed run goes on in this folder
+        module, _, kind = name.rpartition(".")
+        return getattr(import_module(module), kind)(save_dir=out_dir)
+    except (ImportError, ValueError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--logger {name} is not to be had ({reason}); tensorboard is an extra of that name") from None
 
 
 class TrainingLog:
@@ -105,6 +127,9 @@ class TrainingLog:
         seconds = self.seconds + time.perf_counter() - self.started
         row = {"step": step, "records": self.records, "tokens": self.tokens, **values, "seconds": seconds}
         self.rows.append(row)
+        self.fabric.log_dict(values, step)
+        for logger in self.fabric.loggers:
+            logger.save()  # now, since a run may be killed at any time
         if self.fabric.is_global_zero:
             self._append(row)
 
@@ -139,14 +164,23 @@ def plot_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name, label, style in (
-        ("train_loss", "training", {"color": "#9db8d9", "linewidth": 1}),
-        ("validation_loss", "validation", {"color": "#c0392b", "linewidth": 2, "marker": "o", "markersize": 4}),
-    ):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
+    train, validation = (
+        [(row["step"], row[name]) for row in rows if name in row] for name in ("train_loss", "validation_loss")
+    )
+    if train:
+        steps, losses = zip(*train, strict=True)
+        n = max(1, len(losses) // 10)
+        means = [sum(losses[i : i + n]) / n for i in range(len(losses) - n + 1)]
+        axes.plot(steps, losses, color="#c9d8ea", linewidth=1, label="training, each step")
+        axes.plot(steps[n - 1 :], means, color="#3a6ea5", linewidth=2, label=f"training, mean of {n} steps")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), color="#c0392b", linewidth=2, marker="o", label="validation")
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        for point in {validation[0], validation[-1]}:
+            axes.annotate(f"{point[1]:.2f}", point, (0, 9), textcoords="offset points", ha="center", bbox=box)
     axes.set(title=title, xlabel="optimizer step", ylabel="cross-entropy per response token (nats)")
+    axes.margins(y=0.1)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(frameon=False)
     figure.savefig(path)

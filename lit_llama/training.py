@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning import Fabric
+from lightning.fabric.loggers import Logger
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -25,11 +26,11 @@ from lit_llama.tokenizer import Tokenizer, find_tokenizer
 STATE_FILE = "training-state.pth"
 MAY_CHANGE = (  # between the parts of a run; all else must stay as it was
     "learning_rate", "num_epochs", "max_steps", "warmup_steps", "warmup_epochs", "eval_interval", "eval_records",
-    "save_interval", "log_interval", "devices", "num_nodes", "strategy", "activation_checkpointing",
+    "save_interval", "log_interval", "devices", "num_nodes", "strategy", "activation_checkpointing", "logger",
 )  # fmt: skip
 
 
-def launch(devices: int, num_nodes: int, strategy: str, precision: str) -> Fabric:
+def launch(devices: int, num_nodes: int, strategy: str, precision: str, logger: Logger | None = None) -> Fabric:
     """Fabric, with one process running for each device of each node.
 
     Args:
@@ -51,7 +52,7 @@ def launch(devices: int, num_nodes: int, strategy: str, precision: str) -> Fabri
     elif n > 1:
         chosen = DDPStrategy(init_sync=False)  # all processes read the same file and draw the same random numbers
     try:
-        fabric = Fabric(devices=devices, num_nodes=num_nodes, strategy=chosen, precision=precision)
+        fabric = Fabric(devices=devices, num_nodes=num_nodes, strategy=chosen, precision=precision, loggers=logger)
         fabric.launch()
     except (ValueError, RuntimeError, MisconfigurationException) as error:  # what it says of settings is clear enough
         raise UserError(f"could not launch {n} processes: {str(error).splitlines()[0]}") from None

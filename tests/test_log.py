@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 from lightning import Fabric
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_llama.log import COLUMNS, TrainingLog, format_seconds, read_metrics
+from lit_llama.cli import UserError
+from lit_llama.log import COLUMNS, TrainingLog, find_logger, format_seconds, read_metrics
 
 
 def run_steps(path: Path, first: int, last: int, n_steps: int) -> None:
@@ -86,3 +88,29 @@ def test_a_terminal_gets_a_bar_and_one_without_a_size_gets_lines(tmp_path: Path,
     assert process.wait() == 0
     assert (b"3/3 [" in output and b"loss 1.500" in output) == bar
     assert (b"step 3/3: loss 1.5000" in output) != bar
+
+
+def test_tensorboard_gets_each_row_and_a_resumed_run_goes_on(tmp_path: Path) -> None:
+    for first, last in ((0, 3), (3, 6)):
+        fabric = Fabric(accelerator="cpu", devices=1, loggers=find_logger("tensorboard", tmp_path))
+        log = TrainingLog(fabric, tmp_path, 6, first, interval=1)
+        for step in range(first + 1, last + 1):
+            log.step(step, 3 - step / 10, 1e-3, n_records=8, n_tokens=100)
+        log.validation(last, 2.5)  # neither part was closed: what was logged is on the disk all the same
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"train_loss", "validation_loss", "learning_rate", "tokens_per_second", "memory_gb"} <= {
+        *events.Tags()["scalars"]
+    }
+    losses = [(event.step, event.value) for event in events.Scalars("train_loss")]
+    assert losses == [(step, pytest.approx(3 - step / 10)) for step in range(1, 7)]
+    assert [event.step for event in events.Scalars("validation_loss")] == [3, 6]
+
+
+def test_any_logger_of_lightning_is_named_by_its_class(tmp_path: Path) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1, loggers=find_logger("lightning.pytorch.loggers.CSVLogger", tmp_path))
+    TrainingLog(fabric, tmp_path, 2, 0, interval=1).step(1, 2.5, 1e-3, n_records=8, n_tokens=100)
+    (file,) = (tmp_path / "lightning_logs").glob("*/metrics.csv")
+    assert "2.5" in file.read_text()
+    for name in ("wandb", "no.such.Logger", "lightning.pytorch.loggers.Nothing", "math.sqrt"):
+        with pytest.raises(UserError, match=name):
+            find_logger(name, tmp_path)
