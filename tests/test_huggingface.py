@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,3 +101,25 @@ def test_wrong_folders_are_refused_and_leave_nothing(hf_folder: Path, tmp_path: 
     with pytest.raises(UserError, match=shards[1].name):
         convert_hf_checkpoint.main(hf_folder, out)
     assert not out.exists()
+
+
+def test_memory_holds_the_output_and_one_shard(tmp_path: Path) -> None:
+    config = replace(TINY, n_embd=512, n_hidden=2048, n_layer=12, vocab_size=8000)
+    LlamaForCausalLM(LlamaConfig(**hf_config(config, torch.float32))).save_pretrained(
+        tmp_path / "hf", max_shard_size="40MB"
+    )
+    program = f"""
+import convert_hf_checkpoint, torch
+from pathlib import Path
+from lit_llama.log import peak_memory
+before = peak_memory(torch.device("cpu"))
+convert_hf_checkpoint.main(Path({str(tmp_path / "hf")!r}), Path({str(tmp_path / "out")!r}))
+print(peak_memory(torch.device("cpu")) - before)
+"""
+    scripts = Path(convert_hf_checkpoint.__file__).parent
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=scripts)
+    size = (tmp_path / "out" / "lit-llama.pth").stat().st_size
+    largest = max(shard.stat().st_size for shard in (tmp_path / "hf").glob("*.safetensors"))
+    assert size > 150e6
+    assert size / largest > 3
+    assert float(result.stdout) * 1e9 < size + largest + 20e6
