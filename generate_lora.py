@@ -45,6 +45,8 @@ def main(
         seed: Of the sampling.
         precision: 32-true, bf16-true or 16-true. By default bf16-true on a GPU that has bfloat16, else 32-true.
     """
+    if not lora_path:
+        raise UserError("--lora_path names no file")
     if merge and len(lora_path) > 1:
         raise UserError("a merged LoRA file cannot make room for the next; leave out --merge")
     dtype = storage_dtype(precision or default_precision())

@@ -85,7 +85,7 @@ def read_file(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is truncated, or no checkpoint of PyTorch 1.6 or later; copy or convert it again"
         ) from None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a checkpoint with named tensors")
     return content
 
@@ -95,9 +95,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is truncated or no JSON ({error}); download it again") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} holds a {type(fields).__name__}, expected named fields; download it again")
+    return fields
+
+
+def check_apart(source: Path, out_dir: Path) -> None:
+    """Raise a UserError if what is written to `out_dir` would replace files of `source`, both folders."""
+    if source.resolve() == out_dir.resolve():
+        raise UserError(f"{out_dir} is the folder that is read; give another --out_dir")
 
 
 def save_model_folder(

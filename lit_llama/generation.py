@@ -53,8 +53,10 @@ def next_tokens(
     longest = max(map(len, prompts), default=0)
     length = longest + max_new_tokens
     if not all(prompts) or not 1 <= longest <= model.config.block_size - max_new_tokens:
-        room = model.config.block_size - max_new_tokens
-        raise UserError(f"the prompt has {longest} tokens, expected 1 to {room} beside {max_new_tokens} new ones")
+        raise UserError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones are not within 1 and the "
+            f"{model.config.block_size} that the model takes; shorten the prompt or lower --max_new_tokens"
+        )
     device = model.lm_head.weight.device
     padding = [longest - len(prompt) for prompt in prompts]
     n_pad = torch.tensor(padding, device=device) if any(padding) else None
@@ -114,8 +116,7 @@ def respond(
         context: the input that goes with the instruction.
         sampling: the further arguments of `generate`.
     """
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}")
+    tokenizer.check_fits(model.config.vocab_size)
     model.eval()
     for prompt in prompts:
         torch.manual_seed(seed)

@@ -71,6 +71,8 @@ def from_hf(tensors: Iterable[tuple[str, Tensor]], config: LLaMAConfig, dtype: t
             parts[layer[10]] = tensor.to(dtype, copy=True)
             if len(parts) == 3:
                 del qkv[f"{prefix}attn.c_attn.weight"]
+                if [len(parts[letter]) for letter in "qkv"] != [*config.qkv_sizes]:
+                    raise UserError(f"q, k or v of layer {number} have another number of rows than config.json says")
                 q, k = pairs_from_halves(parts["q"], config.n_head), pairs_from_halves(parts["k"], config.n_kv_head)
                 state[f"{prefix}attn.c_attn.weight"] = torch.cat((q, k, parts["v"]))
         elif not layer.endswith("rotary_emb.inv_freq"):  # old files carry these tables
@@ -111,7 +113,7 @@ def hf_config(config: LLaMAConfig, dtype: torch.dtype) -> dict[str, Any]:
 def config_from_hf(fields: dict[str, Any]) -> LLaMAConfig:
     """The configuration from the fields of a config.json, as transformers 4 or 5 writes them."""
     if fields.get("model_type") != "llama":
-        raise UserError(f"the model is of type {fields.get('model_type')!r}, expected 'llama'")
+        raise UserError(f"the model is of type {fields.get('model_type')!r}, expected 'llama'; get another model")
     head_size = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
     if head_size * fields["num_attention_heads"] != fields["hidden_size"]:
         raise UserError(f"heads of {head_size} channels do not add up to the width of {fields['hidden_size']}")

@@ -51,7 +51,8 @@ def find_logger(name: str | None, out_dir: Path) -> "Logger | None":
         return getattr(import_module(module), kind)(save_dir=out_dir)
     except (ImportError, ValueError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--logger {name} is not to be had ({reason}); tensorboard is an extra of that name") from None
+        remedy = "run: pip install -e '.[tensorboard]'" if name == "tensorboard" else "name its class, module and all"
+        raise UserError(f"--logger {name} is not to be had ({reason}); {remedy}") from None
 
 
 class TrainingLog:

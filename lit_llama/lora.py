@@ -105,6 +105,14 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
 
 
+def lora_shapes(base: LLaMAConfig, config: LoRAConfig) -> dict[str, Tensor]:
+    """The LoRA parameters that a model would have, without data."""
+    with torch.device("meta"):
+        model = LLaMA(base)
+        add_lora(model, config)
+    return lora_state_dict(model)
+
+
 def read_lora(path: Path, base: LLaMAConfig, alpha: float | None = None) -> tuple[LoRAConfig, dict[str, Tensor], str]:
     """Config, parameters and prompt style of a file that finetune_lora.py or the archived Lit-LLaMA wrote.
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lit_llama.cli import UserError
 from lit_llama.huggingface import NAMES, halves_from_pairs, pairs_from_halves
-from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
-from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.lora import LoRAConfig, lora_shapes
+from lit_llama.model import LLaMAConfig
 
 PREFIX = "base_model.model."
 MODULES = {  # what a target is called there
@@ -66,10 +66,7 @@ def to_peft(state: Mapping[str, Tensor], base: LLaMAConfig, lora: LoRAConfig) ->
 
 def from_peft(tensors: Mapping[str, Tensor], base: LLaMAConfig, lora: LoRAConfig) -> dict[str, Tensor]:
     """The inverse. A module that has no update there (one layer of many, say) gets one of zero."""
-    with torch.device("meta"):
-        model = LLaMA(base)
-        add_lora(model, lora)
-    state = {name: torch.zeros(tensor.shape) for name, tensor in lora_state_dict(model).items()}
+    state = {name: torch.zeros(tensor.shape) for name, tensor in lora_shapes(base, lora).items()}
     left = dict(tensors)
     for module, layer, rows_A, rows_B, n_head in parts(base, lora):
         A, B = (left.pop(f"{PREFIX}{module}.lora_{x}.weight", None) for x in "AB")
@@ -105,6 +102,8 @@ def config_from_peft(fields: dict[str, Any], names: Iterator[str]) -> LoRAConfig
     """The inverse, for a file that has tensors of these names."""
     unsupported = ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save", "fan_in_fan_out")
     found = [name for name in unsupported if fields.get(name)]
+    if fields.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal", "eva"):
+        found.append(f"init_lora_weights {fields['init_lora_weights']}")  # it changes the base, too
     if fields.get("peft_type") != "LORA" or found or fields.get("bias", "none") != "none":
         what = ", ".join(found) or f"{fields.get('peft_type')} with bias {fields.get('bias')}"
         raise UserError(f"adapter_config.json asks for {what}; only plain LoRA can be imported")

@@ -87,6 +87,11 @@ class Tokenizer:
         paths = {FILE_NAMES[self._sp is None]: self.path, CONFIG_NAME: self.path.with_name(CONFIG_NAME)}
         return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
 
+    def check_fits(self, vocab_size: int) -> None:
+        """Raise a UserError if a model of `vocab_size` rows does not know all of its tokens."""
+        if self.vocab_size > vocab_size:
+            raise UserError(f"{self.path} has {self.vocab_size} tokens, the model {vocab_size}; give its own tokenizer")
+
     def fingerprint(self) -> str:
         """sha256 of the tokenizer's file, by which prepared data is matched to a model."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()

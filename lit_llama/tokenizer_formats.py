@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as HFTokenizer
 
 from lit_llama.cli import UserError
 from lit_llama.tokenizer import CONFIG_NAME
 
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # SentencePiece's types of pieces, which GGUF has taken over for all tokenizers
+
+SPACE = "\u2581"  # how SentencePiece writes it
 
 BYTES = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
 DIGITS = [pre_tokenizers.Digits(individual_digits=True), *BYTES]
@@ -158,3 +160,34 @@ def byte_level_bpe(
     if bos is not None:
         tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
     return {"tokenizer.json": tokenizer.to_str(), CONFIG_NAME: json.dumps({"eos_token": eos}, indent=2)}
+
+
+def from_sentencepiece(path: Path) -> dict[str, str]:
+    """A SentencePiece `tokenizer.model` of BPE as the Hugging Face files that give the same ids.
+
+    SentencePiece merges the pair of neighbours whose union has the highest score: every way to split a piece into two
+    others is a merge.
+    """
+    sp = SentencePieceProcessor(model_file=str(path))
+    ids = range(sp.vocab_size())
+    pieces = [sp.id_to_piece(i) for i in ids]
+    special = [pieces[i] for i in ids if sp.is_control(i) or sp.is_unknown(i)]
+    texts = {pieces[i] for i in ids if not sp.is_byte(i)} - {*special}
+    merges = []
+    for piece in sorted(texts, key=lambda piece: (-sp.get_score(sp.piece_to_id(piece)), piece)):
+        splits = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+        merges += [pair for pair in splits if pair[0] in texts and pair[1] in texts]
+    vocabulary, unk = {piece: i for i, piece in enumerate(pieces)}, pieces[sp.unk_id()]
+    tokenizer = HFTokenizer(models.BPE(vocabulary, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
+    prefix = sp.encode_as_pieces("a")[0].startswith(SPACE)  # whether a text begins as if a space came before it
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(SPACE)] * prefix + [normalizers.Replace(" ", SPACE)]
+    )
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    names = {"eos_token": pieces[sp.eos_id()], "unk_token": unk}
+    if sp.bos_id() >= 0:
+        bos = names["bos_token"] = pieces[sp.bos_id()]
+        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, sp.bos_id())])
+    return {"tokenizer.json": tokenizer.to_str(), CONFIG_NAME: json.dumps(names, indent=2)}

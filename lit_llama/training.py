@@ -73,7 +73,8 @@ def check_data(dataset: Dataset, model: LLaMA, pretrained_path: Path, tokenizer_
     if dataset.block_size > model.config.block_size:
         raise UserError(f"--block_size {dataset.block_size} is more than the model's {model.config.block_size} tokens")
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
-    if tokenizer.fingerprint() != dataset.meta["tokenizer"] or tokenizer.vocab_size > model.config.vocab_size:
+    tokenizer.check_fits(model.config.vocab_size)
+    if tokenizer.fingerprint() != dataset.meta["tokenizer"]:
         raise UserError(f"{dataset.data_dir} was not prepared with {tokenizer.path}; prepare it again with that")
     return tokenizer
 

@@ -22,12 +22,14 @@ from lit_llama.checkpoint import read_file, write_file
 from lit_llama.cli import UserError, run
 from lit_llama.data import Dataset
 from lit_llama.log import read_metrics
+from lit_llama.training import STATE_FILE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 num_epochs: PositiveInt = 1
 batch_size: PositiveInt = 4  # records an optimizer step
+micro_batch_size: PositiveInt = 4  # records computed at once
 block_size: PositiveInt = 512  # tokens; longer records are cut
 adapter_learning_rate = 9e-3
 lora_learning_rate = 1e-3
@@ -90,6 +92,8 @@ def main(
 ) -> None:
     """Write comparison.md and comparison.png, or, with --ranks, ranks.md and ranks.png.
 
+    What was trained in out_dir before, by the same settings, is not trained again; a run that was cut off goes on.
+
     Args:
         data_dir: What one of scripts/prepare_*.py wrote, with a validation split.
         pretrained_path: The checkpoint of the base model.
@@ -101,11 +105,11 @@ def main(
     for method in methods:
         print(f"# {method.name}", file=sys.stderr)
         results[method] = measure(method, pretrained_path, data_dir, method.folder(out_dir))
+    picture = out_dir / ("ranks.png" if ranks else "comparison.png")
+    write_file(picture.with_suffix(".md"), report(results, pretrained_path, data_dir, picture.name))
     (draw_ranks if ranks else draw_methods)(figure, results)
     figure.suptitle(f"{pretrained_path.parent.name}, {len(Dataset(data_dir, 'train', block_size)):,} records")
-    picture = out_dir / ("ranks.png" if ranks else "comparison.png")
     figure.savefig(picture, dpi=110)
-    write_file(picture.with_suffix(".md"), report(results, pretrained_path, data_dir, picture.name))
     print(f"Saved {picture.with_suffix('.md')} and {picture}", file=sys.stderr)
 
 
@@ -120,9 +124,12 @@ def four_methods() -> list[Method]:
 
 def lora_ranks(ranks: str) -> list[Method]:
     try:
-        return [Method("base", "base"), *(lora(int(rank)) for rank in ranks.split(","))]
+        numbers = sorted({int(rank) for rank in ranks.split(",")})
     except ValueError:
-        raise UserError(f"--ranks is a list of whole numbers, for example 1,2,4, not {ranks!r}") from None
+        numbers = [0]
+    if numbers[0] < 1:
+        raise UserError(f"--ranks is a list of whole numbers from 1 on, for example 1,2,4, not {ranks!r}")
+    return [Method("base", "base"), *map(lora, numbers)]
 
 
 def lora(rank: int) -> Method:
@@ -138,12 +145,15 @@ def measure(method: Method, pretrained_path: Path, data_dir: Path, folder: Path)
     checkpoint, weights = ("--pretrained_path", pretrained_path), ()
     if method.kind != "base":
         name = "lit-llama.pth" if method.kind == "full" else f"lit-llama-{method.kind}-finetuned.pth"
-        common = ("--num_epochs", num_epochs, "--batch_size", batch_size, "--block_size", block_size)
+        common = ("--num_epochs", num_epochs, "--batch_size", batch_size, "--micro_batch_size", micro_batch_size)
+        common += ("--block_size", block_size, "--resume", (folder / STATE_FILE).is_file())
         rarely = ("--eval_interval", 10**9, "--log_interval", 10)  # validated at the start and the end alone
         places = ("--data_dir", data_dir, "--out_dir", folder)
         call(f"finetune_{method.kind}.py", *checkpoint, *places, *common, *rarely, *method.flags)
         rows = read_metrics(folder / "metrics.csv")
-        minutes, memory_gb = rows[-1]["seconds"] / 60, max(row.get("memory_gb", 0.0) for row in rows)
+        trained = [row for row in rows if "train_loss" in row]
+        minutes = (trained[-1]["seconds"] - rows[0]["seconds"]) / 60  # from the first validation to the last step
+        memory_gb = max(row["memory_gb"] for row in trained)
         parameters, file_mb = count_parameters(folder / name), (folder / name).stat().st_size / 1e6
         weights = (f"--{method.kind}_path", folder / name)
     if method.kind in ("base", "full"):
@@ -188,8 +198,8 @@ def report(results: dict[Method, Result], pretrained_path: Path, data_dir: Path,
     """The table, the picture and the answers in Markdown."""
     n_train, n_validation = (len(Dataset(data_dir, split, block_size)) for split in ("train", "validation"))
     lines = [
-        f"{pretrained_path.parent.name}, {n_train:,} records to train on ({num_epochs} epochs, {batch_size} records a "
-        f"step), {n_validation:,} to validate on; {datetime.date.today():%d %B %Y}, {machine()}.",
+        f"{pretrained_path.parent.name}, {n_train:,} records to train on (epochs: {num_epochs}, records a step: "
+        f"{batch_size}), {n_validation:,} to validate on; {datetime.date.today():%d %B %Y}, {machine()}.",
         "",
         "| | " + " | ".join(title for title, *_ in COLUMNS.values()) + " |",
         "|---|" + "---:|" * len(COLUMNS),
@@ -245,9 +255,9 @@ def draw_methods(figure: "Figure", results: dict[Method, Result]) -> None:
         axes.invert_yaxis()
         if logarithmic:
             smallest, largest = min(filter(None, values)), max(filter(None, values))
-            axes.set(xscale="log", xlim=(smallest / 10, largest * (largest / smallest) ** 0.5))
+            axes.set(xscale="log", xlim=(smallest / 10, 10 * largest * (largest / smallest) ** 0.7))
         else:
-            axes.set_xlim(right=1.3 * max(filter(None, values)))
+            axes.set_xlim(right=1.3 * max(filter(None, values), default=1))
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader, ReaderTensor, dequantize
 from torch import Tensor
 from tqdm import tqdm
 
@@ -14,6 +13,11 @@ from lit_llama.checkpoint import check_complete, save_model_folder
 from lit_llama.cli import UserError, run
 from lit_llama.model import LLaMAConfig, RopeScaling, stretch_frequencies
 from lit_llama.tokenizer_formats import from_gguf
+
+try:
+    from gguf import GGUFReader, ReaderTensor, dequantize
+except ImportError:
+    sys.exit("error: GGUF files need a library more; run: pip install -e '.[gguf]'")
 
 TENSOR_NAMES = {  # llama.cpp stores q and k rows in Meta's order, which is ours
     "token_embd": "transformer.wte.weight",

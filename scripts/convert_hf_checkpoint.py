@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_llama.checkpoint import check_complete, read_file, read_json, save_model_folder
+from lit_llama.checkpoint import check_apart, check_complete, read_file, read_json, save_model_folder
 from lit_llama.cli import UserError, run
 from lit_llama.huggingface import config_from_hf, from_hf
 from lit_llama.tokenizer import FILE_NAMES, find_tokenizer
@@ -23,12 +23,18 @@ def main(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None) -> None:
         out_dir: The model folder to write: lit-llama.pth, config.json and the tokenizer.
         dtype: float32, bfloat16 or float16 to store the weights in. By default as they are.
     """
+    check_apart(checkpoint_dir, out_dir)
     fields = read_json(checkpoint_dir / "config.json")
-    config = config_from_hf(fields)
     name = dtype or fields.get("dtype") or fields.get("torch_dtype") or "float32"
     if name not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype is one of float32, bfloat16, float16, not {name!r}")
-    state = from_hf(read_shards(checkpoint_dir), config, getattr(torch, name))
+    try:
+        config = config_from_hf(fields)
+        state = from_hf(read_shards(checkpoint_dir), config, getattr(torch, name))
+    except UserError as error:
+        raise UserError(f"could not convert {checkpoint_dir}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{checkpoint_dir}/config.json does not describe a LLaMA ({error!r}); get it again") from None
     check_complete(checkpoint_dir, state, config)
     files = {}
     if any((checkpoint_dir / name).is_file() for name in FILE_NAMES):
@@ -43,11 +49,12 @@ def read_shards(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The named tensors of all shards, one shard at a time."""
     shards = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not shards:
-        raise UserError(f"{folder} has no .safetensors or pytorch_model*.bin files")
-    for index in folder.glob("*.index.json"):
-        for name in set(read_json(index)["weight_map"].values()):
-            if index.name.split(".")[-3] == shards[0].suffix[1:] and not (folder / name).is_file():
-                raise UserError(f"{folder / name} is missing; download it")
+        raise UserError("there are no .safetensors or pytorch_model*.bin files; download them")
+    for index in folder.glob(f"*{shards[0].suffix}.index.json"):  # files that it does not name are of another download
+        shards = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    for shard in shards:
+        if not shard.is_file():
+            raise UserError(f"{shard} is missing; download it")
     for shard in tqdm(shards, desc="Converting", unit="shard"):
         if shard.suffix == ".bin":
             yield from read_file(shard).items()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_llama.checkpoint import check_complete, read_file, read_json, save_model_folder
+from lit_llama.checkpoint import check_apart, check_complete, read_file, read_json, save_model_folder
 from lit_llama.cli import UserError, run
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig, RopeScaling
 from lit_llama.tokenizer import FILE_NAMES, Tokenizer
@@ -41,6 +41,7 @@ def main(checkpoint_dir: Path, out_dir: Path, block_size: int | None = None) -> 
         out_dir: The model folder to write: lit-llama.pth, config.json and the tokenizer.
         block_size: The most tokens that the model takes, which the files do not tell. By default what was published.
     """
+    check_apart(checkpoint_dir, out_dir)
     shards = find_shards(checkpoint_dir)
     config = read_config(checkpoint_dir, read_file(shards[0]), len(shards))
     state = join_shards(shards, config)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -22,18 +23,22 @@ from lit_llama.model import LLaMA
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 from lit_llama.training import check_data, loss_sum
 
-CORPORA: dict[str, tuple[dict[str, Any], str, str]] = {  # arguments of load_dataset, column, what joins its rows
-    "wikitext": ({"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"}, "text", ""),
+# The arguments of load_dataset, the column, and what joins its rows: as GPTQ (arXiv 2210.17323) has made usual.
+CORPORA: dict[str, tuple[dict[str, Any], str, str]] = {
+    "wikitext": ({"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"}, "text", "\n\n"),
     "ptb": (
         {"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet", "split": "test"},
         "sentence",
-        "\n",
+        "\n\n",
     ),
     "c4": (
-        {"path": "allenai/c4", "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"}}
-        | {"split": "validation[:1100]"},
+        {
+            "path": "allenai/c4",
+            "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
+            "split": "validation[:1100]",
+        },
         "text",
-        "\n\n",
+        " ",
     ),
 }
 
@@ -46,11 +51,11 @@ def main(
     text: tuple[str, ...] = (),
     data_dir: Path | None = None,
     split: str = "validation",
-    n_answers: int = 0,
-    block_size: int | None = None,
-    max_blocks: int | None = None,
-    batch_size: int = 8,
-    max_new_tokens: int = 100,
+    n_answers: NonNegativeInt = 0,
+    block_size: PositiveInt | None = None,
+    max_blocks: PositiveInt | None = None,
+    batch_size: PositiveInt = 8,
+    max_new_tokens: PositiveInt = 100,
     lora_alpha: float | None = None,
     precision: str | None = None,
     json: bool = False,
@@ -76,16 +81,21 @@ def main(
     """
     if not text and data_dir is None:
         raise UserError("there is nothing to evaluate on; give --text, --data_dir or both")
+    if n_answers:
+        rouge_and_bleu([""], [""])  # now rather than after the work, if a library is missing
+    texts = {name: read_text(name) for name in text}
     tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
     model = load(checkpoint_path, lora_path, adapter_path, lora_alpha, storage_dtype(precision or default_precision()))
+    tokenizer.check_fits(model.config.vocab_size)
     block_size = block_size or min(2048, model.config.block_size)
-    results = {f"text {name}": text_loss(model, tokenizer, read_text(name), block_size, max_blocks) for name in text}
-    if data_dir is not None:
-        dataset = Dataset(data_dir, split, block_size)
+    dataset = Dataset(data_dir, split, block_size) if data_dir else None
+    if dataset is not None:
         check_data(dataset, model, checkpoint_path, tokenizer_path)
+    results = {f"text {name}": text_loss(model, tokenizer, texts[name], block_size, max_blocks) for name in texts}
+    if dataset is not None:
         results["responses"] = response_loss(model, dataset, batch_size)
-        if n_answers:
-            results["answers"] = answer_scores(model, tokenizer, dataset, n_answers, batch_size, max_new_tokens)
+    if dataset is not None and n_answers:
+        results["answers"] = answer_scores(model, tokenizer, dataset, n_answers, batch_size, max_new_tokens)
     print(to_json(results) if json else table(results))
 
 

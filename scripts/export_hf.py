@@ -8,10 +8,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_llama.checkpoint import load_model, replacing, write_file
+from lit_llama.checkpoint import check_apart, load_model, replacing, write_file
 from lit_llama.cli import run
 from lit_llama.huggingface import hf_config, to_hf
 from lit_llama.tokenizer import CONFIG_NAME, Tokenizer, find_tokenizer
+from lit_llama.tokenizer_formats import from_sentencepiece
 
 
 def main(
@@ -28,8 +29,10 @@ def main(
         tokenizer_path: The tokenizer, if it does not lie beside the checkpoint.
         max_shard_gb: The largest file of weights, in GB.
     """
+    check_apart(checkpoint_path.parent, out_dir)
     tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
     model = load_model(checkpoint_path)
+    tokenizer.check_fits(model.config.vocab_size)
     state = to_hf(model.state_dict(), model.config)
     if model.config.tie_embeddings:
         del state["lm_head.weight"]
@@ -52,25 +55,26 @@ def save_weights(state: dict[str, Tensor], out_dir: Path, max_bytes: int) -> Non
             shards.append({})
         shards[-1][name] = tensor
     weight_map = {}
-    for old in out_dir.glob("model*.safetensors*"):
-        old.unlink()
     for i, shard in enumerate(tqdm(shards, desc="Exporting", unit="shard"), 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
         with replacing(out_dir / name) as part:
             save_file({key: tensor.contiguous() for key, tensor in shard.items()}, part, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, name)
+    for old in out_dir.glob("model*.safetensors*"):  # of an earlier export in another number of files
+        if old.name not in weight_map.values():
+            old.unlink()
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
         write_file(out_dir / "model.safetensors.index.json", json.dumps(index, indent=2))
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes | str]:
-    """The tokenizer's files, with the class that reads a tokenizer.json as it stands noted in its config."""
+    """The tokenizer's files, a tokenizer.json among them, and noted in its config the class that reads it as it is."""
     files: dict[str, bytes | str] = dict(tokenizer.files())
-    if "tokenizer.json" in files:
-        fields = json.loads(files.get(CONFIG_NAME, "{}"))
-        files[CONFIG_NAME] = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **fields}, indent=2)
-    return files
+    if "tokenizer.json" not in files:
+        files |= from_sentencepiece(tokenizer.path)
+    fields = {"tokenizer_class": "PreTrainedTokenizerFast", **json.loads(files.get(CONFIG_NAME, "{}"))}
+    return {**files, CONFIG_NAME: json.dumps(fields, indent=2)}
 
 
 if __name__ == "__main__":

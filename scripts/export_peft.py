@@ -6,9 +6,9 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from lit_llama.checkpoint import read_config, read_file, replacing, write_file
+from lit_llama.checkpoint import check_state, read_config, read_file, replacing, write_file
 from lit_llama.cli import run
-from lit_llama.lora import read_lora
+from lit_llama.lora import lora_shapes, read_lora
 from lit_llama.peft_format import peft_config, to_peft
 
 
@@ -30,6 +30,7 @@ def main(
     """
     base = read_config(pretrained_path, read_file(pretrained_path))
     config, state, _ = read_lora(lora_path, base, lora_alpha)
+    check_state(lora_path, state, lora_shapes(base, config))
     tensors = to_peft(state, base, config)
     (out_dir / "adapter_config.json").unlink(missing_ok=True)  # it makes the folder valid, and is written last
     with replacing(out_dir / "adapter_model.safetensors") as part:

@@ -27,16 +27,25 @@ def main(
     """
     base = load_model(pretrained_path)
     fields, tensors = read_json(peft_dir / "adapter_config.json"), read_tensors(peft_dir)
-    config = config_from_peft(fields, iter(tensors))
-    state = from_peft(tensors, base.config, config)
+    try:
+        config = config_from_peft(fields, iter(tensors))
+        state = from_peft(tensors, base.config, config)
+    except UserError as error:
+        raise UserError(f"could not import {peft_dir}: {error}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{peft_dir}/adapter_config.json does not describe a LoRA ({error!r}); copy it again") from None
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise UserError(f"{peft_dir} has weights that are inf or nan; train it again")
     save_finetuned(out_path, "lora", config, base, state, prompt_style=prompt_style, hyperparameters={})
     print(f"Saved {out_path}", file=sys.stderr)
 
 
 def read_tensors(folder: Path) -> dict:
     path = folder / "adapter_model.safetensors"
-    if not path.is_file():
+    if not path.is_file() and (folder / "adapter_model.bin").is_file():
         return read_file(folder / "adapter_model.bin")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist, nor does adapter_model.bin; give the folder that PEFT has saved")
     try:
         return load_file(path)
     except SafetensorError as error:

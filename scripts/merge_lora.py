@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_llama.checkpoint import load_model, save_model_folder
+from lit_llama.checkpoint import check_apart, load_model, save_model_folder
 from lit_llama.cli import run
 from lit_llama.lora import load_lora, merge_lora
 from lit_llama.model import LLaMA
@@ -32,8 +32,10 @@ def main(
         lora_alpha: Only for a file of the archived Lit-LLaMA, which does not hold it.
         prompt: An instruction to compare logits on.
     """
+    check_apart(pretrained_path.parent, out_dir)
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     model = load_model(pretrained_path).eval()
+    tokenizer.check_fits(model.config.vocab_size)
     prompt_style = load_lora(model, lora_path, lora_alpha)
     idx = torch.tensor([tokenizer.encode(format_prompt(prompt_style, prompt))])
     apart = logits(model, idx)

@@ -14,7 +14,7 @@ from convert_meta_checkpoint import published_length
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_llama.checkpoint import load_model
-from lit_llama.huggingface import hf_config, pairs_from_halves
+from lit_llama.huggingface import from_hf, hf_config, pairs_from_halves
 from lit_llama.model import CONFIGS, LLaMAConfig
 
 COLUMNS = ("attention.wo", "feed_forward.w2")  # split along the inputs; norms are on every rank, all else by rows
@@ -102,6 +102,8 @@ def test_it_gives_the_logits_of_transformers(config: LLaMAConfig, n_shards: int,
     convert_meta_checkpoint.main(tmp_path / "meta", tmp_path / "out")
     ours = load_model(tmp_path / "out" / "lit-llama.pth").eval()
     assert ours.config == config
+    from_transformers = from_hf(model.state_dict().items(), config, torch.float32)
+    assert all(torch.equal(tensor, from_transformers[name]) for name, tensor in ours.state_dict().items())
     idx = torch.randint(config.vocab_size, (2, 80))
     torch.testing.assert_close(ours(idx), model(idx).logits, atol=1e-4, rtol=0)
 
@@ -113,7 +115,7 @@ def test_published_lengths_are_those_of_the_named_configs() -> None:
 
 
 def test_wrong_folders_end_in_one_line_and_leave_nothing(tmp_path: Path) -> None:
-    write_folder(tmp_path / "meta", VARIANTS["Llama 2"], 3 - 1)
+    write_folder(tmp_path / "meta", VARIANTS["Llama 2"], 2)
     folder, out = tmp_path / "meta", tmp_path / "out"
 
     def message() -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY, random_model, randomize, run_script
 from safetensors.torch import load_file
+from test_tokenizer_formats import TEXTS, train_sentencepiece
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lit_llama.checkpoint import load_model, save_finetuned, save_model_folder
@@ -173,3 +174,74 @@ def test_config_notes_the_ends_of_a_sequence(base: Path, tmp_path: Path) -> None
     assert run_script("export_hf", "--out_dir", tmp_path / "hf", "--checkpoint_path", base) is None
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 1
     assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == 1
+
+
+def test_a_sentencepiece_tokenizer_gives_the_same_ids_in_transformers(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.model"
+    train_sentencepiece(file, vocab_size=TINY.vocab_size, user_defined_symbols=[])
+    flags = ("--checkpoint_path", base, "--tokenizer_path", file)
+    assert run_script("export_hf", "--out_dir", tmp_path / "hf", *flags) is None
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), Tokenizer(file)
+    for text in (text for text in TEXTS if text and "<" not in text):  # they read <s> and the like as what it names
+        ids = ours.encode(text)
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+
+
+def test_no_script_writes_over_what_it_reads(base: Path) -> None:
+    _, lora_path = finetuned(base)
+    before = {path.name: path.read_bytes() for path in base.parent.iterdir()}
+    for script, *flags in (
+        ("export_hf", "--checkpoint_path", base),
+        ("merge_lora", "--pretrained_path", base, "--lora_path", lora_path),
+        ("convert_hf_checkpoint", "--checkpoint_dir", base.parent),
+        ("convert_meta_checkpoint", "--checkpoint_dir", base.parent),
+    ):
+        assert "give another --out_dir" in str(run_script(script, *flags, "--out_dir", base.parent))
+    assert {path.name: path.read_bytes() for path in base.parent.iterdir()} == before
+
+
+def test_a_second_export_leaves_no_file_of_the_first(base: Path, tmp_path: Path) -> None:
+    export = ("--out_dir", tmp_path / "hf", "--checkpoint_path", base)
+    assert run_script("export_hf", *export, "--max_shard_gb", 2e-5) is None
+    assert len(list((tmp_path / "hf").glob("*.safetensors*"))) > 3
+    assert run_script("export_hf", *export) is None
+    assert [path.name for path in (tmp_path / "hf").glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_a_tokenizer_of_another_model_is_refused(base: Path, tmp_path: Path) -> None:
+    _, lora_path = finetuned(base)
+    train_sentencepiece(tmp_path / "tokenizer.model", vocab_size=400)
+    flags = ("--tokenizer_path", tmp_path / "tokenizer.model", "--out_dir", tmp_path / "out")
+    for script, *paths in (
+        ("export_hf", "--checkpoint_path", base),
+        ("merge_lora", "--pretrained_path", base, "--lora_path", lora_path),
+    ):
+        assert "400 tokens, the model 320" in str(run_script(script, *paths, *flags))
+    assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_files_of_the_archived_lit_llama_are_merged_and_exported(base: Path, tmp_path: Path) -> None:
+    config, C = load_model(base).config, TINY.n_embd
+    if config.n_kv_head != config.n_head:
+        pytest.skip("it knew no grouped queries")
+    shapes = {"A": (8, C), "B": (2 * C, 4)}
+    state = {f"transformer.h.{i}.attn.c_attn.lora_{x}": 0.1 * torch.randn(shapes[x]) for i in range(2) for x in "AB"}
+    torch.save(state, tmp_path / "old.pth")
+    paths = ("--lora_path", tmp_path / "old.pth", "--pretrained_path", base)
+    for script, *flags in (("merge_lora",), ("export_peft", "--base_model", "x")):
+        out = tmp_path / script
+        assert "--lora_alpha" in str(run_script(script, *paths, *flags, "--out_dir", out))
+        assert not out.exists()
+        assert run_script(script, *paths, *flags, "--out_dir", out, "--lora_alpha", 8) is None
+    delta = load_model(tmp_path / "merge_lora" / "lit-llama.pth").state_dict()["transformer.h.1.attn.c_attn.weight"]
+    delta = delta - load_model(base).state_dict()["transformer.h.1.attn.c_attn.weight"]
+    A, B = (state[f"transformer.h.1.attn.c_attn.lora_{x}"] for x in "AB")
+    torch.testing.assert_close(delta[2 * C :], 8 / 4 * B[C:] @ A[4:], atol=1e-5, rtol=0)
+    other = {name.replace("h.1", "h.2"): tensor for name, tensor in state.items()}  # of another number of layers
+    torch.save(other, tmp_path / "old.pth")
+    message = run_script("export_peft", *paths, "--base_model", "x", "--out_dir", tmp_path / "o", "--lora_alpha", 8)
+    assert "old.pth does not fit" in str(message)
+    assert not (tmp_path / "o").exists()

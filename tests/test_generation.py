@@ -57,7 +57,7 @@ def test_samples_follow_temperature_top_k_and_top_p() -> None:
 
 
 def test_a_prompt_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(UserError, match="expected 1 to 28"):
+    with pytest.raises(UserError, match="100 new ones"):
         next(generate(random_model(TINY), [1] * 29, 100))
     with pytest.raises(UserError):
         next(generate(random_model(TINY), [], 100))

@@ -8,7 +8,8 @@ from pathlib import Path
 import convert_hf_checkpoint
 import pytest
 import torch
-from conftest import TINY, random_model
+from conftest import TINY, random_model, run_script
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_llama.checkpoint import load_model
@@ -123,3 +124,40 @@ print(peak_memory(torch.device("cpu")) - before)
     assert size > 150e6
     assert size / largest > 3
     assert float(result.stdout) * 1e9 < size + largest + 20e6
+
+
+def message_for(folder: Path, out: Path) -> str:
+    text = str(run_script("convert_hf_checkpoint", "--checkpoint_dir", folder, "--out_dir", out))
+    assert text.startswith("error: ")
+    assert "\n" not in text
+    assert str(folder) in text
+    assert not out.exists()
+    return text
+
+
+def test_a_config_that_describes_no_llama_ends_in_one_line(hf_folder: Path, tmp_path: Path) -> None:
+    file = hf_folder / "config.json"
+    fields = json.loads(file.read_text())
+    for change, word in (
+        ({"hidden_size": None}, "width of None"),
+        ({"num_key_value_heads": 3}, "config.json"),
+        ({"num_key_value_heads": 4}, "layer 0"),
+        ({"vocab_size": 7}, "lm_head.weight"),
+        ({"model_type": "gpt2"}, "'gpt2'"),
+    ):
+        file.write_text(json.dumps(fields | change))
+        assert word in message_for(hf_folder, tmp_path / "out")
+    del fields["hidden_size"]
+    for content in (json.dumps(fields), "[]", "{"):
+        file.write_text(content)
+        assert "config.json" in message_for(hf_folder, tmp_path / "out")
+
+
+def test_files_that_the_index_does_not_name_are_left_alone(hf_folder: Path, tmp_path: Path) -> None:
+    """Such as those of another revision, downloaded into the same folder."""
+    expected = LlamaForCausalLM.from_pretrained(hf_folder).state_dict()
+    other = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    save_file(other, hf_folder / "model-99999-of-99999.safetensors")
+    convert_hf_checkpoint.main(hf_folder, tmp_path / "out")
+    ours = load_model(tmp_path / "out" / "lit-llama.pth")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in to_hf(ours.state_dict(), ours.config).items())

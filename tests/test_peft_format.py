@@ -101,6 +101,8 @@ def test_what_is_no_plain_lora_is_refused_in_one_line(tmp_path: Path) -> None:
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"bias": "all"}, "bias all"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"r": None}, "adapter_config.json"),
         ({"r": 8}, "another model"),
     ):
         file.write_text(json.dumps(fields | change))

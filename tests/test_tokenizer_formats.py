@@ -50,13 +50,14 @@ TEXTS = [
 def train_sentencepiece(path: Path, **settings: Any) -> SentencePieceProcessor:
     """A SentencePiece model as LLaMA's: BPE, bytes for what is unknown, text as it is."""
     model = io.BytesIO()
+    defaults = {"model_type": "bpe", "vocab_size": 420, "byte_fallback": True, "normalization_rule_name": "identity"}
+    defaults |= {"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, "split_digits": True}
+    defaults |= {"character_coverage": 0.98, "user_defined_symbols": ["<tool>", "  "], "num_threads": 1}
     SentencePieceTrainer.train(
         sentence_iterator=iter(line for text in CORPUS for line in text.splitlines()),
         model_writer=model,
-        **{"model_type": "bpe", "vocab_size": 420, "byte_fallback": True, "normalization_rule_name": "identity"},
-        **{"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, "split_digits": True},
-        **{"character_coverage": 0.98, "user_defined_symbols": ["<tool>", "  "], "num_threads": 1, "minloglevel": 2},
-        **settings,
+        minloglevel=2,
+        **(defaults | settings),
     )
     path.write_bytes(model.getvalue())
     return SentencePieceProcessor(model_proto=model.getvalue())
