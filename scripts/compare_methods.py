@@ -248,16 +248,15 @@ def draw_methods(figure: "Figure", results: dict[Method, Result]) -> None:
         title, digits, logarithmic = COLUMNS[key]
         values = [getattr(result, key) for result in results.values()]
         names = [method.name for method in results]
-        bars = axes.barh(names, [value or 0 for value in values], color=["#9aa5b1", "#e0a458", "#3a6ea5", "#7d5ba6"])
+        smallest, largest = min(filter(None, values), default=1), max(filter(None, values), default=1)
+        left, right = (smallest / 10, 10 * largest * (largest / smallest) ** 0.7) if logarithmic else (0, 1.3 * largest)
+        widths = [value or left for value in values]
+        bars = axes.barh(names, widths, color=["#9aa5b1", "#e0a458", "#3a6ea5", "#7d5ba6"], log=logarithmic)
         labels = [format_number(value, digits) or "none" for value in values]
         axes.bar_label(bars, labels, padding=3, fontsize=9)
         axes.set_title(title, fontsize=10)
+        axes.set_xlim(left, right)
         axes.invert_yaxis()
-        if logarithmic:
-            smallest, largest = min(filter(None, values)), max(filter(None, values))
-            axes.set(xscale="log", xlim=(smallest / 10, 10 * largest * (largest / smallest) ** 0.7))
-        else:
-            axes.set_xlim(right=1.3 * max(filter(None, values), default=1))
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9)
 

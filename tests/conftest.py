@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -112,3 +114,24 @@ def run_script(name: str, *arguments: object) -> str | None:
 
 def command(script: str, *arguments: object) -> list[str]:
     return [sys.executable, str(ROOT / script), *map(str, arguments)]
+
+
+def peak_of_conversion(script: str, source: Path, out_dir: Path) -> float:
+    """The most memory, in bytes, that converting a folder takes in a process of its own, beyond its imports."""
+    program = f"""
+import {script}, torch
+from pathlib import Path
+from lit_llama.log import peak_memory
+before = peak_memory(torch.device("cpu"))
+{script}.main(Path({str(source)!r}), Path({str(out_dir)!r}))
+print(peak_memory(torch.device("cpu")) - before)
+"""
+    path = os.pathsep.join((str(ROOT), str(ROOT / "scripts")))
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    return float(done.stdout) * 1e9

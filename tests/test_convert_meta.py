@@ -1,15 +1,13 @@
 """Meta's format, written out here by its own rules, against transformers' model of the same weights."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import convert_meta_checkpoint
 import pytest
 import torch
-from conftest import TINY, run_script
+from conftest import TINY, peak_of_conversion, run_script
 from convert_meta_checkpoint import published_length
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -156,17 +154,8 @@ def test_memory_holds_the_output_and_one_shard(tmp_path: Path) -> None:
     write_folder(tmp_path / "meta", config, 4)
     params = json.loads((tmp_path / "meta" / "params.json").read_text())
     (tmp_path / "meta" / "params.json").write_text(json.dumps(params | {"ffn_dim_multiplier": 1.5}))
-    program = f"""
-import convert_meta_checkpoint, torch
-from pathlib import Path
-from lit_llama.log import peak_memory
-before = peak_memory(torch.device("cpu"))
-convert_meta_checkpoint.main(Path({str(tmp_path / "meta")!r}), Path({str(tmp_path / "out")!r}))
-print(peak_memory(torch.device("cpu")) - before)
-"""
-    scripts = Path(convert_meta_checkpoint.__file__).parent
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=scripts)
+    peak = peak_of_conversion("convert_meta_checkpoint", tmp_path / "meta", tmp_path / "out")
     size = (tmp_path / "out" / "lit-llama.pth").stat().st_size
     shard = (tmp_path / "meta" / "consolidated.00.pth").stat().st_size
     assert size > 150e6
-    assert float(result.stdout) * 1e9 < size + shard + 20e6
+    assert peak < size + shard + 20e6

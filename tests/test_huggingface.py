@@ -1,14 +1,12 @@
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import convert_hf_checkpoint
 import pytest
 import torch
-from conftest import TINY, random_model, run_script
+from conftest import TINY, peak_of_conversion, random_model, run_script
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -109,21 +107,12 @@ def test_memory_holds_the_output_and_one_shard(tmp_path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**hf_config(config, torch.float32))).save_pretrained(
         tmp_path / "hf", max_shard_size="40MB"
     )
-    program = f"""
-import convert_hf_checkpoint, torch
-from pathlib import Path
-from lit_llama.log import peak_memory
-before = peak_memory(torch.device("cpu"))
-convert_hf_checkpoint.main(Path({str(tmp_path / "hf")!r}), Path({str(tmp_path / "out")!r}))
-print(peak_memory(torch.device("cpu")) - before)
-"""
-    scripts = Path(convert_hf_checkpoint.__file__).parent
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=scripts)
+    peak = peak_of_conversion("convert_hf_checkpoint", tmp_path / "hf", tmp_path / "out")
     size = (tmp_path / "out" / "lit-llama.pth").stat().st_size
     largest = max(shard.stat().st_size for shard in (tmp_path / "hf").glob("*.safetensors"))
     assert size > 150e6
     assert size / largest > 3
-    assert float(result.stdout) * 1e9 < size + largest + 20e6
+    assert peak < size + largest + 20e6
 
 
 def message_for(folder: Path, out: Path) -> str:
