@@ -277,7 +277,7 @@ def draw_ranks(figure: "Figure", results: dict[Method, Result]) -> None:
         axes.set_xticks(ranks, [str(rank) for rank in ranks])
         axes.margins(x=0.1, y=0.25)
         if key in ("file_mb", "minutes"):
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.3 * max(values))
         axes.set(title=title, xlabel="LoRA rank r")
         axes.grid(alpha=0.3)
 
