@@ -45,18 +45,7 @@ def main(
     tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
     model = load_model(checkpoint_path, dtype, default_device())
     for i in range(num_samples):
-        respond(
-            model,
-            tokenizer,
-            prompts,
-            prompt_style,
-            input,
-            seed + i,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        )
+        respond(model, tokenizer, prompts, prompt_style, input, seed + i, max_new_tokens, temperature, top_k, top_p)
 
 
 if __name__ == "__main__":

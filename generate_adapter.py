@@ -46,18 +46,7 @@ def main(
     prompt_style = load_adapter(model, adapter_path)
     model.to(dtype)
     cache_prefix(model)
-    respond(
-        model,
-        tokenizer,
-        prompts,
-        prompt_style,
-        input,
-        seed,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-    )
+    respond(model, tokenizer, prompts, prompt_style, input, seed, max_new_tokens, temperature, top_k, top_p)
 
 
 if __name__ == "__main__":

@@ -62,18 +62,7 @@ def main(
         model.to(dtype)
         if len(lora_path) > 1:
             print(f"# {path} (loaded in {1000 * (time.perf_counter() - start):.0f} ms)", file=sys.stderr)
-        respond(
-            model,
-            tokenizer,
-            prompts,
-            prompt_style,
-            input,
-            seed,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        )
+        respond(model, tokenizer, prompts, prompt_style, input, seed, max_new_tokens, temperature, top_k, top_p)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_llama.cli import UserError
@@ -88,6 +88,16 @@ def read_file(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a checkpoint with named tensors")
     return content
+
+
+def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors of a .safetensors file, one by one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or no safetensors file ({error}); get it again") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

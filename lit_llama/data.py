@@ -210,6 +210,11 @@ class BatchSchedule:
         self.steps_per_epoch = -(-n_micro_batches // self.accumulation)
         self._epoch, self._micro_batches = -1, []
 
+    @classmethod
+    def of_one_step(cls, lengths: np.ndarray, micro_batch_size: int) -> "BatchSchedule":
+        """All records in a single step, for what is evaluated and not trained on."""
+        return cls(lengths, -(-len(lengths) // micro_batch_size) * micro_batch_size, micro_batch_size, seed=0)
+
     def __getitem__(self, step: int) -> list[np.ndarray]:
         """The micro-batches of an optimizer step, counted from 0 over all epochs: each an array of record numbers."""
         epoch, step = divmod(step, self.steps_per_epoch)

@@ -105,16 +105,19 @@ def respond(
     tokenizer: Tokenizer,
     prompts: list[str],
     prompt_style: str,
-    context: str = "",
-    seed: int = 1234,
-    **sampling: float | None,
+    context: str,
+    seed: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
 ) -> None:
     """Print the model's answer to each prompt as it comes: text to stdout, time and memory to stderr.
 
     Args:
         prompts: instructions, to be wrapped in the prompt style's template. One in the plain style is printed, too.
-        context: the input that goes with the instruction.
-        sampling: the further arguments of `generate`.
+        context: the input that goes with the instruction, or "".
+        seed: of the sampling, for each prompt; see `sample` for its other settings.
     """
     tokenizer.check_fits(model.config.vocab_size)
     model.eval()
@@ -127,7 +130,8 @@ def respond(
         elif len(prompts) > 1:
             print(f"> {prompt}", file=sys.stderr)
         start = time.perf_counter()
-        tokens, kept = tee(generate(model, ids, eos_id=tokenizer.eos_id, **sampling))
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        tokens, kept = tee(generate(model, ids, max_new_tokens, tokenizer.eos_id, **sampling))
         for piece in tokenizer.stream(tokens, after=ids if prompt_style == "plain" else []):
             print(piece, end="", flush=True)
         print(flush=True)

@@ -91,8 +91,7 @@ def validation_loss(fabric: Fabric, model: nn.Module, dataset: Dataset, micro_ba
     if not len(dataset):
         return None
     model.eval()
-    everything = -(-len(dataset) // micro_batch_size) * micro_batch_size
-    schedule = BatchSchedule(dataset.lengths, everything, micro_batch_size, seed=0)  # one step
+    schedule = BatchSchedule.of_one_step(dataset.lengths, micro_batch_size)
     total = torch.zeros((), device=fabric.device)
     for records in schedule.share(0, fabric.global_rank, fabric.world_size):
         total += loss_sum(model, *fabric.to_device(dataset.batch(records)))

@@ -72,16 +72,16 @@ class Method:
 
 @dataclass
 class Result:
-    """The columns of the table, None where there is nothing to measure, and the answers to QUESTIONS."""
+    """The columns of the table, those of the training None for the base model, and the answers to QUESTIONS."""
 
-    parameters: int | None
-    file_mb: float | None
-    minutes: float | None
-    memory_gb: float | None
     loss: float
     rouge_l: float
     speed: float
     answers: list[str]
+    parameters: int | None = None
+    file_mb: float | None = None
+    minutes: float | None = None
+    memory_gb: float | None = None
 
 
 def main(
@@ -141,41 +141,45 @@ def lora(rank: int) -> Method:
 
 def measure(method: Method, pretrained_path: Path, data_dir: Path, folder: Path) -> Result:
     """Train, evaluate and ask."""
-    parameters = file_mb = minutes = memory_gb = None
-    checkpoint, weights = ("--pretrained_path", pretrained_path), ()
+    script, model = "generate.py", ("--checkpoint_path", pretrained_path)
+    evaluated, style, trained = model, ("--prompt_style", "alpaca"), {}
     if method.kind != "base":
-        name = "lit-llama.pth" if method.kind == "full" else f"lit-llama-{method.kind}-finetuned.pth"
-        common = ("--num_epochs", num_epochs, "--batch_size", batch_size, "--micro_batch_size", micro_batch_size)
-        common += ("--block_size", block_size, "--resume", (folder / STATE_FILE).is_file())
-        rarely = ("--eval_interval", 10**9, "--log_interval", 10)  # validated at the start and the end alone
-        places = ("--data_dir", data_dir, "--out_dir", folder)
-        call(f"finetune_{method.kind}.py", *checkpoint, *places, *common, *rarely, *method.flags)
-        rows = read_metrics(folder / "metrics.csv")
-        trained = [row for row in rows if "train_loss" in row]
-        minutes = (trained[-1]["seconds"] - rows[0]["seconds"]) / 60  # from the first validation to the last step
-        memory_gb = max(row["memory_gb"] for row in trained)
-        parameters, file_mb = count_parameters(folder / name), (folder / name).stat().st_size / 1e6
-        weights = (f"--{method.kind}_path", folder / name)
-    if method.kind in ("base", "full"):
-        script, model = "generate.py", ("--checkpoint_path", weights[1] if weights else pretrained_path)
-        evaluated, extra = model, ("--prompt_style", "alpaca")
-    else:
-        script, model, extra = f"generate_{method.kind}.py", (*checkpoint, *weights), ()
-        evaluated = ("--checkpoint_path", pretrained_path, *weights)
+        path = folder / ("lit-llama.pth" if method.kind == "full" else f"lit-llama-{method.kind}-finetuned.pth")
+        trained = train(method, pretrained_path, data_dir, path)
+    if method.kind == "full":
+        evaluated = model = ("--checkpoint_path", path)
+    elif method.kind != "base":
+        weights = (f"--{method.kind}_path", path)
+        script, model, style = f"generate_{method.kind}.py", ("--pretrained_path", pretrained_path, *weights), ()
+        evaluated += weights
     records = ("--data_dir", data_dir, "--block_size", block_size, "--n_answers", n_answers)
     limit = ("--max_new_tokens", max_new_tokens)
     figures = json.loads(call("scripts/evaluate.py", *evaluated, *records, *limit, "--json", "true")[0])
-    asked = [call(script, *model, *extra, *limit, "--temperature", 0, "--prompt", q, quiet=True) for q in QUESTIONS]
+    asked = [call(script, *model, *style, *limit, "--temperature", 0, "--prompt", q, quiet=True) for q in QUESTIONS]
     return Result(
-        parameters,
-        file_mb,
-        minutes,
-        memory_gb,
         loss=figures["responses"]["loss"],
         rouge_l=figures["answers"]["rougeL"],
         speed=statistics.mean(float(re.findall(r"([\d.]+) tokens/sec", err)[0]) for _, err in asked),
         answers=[out.strip() for out, _ in asked],
+        **trained,
     )
+
+
+def train(method: Method, pretrained_path: Path, data_dir: Path, path: Path) -> dict[str, float]:
+    """Run the training script, which writes `path`; returns what it took and made, by the names of Result."""
+    places = ("--pretrained_path", pretrained_path, "--data_dir", data_dir, "--out_dir", path.parent)
+    batches = ("--batch_size", batch_size, "--micro_batch_size", micro_batch_size, "--block_size", block_size)
+    rarely = ("--eval_interval", 10**9, "--log_interval", 10)  # validated at the start and the end alone
+    extent = ("--num_epochs", num_epochs, "--resume", (path.parent / STATE_FILE).is_file())
+    call(f"finetune_{method.kind}.py", *places, *batches, *rarely, *extent, *method.flags)
+    rows = read_metrics(path.parent / "metrics.csv")
+    steps = [row for row in rows if "train_loss" in row]
+    return {
+        "parameters": count_parameters(path),
+        "file_mb": path.stat().st_size / 1e6,
+        "minutes": (steps[-1]["seconds"] - rows[0]["seconds"]) / 60,  # from the first validation to the last step
+        "memory_gb": max(row["memory_gb"] for row in steps),
+    }
 
 
 def call(script: str, *flags: object, quiet: bool = False) -> tuple[str, str]:

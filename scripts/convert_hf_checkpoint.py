@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_llama.checkpoint import check_apart, check_complete, read_file, read_json, save_model_folder
+from lit_llama.checkpoint import check_apart, check_complete, read_file, read_json, read_safetensors, save_model_folder
 from lit_llama.cli import UserError, run
 from lit_llama.huggingface import config_from_hf, from_hf
 from lit_llama.tokenizer import FILE_NAMES, find_tokenizer
@@ -56,15 +55,7 @@ def read_shards(folder: Path) -> Iterator[tuple[str, Tensor]]:
         if not shard.is_file():
             raise UserError(f"{shard} is missing; download it")
     for shard in tqdm(shards, desc="Converting", unit="shard"):
-        if shard.suffix == ".bin":
-            yield from read_file(shard).items()
-            continue
-        try:
-            with safe_open(shard, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - it is no dict
-                    yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise UserError(f"{shard} is truncated or no safetensors file ({error}); download it again") from None
+        yield from read_file(shard).items() if shard.suffix == ".bin" else read_safetensors(shard)
 
 
 if __name__ == "__main__":

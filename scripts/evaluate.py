@@ -3,11 +3,9 @@
 import json
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch.nn import functional as F
@@ -84,18 +82,19 @@ def main(
     if n_answers:
         rouge_and_bleu([""], [""])  # now rather than after the work, if a library is missing
     texts = {name: read_text(name) for name in text}
-    tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
     model = load(checkpoint_path, lora_path, adapter_path, lora_alpha, storage_dtype(precision or default_precision()))
-    tokenizer.check_fits(model.config.vocab_size)
     block_size = block_size or min(2048, model.config.block_size)
     dataset = Dataset(data_dir, split, block_size) if data_dir else None
-    if dataset is not None:
-        check_data(dataset, model, checkpoint_path, tokenizer_path)
+    if dataset is None:
+        tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
+        tokenizer.check_fits(model.config.vocab_size)
+    else:
+        tokenizer = check_data(dataset, model, checkpoint_path, tokenizer_path)
     results = {f"text {name}": text_loss(model, tokenizer, texts[name], block_size, max_blocks) for name in texts}
     if dataset is not None:
         results["responses"] = response_loss(model, dataset, batch_size)
-    if dataset is not None and n_answers:
-        results["answers"] = answer_scores(model, tokenizer, dataset, n_answers, batch_size, max_new_tokens)
+        if n_answers:
+            results["answers"] = answer_scores(model, tokenizer, dataset, n_answers, batch_size, max_new_tokens)
     print(to_json(results) if json else table(results))
 
 
@@ -158,7 +157,9 @@ def response_loss(model: LLaMA, dataset: Dataset, batch_size: int) -> dict[str, 
     if not len(dataset):
         raise UserError(f"{dataset.data_dir} has no such records, or none with room for a response in --block_size")
     total, device = 0.0, model.lm_head.weight.device
-    for records in tqdm(list(batches(dataset, len(dataset), batch_size)), desc="Loss of responses", unit="batch"):
+    for records in tqdm(
+        BatchSchedule.of_one_step(dataset.lengths, batch_size)[0], desc="Loss of responses", unit="batch"
+    ):
         total += float(loss_sum(model, *(tensor.to(device) for tensor in dataset.batch(records))))
     count = dataset.n_targets(range(len(dataset)))
     return {**loss_and_perplexity(total / count), "records": len(dataset), "tokens": count}
@@ -170,7 +171,7 @@ def answer_scores(
     """ROUGE and BLEU, from 0 to 100, of greedy answers to the first records."""
     n = min(n, len(dataset))
     answers, start, count = [""] * n, time.perf_counter(), 0
-    for records in tqdm(list(batches(dataset, n, batch_size)), desc="Answers", unit="batch"):
+    for records in tqdm(BatchSchedule.of_one_step(dataset.lengths[:n], batch_size)[0], desc="Answers", unit="batch"):
         prompts = [dataset.prompt(i) for i in records]
         new = generate_batch(model, prompts, max_new_tokens, eos_id=tokenizer.eos_id, temperature=0)
         for i, ids in zip(records, new, strict=True):
@@ -178,12 +179,6 @@ def answer_scores(
     speed = count / (time.perf_counter() - start)
     references = [tokenizer.decode(dataset.batch([i]).targets.tolist()) for i in range(n)]
     return {**rouge_and_bleu(answers, references), "records": n, "tokens_per_second": speed}
-
-
-def batches(dataset: Dataset, n: int, batch_size: int) -> Iterator[np.ndarray]:
-    """The first n records, those of similar length together."""
-    schedule = BatchSchedule(dataset.lengths[:n], -(-n // batch_size) * batch_size, batch_size, seed=0)
-    yield from schedule[0]
 
 
 def rouge_and_bleu(answers: list[str], references: list[str]) -> dict[str, float]:

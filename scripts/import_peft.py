@@ -3,10 +3,9 @@
 import sys
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from torch import Tensor
 
-from lit_llama.checkpoint import load_model, read_file, read_json, save_finetuned
+from lit_llama.checkpoint import load_model, read_file, read_json, read_safetensors, save_finetuned
 from lit_llama.cli import UserError, run
 from lit_llama.peft_format import config_from_peft, from_peft
 
@@ -40,16 +39,13 @@ def main(
     print(f"Saved {out_path}", file=sys.stderr)
 
 
-def read_tensors(folder: Path) -> dict:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / "adapter_model.safetensors"
     if not path.is_file() and (folder / "adapter_model.bin").is_file():
         return read_file(folder / "adapter_model.bin")
     if not path.is_file():
         raise UserError(f"{path} does not exist, nor does adapter_model.bin; give the folder that PEFT has saved")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is truncated or no safetensors file ({error}); copy it again") from None
+    return dict(read_safetensors(path))
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ def with_layer_0(methods: list[Method]) -> list[Method]:
 
 def test_labels_of_the_pictures_do_not_overlap() -> None:
     """Every text of the pictures lies within them, and apart from the others."""
-    base = Result(None, None, None, None, 3.912, 19.3, 28.4, [])
-    trained = [Result(10**i, 0.4 * i + 1, 2.5, 2.04, 3.3 - 0.1 * i, 21.5 + i, 28.0, []) for i in range(3, 8)]
+    base = Result(3.912, 19.3, 28.4, [])
+    trained = [Result(3.3 - 0.1 * i, 21.5 + i, 28.0, [], 10**i, 0.4 * i + 1, 2.5, 2.04) for i in range(3, 8)]
     four = dict(zip((Method(f"LLaMA-Adapter {i}", "adapter") for i in range(4)), [base, *trained[:3]], strict=True))
     ranks = dict(zip(lora_ranks("1,2,4,8,16"), [base, *trained], strict=True))
     for draw, results in ((draw_methods, four), (draw_ranks, ranks)):
