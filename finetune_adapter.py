@@ -1,40 +1,31 @@
-"""Finetune LLaMA on instructions with LLaMA-Adapter (arXiv 2303.16199). The settings below are flags, too."""
+"""Finetune LLaMA on instructions with LLaMA-Adapter (arXiv 2303.16199).
+
+Every setting below is also a command-line flag.
+"""
 
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from jsonargparse.typing import PositiveInt
-from lightning import Fabric
-from torch import nn
-from torch.optim import Optimizer
+from torch.nn import functional as F
 
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, mark_only_adapter_as_trainable
-from lit_llama.checkpoint import default_precision, save_finetuned, storage_dtype
-from lit_llama.cli import UserError, constants, run
-from lit_llama.data import BatchSchedule, Dataset
-from lit_llama.log import TrainingLog, find_logger
-from lit_llama.sharding import in_one_piece, load_training_state
-from lit_llama.training import (
-    STATE_FILE,
-    StopSignal,
-    check_data,
-    check_out_dir,
-    launch,
-    load_base,
-    loss_sum,
-    on_first_process,
-    validation_loss,
-)
+from lit_llama.cli import constants, run
+from lit_llama.data import SCHEDULES, Dataset
+from lit_llama.device import TrainingPrecision, default_precision, storage_dtype
+from lit_llama.errors import UserError
+from lit_llama.finetuned import describe, save_finetuned
+from lit_llama.log import TrainingLog, make_logger
+from lit_llama.training import StopSignal, Strategy, launch, load_base, matching_tokenizer, validation_loss
+from lit_llama.training_state import TrainingState, on_first_process, whole_weights
 
 learning_rate = 9e-3
 batch_size: PositiveInt = 128  # records an optimizer step, over all devices
 micro_batch_size: PositiveInt = 4  # records that a device computes at once; lower it if memory runs out
 num_epochs: PositiveInt = 5
-max_steps: PositiveInt | None = None  # optimizer steps to end after, where that is before num_epochs
+max_steps: PositiveInt | None = None  # stop after this many optimizer steps, if sooner than num_epochs
 warmup_epochs = 2  # in which the learning rate rises to its value
 weight_decay = 0.02
 block_size: PositiveInt = 512  # tokens; longer records are cut
@@ -42,16 +33,16 @@ mask_prompt = True  # train on the responses alone
 prompt_length: PositiveInt = 10  # prefix vectors a layer
 start_layer = 2  # the first layer that gets a prefix, counted from 0
 eval_interval: PositiveInt = 100  # optimizer steps
-eval_records: PositiveInt | None = 400  # the first ones of the validation split; null: all
+eval_records: PositiveInt | None = 400  # the first ones of the validation split. None: all (null on the command line)
 save_interval: PositiveInt = 100  # optimizer steps
-log_interval: PositiveInt = 1  # optimizer steps between two lines, where there is no terminal
+log_interval: PositiveInt = 1  # optimizer steps between two lines, when not on a terminal
 seed = 1337
 devices: PositiveInt = 1  # per node
 num_nodes: PositiveInt = 1
-strategy = "auto"  # ddp: the whole model on each device; fsdp: spread over them, if it does not fit on one
-activation_checkpointing = False  # compute blocks anew in the backward pass: less memory, a third more time
-logger: str | None = None  # besides metrics.csv: tensorboard, or the class of another Lightning logger
-precision: str | None = None  # null: bf16-mixed on a GPU that has bfloat16, else 32-true
+strategy: Strategy = "auto"  # ddp: the whole model on each device; fsdp: spread over them, if it does not fit on one
+activation_checkpointing = False  # recompute blocks in the backward pass: less memory, a third more time
+logger: str | None = None  # in addition to metrics.csv: tensorboard, or the class of another Lightning logger
+precision: TrainingPrecision | None = None  # None: bf16-mixed on a GPU that has bfloat16, else 32-true
 
 ADAPTER_FILE = "lit-llama-adapter-finetuned.pth"
 
@@ -69,20 +60,20 @@ def main(
         data_dir: What one of scripts/prepare_*.py wrote.
         pretrained_path: The checkpoint of the base model.
         out_dir: Gets the adapter file, the training state, metrics.csv and loss.png.
-        tokenizer_path: The base model's tokenizer, if it does not lie beside the checkpoint.
+        tokenizer_path: The base model's tokenizer, if it is not next to the checkpoint.
         resume: Continue the run in out_dir from its last saved state.
     """
     numerics = precision or default_precision()
-    fabric = launch(devices, num_nodes, strategy, numerics, find_logger(logger, out_dir))
+    fabric = launch(devices, num_nodes, strategy, numerics, make_logger(logger, out_dir))
     train_data = Dataset(data_dir, "train", block_size, mask_prompt)
     val_data = Dataset(data_dir, "validation", block_size, mask_prompt, limit=eval_records)
     settings = {**constants(sys.modules[__name__]), "data": train_data.fingerprint}
-    state = check_out_dir(out_dir, resume, settings)
-    schedule = BatchSchedule(train_data.lengths, batch_size, micro_batch_size, seed)
+    state = TrainingState(fabric, out_dir, [ADAPTER_FILE], settings, resume)
+    schedule = SCHEDULES[state.version](train_data, batch_size, micro_batch_size, seed)
 
     torch.manual_seed(seed)
     llama = load_base(fabric, pretrained_path, storage_dtype(numerics))
-    check_data(train_data, llama, pretrained_path, tokenizer_path)
+    matching_tokenizer(train_data, llama, pretrained_path, tokenizer_path)
     config = AdapterConfig(prompt_length, start_layer)
     add_adapter(llama, config)
     mark_only_adapter_as_trainable(llama)
@@ -90,80 +81,56 @@ def main(
     model = fabric.setup(llama)
     trained = [parameter for parameter in llama.parameters() if parameter.requires_grad]
     optimizer = fabric.setup_optimizers(torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay))
-    first_step = load_training_state(out_dir / STATE_FILE, state, adapter_state_dict(llama), optimizer) if state else 0
+    about = describe(config, llama.config, train_data.prompt_style, settings)
+    first_step = state.restore(adapter_state_dict(llama), optimizer)
+    warmup_steps = warmup_epochs * schedule.steps_per_epoch
     last_step = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
 
     log = TrainingLog(fabric, out_dir, last_step, first_step, log_interval)
     log.say(f"{len(train_data):,} records ({train_data.n_dropped} dropped: no room for a response), {last_step} steps")
     log.say(f"{sum(parameter.numel() for parameter in trained):,} trained parameters")
-    about = {"prompt_style": train_data.meta["prompt_style"], "hyperparameters": settings}
+    stop = StopSignal()
+    if first_step == 0:
+        log.validation(0, validation_loss(fabric, model, val_data, micro_batch_size))
+    # A step depends on nothing but its number and the state before it: a resumed run ends like an undisturbed one.
+    for number in range(first_step, last_step):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, (number + 1) / max(1, warmup_steps))
 
-    def save_state(step: int) -> None:
-        weights = in_one_piece(adapter_state_dict(llama), fabric.is_global_zero)
-        progress = {"step": step, "optimizer": in_one_piece(optimizer.state_dict(), fabric.is_global_zero)}
-        path = out_dir / STATE_FILE
-        on_first_process(fabric, save_finetuned, path, "adapter", config, llama, weights, **about, **progress)
+        # The loss is the mean over all target tokens of the step, whichever micro-batch and device they are on.
+        step = schedule.step(number)
+        batches = step.share(fabric.global_rank, fabric.world_size)
+        step_loss = torch.zeros((), device=fabric.device)
+        for i, batch in enumerate(batches, 1):
+            input_ids, lengths, select, targets = fabric.to_device(batch)
+            with fabric.no_backward_sync(model, enabled=i < len(batches)):
+                logits = model(input_ids, lengths=lengths, select=select)  # (N, V)
+                loss = F.cross_entropy(logits.float(), targets, reduction="sum") / step.n_targets
+                fabric.backward(loss * fabric.world_size)  # gradients are averaged over the devices
+            step_loss += loss.detach()
+        mean_loss = float(fabric.all_reduce(step_loss, reduce_op="sum"))
+        if not math.isfinite(mean_loss):
+            raise UserError(f"the loss of step {number + 1} is {mean_loss}; try a lower --learning_rate")
+        optimizer.step()
+        optimizer.zero_grad()
 
-    warmup_steps = warmup_epochs * schedule.steps_per_epoch
-    steps = range(first_step, last_step)
-    train(fabric, model, optimizer, schedule, train_data, val_data, log, save_state, steps, warmup_steps)
-    weights = in_one_piece(adapter_state_dict(llama), fabric.is_global_zero)
+        done = number + 1
+        log.step(done, mean_loss, optimizer.param_groups[0]["lr"], step)
+        if done % eval_interval == 0 or done == last_step:
+            log.validation(done, validation_loss(fabric, model, val_data, micro_batch_size))
+        stopping = fabric.strategy.reduce_boolean_decision(stop.requested, all=False)
+        if done % save_interval == 0 or done == last_step or stopping:
+            state.save(done, about, adapter_state_dict(llama), optimizer)
+        if stopping:
+            raise UserError(f"stopped after step {done} as requested; continue with --resume true")
+
+    weights = whole_weights(fabric, adapter_state_dict(llama), storage_dtype(numerics))
     path = out_dir / ADAPTER_FILE
-    weights = {name: tensor.to(storage_dtype(numerics)) for name, tensor in weights.items()}
-    on_first_process(fabric, save_finetuned, path, "adapter", config, llama, weights, **about)
+    on_first_process(fabric, save_finetuned, path, about, weights)
     log.close(f"{pretrained_path.parent.name}, LLaMA-Adapter with {prompt_length} prefix vectors")
     if fabric.is_global_zero:
         log.say(f"Saved {path} ({path.stat().st_size / 1e6:.1f} MB). Ask it something:")
         log.say(f'python generate_adapter.py --adapter_path {path} --pretrained_path {pretrained_path} --prompt "..."')
-
-
-def train(
-    fabric: Fabric,
-    model: nn.Module,
-    optimizer: Optimizer,
-    schedule: BatchSchedule,
-    train_data: Dataset,
-    val_data: Dataset,
-    log: TrainingLog,
-    save_state: Callable[[int], None],
-    steps: range,
-    warmup_steps: int,
-) -> None:
-    """Take `steps` of a run. Each depends on nothing but its number and the state before it."""
-    stop = StopSignal()
-    if steps.start not in log.validated and (steps.start % eval_interval == 0 or not steps):
-        log.validation(steps.start, validation_loss(fabric, model, val_data, micro_batch_size))
-    for step in steps:
-        torch.manual_seed(seed + step * fabric.world_size + fabric.global_rank)  # for the dropout
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / max(1, warmup_steps))
-
-        # The loss is the mean over all target tokens of the step, whichever micro-batch and device they are on.
-        records = np.concatenate(schedule[step])
-        n_targets = train_data.n_targets(records)
-        micro_batches = schedule.share(step, fabric.global_rank, fabric.world_size)
-        loss = torch.zeros((), device=fabric.device)
-        for i, micro_batch in enumerate(micro_batches, 1):
-            batch = fabric.to_device(train_data.batch(micro_batch))
-            with fabric.no_backward_sync(model, enabled=i < len(micro_batches)):
-                part = loss_sum(model, *batch) / n_targets
-                fabric.backward(part * fabric.world_size)  # gradients are averaged over the devices
-            loss += part.detach()
-        mean_loss = float(fabric.all_reduce(loss, reduce_op="sum"))
-        if not math.isfinite(mean_loss):
-            raise UserError(f"the loss of step {step + 1} is {mean_loss}; try a lower --learning_rate")
-        optimizer.step()
-        optimizer.zero_grad()
-
-        done = step + 1
-        log.step(done, mean_loss, optimizer.param_groups[0]["lr"], len(records), train_data.n_tokens(records))
-        stopping = fabric.strategy.reduce_boolean_decision(stop.requested, all=False)
-        if done % save_interval == 0 or done == steps.stop or stopping:
-            save_state(done)
-        if stopping:
-            raise UserError(f"stopped after step {done} as asked; continue with --resume true")
-        if done % eval_interval == 0 or done == steps.stop:
-            log.validation(done, validation_loss(fabric, model, val_data, micro_batch_size))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from lit_llama.checkpoint import default_precision, load_model, storage_dtype
+from lit_llama.checkpoint import load_model
 from lit_llama.cli import run
-from lit_llama.generation import default_device, read_prompts, respond
+from lit_llama.device import Precision, default_device, default_precision, storage_dtype
+from lit_llama.generation import Sampling, read_prompts, respond
+from lit_llama.prompt import PromptStyle
 from lit_llama.tokenizer import find_tokenizer
 
 
@@ -12,7 +14,7 @@ def main(
     prompt: str = "Hello, my name is",
     input: str = "",
     prompt_file: Path | None = None,
-    prompt_style: str = "plain",
+    prompt_style: PromptStyle = "plain",
     checkpoint_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
     tokenizer_path: Path | None = None,
     num_samples: int = 1,
@@ -21,31 +23,32 @@ def main(
     top_k: int | None = 200,
     top_p: float | None = None,
     seed: int = 1234,
-    precision: str | None = None,
+    precision: Precision | None = None,
 ) -> None:
     """Print samples as they come.
 
     Args:
         prompt: The text to continue.
-        input: What an instruction works on, where the style has a place for it.
+        input: What an instruction works on, if anything.
         prompt_file: Several prompts, one a line, instead.
-        prompt_style: plain for a text to continue, alpaca for an instruction.
+        prompt_style: plain for a text to continue, or the template of an instruction (see lit_llama/prompt.py).
         checkpoint_path: The model.
-        tokenizer_path: The tokenizer, if it does not lie beside the checkpoint.
-        num_samples: How often each prompt is continued.
+        tokenizer_path: The tokenizer, if it is not next to the checkpoint.
+        num_samples: Continuations per prompt.
         max_new_tokens: The longest continuation, in tokens.
         temperature: Below 1 for likelier text, above for more varied; 0 always takes the likeliest token.
-        top_k: Draw from this many of the likeliest tokens only.
+        top_k: Draw from this many of the likeliest tokens only; 0 for all.
         top_p: Draw from the likeliest tokens that make up this probability only.
-        seed: Of the sampling; each further sample counts it up.
-        precision: 32-true, bf16-true or 16-true. By default bf16-true on a GPU that has bfloat16, else 32-true.
+        seed: Of the sampling; sample i uses seed + i.
+        precision: By default the weights are bfloat16 on a GPU that has it, else float32.
     """
     dtype = storage_dtype(precision or default_precision())
     prompts = read_prompts(prompt, prompt_file)
     tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
     model = load_model(checkpoint_path, dtype, default_device())
     for i in range(num_samples):
-        respond(model, tokenizer, prompts, prompt_style, input, seed + i, max_new_tokens, temperature, top_k, top_p)
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed + i)
+        respond(model, tokenizer, prompts, prompt_style, input, sampling)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
-from lit_llama.adapter import cache_prefix, load_adapter
-from lit_llama.checkpoint import default_precision, load_model, storage_dtype
+from lit_llama.adapter import cache_prefix
+from lit_llama.checkpoint import load_model
 from lit_llama.cli import run
-from lit_llama.generation import default_device, read_prompts, respond
+from lit_llama.device import Precision, default_device, default_precision, storage_dtype
+from lit_llama.finetuned import load_adapter
+from lit_llama.generation import Sampling, read_prompts, respond
 from lit_llama.tokenizer import find_tokenizer
 
 
@@ -21,7 +23,7 @@ def main(
     top_k: int | None = 200,
     top_p: float | None = None,
     seed: int = 1234,
-    precision: str | None = None,
+    precision: Precision | None = None,
 ) -> None:
     """Print the response as it comes. Prompt length, start layer and prompt style are those of the adapter file.
 
@@ -31,22 +33,23 @@ def main(
         prompt_file: Several instructions, one a line, instead.
         adapter_path: The file that finetune_adapter.py wrote.
         pretrained_path: The checkpoint of the base model.
-        tokenizer_path: The tokenizer, if it does not lie beside the checkpoint.
+        tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         max_new_tokens: The longest response, in tokens.
         temperature: Below 1 for likelier text, above for more varied; 0 always takes the likeliest token.
-        top_k: Draw from this many of the likeliest tokens only.
+        top_k: Draw from this many of the likeliest tokens only; 0 for all.
         top_p: Draw from the likeliest tokens that make up this probability only.
         seed: Of the sampling.
-        precision: 32-true, bf16-true or 16-true. By default bf16-true on a GPU that has bfloat16, else 32-true.
+        precision: By default the weights are bfloat16 on a GPU that has it, else float32.
     """
     dtype = storage_dtype(precision or default_precision())
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     prompts = read_prompts(prompt, prompt_file)
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     model = load_model(pretrained_path, dtype, default_device())
     prompt_style = load_adapter(model, adapter_path)
     model.to(dtype)
     cache_prefix(model)
-    respond(model, tokenizer, prompts, prompt_style, input, seed, max_new_tokens, temperature, top_k, top_p)
+    respond(model, tokenizer, prompts, prompt_style, input, sampling)
 
 
 if __name__ == "__main__":

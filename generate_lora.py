@@ -4,10 +4,13 @@ import sys
 import time
 from pathlib import Path
 
-from lit_llama.checkpoint import default_precision, load_model, storage_dtype
-from lit_llama.cli import UserError, run
-from lit_llama.generation import default_device, read_prompts, respond
-from lit_llama.lora import load_lora, merge_lora, remove_lora
+from lit_llama.checkpoint import load_model
+from lit_llama.cli import run
+from lit_llama.device import Precision, default_device, default_precision, storage_dtype
+from lit_llama.errors import UserError
+from lit_llama.finetuned import load_lora
+from lit_llama.generation import Sampling, read_prompts, respond
+from lit_llama.lora import merge_lora, remove_lora
 from lit_llama.tokenizer import find_tokenizer
 
 
@@ -25,7 +28,7 @@ def main(
     top_k: int | None = 200,
     top_p: float | None = None,
     seed: int = 1234,
-    precision: str | None = None,
+    precision: Precision | None = None,
 ) -> None:
     """Print the response as it comes. Rank, alpha, targets and prompt style are those of the LoRA file.
 
@@ -34,22 +37,23 @@ def main(
         input: What the instruction works on, if anything.
         prompt_file: Several instructions, one a line, instead.
         lora_path: The file that finetune_lora.py wrote, or several, which answer one after the other on the same base.
-        lora_alpha: Only for a file of the archived Lit-LLaMA, which does not hold it.
+        lora_alpha: Only for a file of the archived Lit-LLaMA, which did not store it.
         pretrained_path: The checkpoint of the base model.
-        tokenizer_path: The tokenizer, if it does not lie beside the checkpoint.
-        merge: Fold the update into the weights first, which is faster. By default so, unless there are several.
+        tokenizer_path: The tokenizer, if it is not next to the checkpoint.
+        merge: Fold the update into the weights first, which is faster. Default: true for one file, false for several.
         max_new_tokens: The longest response, in tokens.
         temperature: Below 1 for likelier text, above for more varied; 0 always takes the likeliest token.
-        top_k: Draw from this many of the likeliest tokens only.
+        top_k: Draw from this many of the likeliest tokens only; 0 for all.
         top_p: Draw from the likeliest tokens that make up this probability only.
         seed: Of the sampling.
-        precision: 32-true, bf16-true or 16-true. By default bf16-true on a GPU that has bfloat16, else 32-true.
+        precision: By default the weights are bfloat16 on a GPU that has it, else float32.
     """
     if not lora_path:
         raise UserError("--lora_path names no file")
     if merge and len(lora_path) > 1:
         raise UserError("a merged LoRA file cannot make room for the next; leave out --merge")
     dtype = storage_dtype(precision or default_precision())
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     prompts = read_prompts(prompt, prompt_file)
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     model = load_model(pretrained_path, dtype, default_device())
@@ -62,7 +66,7 @@ def main(
         model.to(dtype)
         if len(lora_path) > 1:
             print(f"# {path} (loaded in {1000 * (time.perf_counter() - start):.0f} ms)", file=sys.stderr)
-        respond(model, tokenizer, prompts, prompt_style, input, seed, max_new_tokens, temperature, top_k, top_p)
+        respond(model, tokenizer, prompts, prompt_style, input, sampling)
 
 
 if __name__ == "__main__":

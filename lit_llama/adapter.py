@@ -9,16 +9,13 @@ Shapes: B batch, T tokens, P prompt length, C embedding width, nh query heads, n
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_llama.checkpoint import copy_state, load_finetuned
-from lit_llama.cli import UserError
-from lit_llama.model import CausalSelfAttention, LLaMA
+from lit_llama.errors import UserError
+from lit_llama.model import CausalSelfAttention, LLaMA, Mask
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class AdapterConfig:
 
 
 class AdapterAttention(CausalSelfAttention):
-    """The attention that it takes the place of, with the same weights, and a gated prefix besides."""
+    """Replaces an attention layer: same weights plus a gated prefix."""
 
     def __init__(self, base: CausalSelfAttention, config: AdapterConfig) -> None:
         nn.Module.__init__(self)
@@ -44,7 +41,7 @@ class AdapterAttention(CausalSelfAttention):
         self.gating_factor = nn.Parameter(torch.zeros(1, self.config.n_head, 1, 1, device=device))
         self.cached_prefix: tuple[Tensor, Tensor] | None = None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         ak, av = self.cached_prefix or self.prefix()
         gathered = F.scaled_dot_product_attention(q, ak, av, enable_gqa=q.size(1) != ak.size(1))  # (B, nh, T, hs)
         return super().attend(q, k, v, mask) + self.gating_factor.to(q.dtype) * gathered
@@ -87,20 +84,3 @@ def cache_prefix(model: LLaMA) -> None:
     for block in model.transformer.h:
         if isinstance(block.attn, AdapterAttention):
             block.attn.cached_prefix = block.attn.prefix()
-
-
-def load_adapter(model: LLaMA, path: Path) -> str:
-    """Add the adapter of a finetuned file to its base model; returns the prompt style it was trained with."""
-
-    def describe(state: dict[str, Tensor]) -> dict[str, Any]:
-        prefixes = {int(name.split(".")[2]): tensor for name, tensor in state.items() if "adapter_wte" in name}
-        return {"prompt_length": len(prefixes[min(prefixes)]), "start_layer": min(prefixes)}
-
-    content = load_finetuned(path, "adapter", model.config, describe)
-    add_adapter(model, AdapterConfig(**content["adapter"]))
-    state = content["state_dict"]
-    for name, tensor in state.items():
-        if name.endswith("gating_factor") and tensor.numel() == 1:  # the first files had one gate for all heads
-            state[name] = tensor.reshape(1, 1, 1, 1).expand(1, model.config.n_head, 1, 1)
-    copy_state(path, state, adapter_state_dict(model))
-    return content["prompt_style"]

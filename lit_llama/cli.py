@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,19 +15,17 @@ from typing import Any, get_origin
 import torch
 from jsonargparse import ArgumentParser
 
-
-class UserError(Exception):
-    """Something a user can mend. The message says what was found, what was expected and what to do; it is one line."""
+from lit_llama.errors import UserError
 
 
 def run(main: Callable[..., None]) -> None:
     """Run a script's `main` with the command line's values for its arguments and for its module's constants.
 
     A constant is a lowercase name that the module assigns at its top level. Its type is its annotation or that of its
-    value, its help is the comment behind it.
+    value, its help is the comment after it.
     """
     module = sys.modules[main.__module__]
-    parser = ArgumentParser(description=module.__doc__)
+    parser = ArgumentParser(description=module.__doc__, exit_on_error=False)
     parser.add_function_arguments(main, fail_untyped=True)
     comments = find_constants(module)
     for name, comment in comments.items():
@@ -35,11 +34,14 @@ def run(main: Callable[..., None]) -> None:
         parser.add_argument(f"--{name}", type=kind, default=default, help=comment or name.replace("_", " "))
     annotations = inspect.get_annotations(main).items()
     lists = {f"--{name}" for name, annotation in annotations if get_origin(annotation) is tuple}
-    arguments = vars(parser.parse_args(join_lists(sys.argv[1:], lists)))
+    try:
+        arguments = vars(parser.parse_args(join_lists(sys.argv[1:], lists)))
+    except ArgumentError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}; see --help")
     for name in comments:
         value = arguments.pop(name)
         is_whole = isinstance(value, int) and not isinstance(value, bool)
-        setattr(module, name, int(value) if is_whole else value)  # PositiveInt is no int that a checkpoint may hold
+        setattr(module, name, int(value) if is_whole else value)  # a checkpoint may not hold a PositiveInt
     try:
         main(**arguments)
     except BrokenPipeError:  # whoever read the output has seen enough
@@ -47,7 +49,8 @@ def run(main: Callable[..., None]) -> None:
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of memory; for training, lower --micro_batch_size ({str(error).splitlines()[0]})")
+        remedy = "when training, add --activation_checkpointing true or lower --micro_batch_size"
+        sys.exit(f"error: out of memory; {remedy} ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
@@ -75,7 +78,7 @@ def constants(module: ModuleType) -> dict[str, Any]:
 
 
 def find_constants(module: ModuleType) -> dict[str, str]:
-    """The names of a module's constants, each with the comment behind it."""
+    """The names of a module's constants, each with the comment after it."""
     source = Path(str(module.__file__)).read_text(encoding="utf-8")
     lines = source.splitlines()
     found = {}

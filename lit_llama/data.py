@@ -1,140 +1,41 @@
-"""Instruction records: read, tokenised once into a folder, and drawn from it in batches of similar length.
+"""Prepared records as a training run sees them: read from their folder, and drawn from it in optimizer steps.
 
-A prepared folder holds for each split flat arrays (`train_tokens.npy`, `train_offsets.npy`, `train_prompt_lengths.npy`)
-and one `meta.json`. Record i is tokens[offsets[i]:offsets[i + 1]]: its prompt, then its response, then the end of
-sequence. Length limit and prompt masking are choices of the training, so changing them needs no new preparation.
+`lit_llama/records.py` says what such a folder holds. Length limit and prompt masking are choices of the training, so
+changing them needs no new preparation.
 """
 
 import hashlib
-import io
 import json
+import math
 from collections.abc import Sequence
-from http.client import HTTPException
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-from urllib.request import urlopen
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from lit_llama.checkpoint import write_file
-from lit_llama.cli import UserError
-from lit_llama.prompt import format_prompt
-from lit_llama.tokenizer import Tokenizer
-
-Record = dict[str, str]  # "instruction", "input" (may be empty), "output"
-ARRAYS = ("tokens", "offsets", "prompt_lengths")
-
-
-def download(url: str, path: Path) -> None:
-    """Fetch `url` into `path` unless it is there already."""
-    if path.is_file():
-        return
-    try:
-        with urlopen(url, timeout=60) as response:
-            content = response.read()
-    except (OSError, HTTPException) as error:
-        raise UserError(f"could not download {url} ({error}); fetch it by other means and pass --data_file") from None
-    write_file(path, content)
-
-
-def read_records(path: Path, keys: Record | None = None) -> list[Record]:
-    """The records of a JSON list or of a JSONL file, each with "instruction", "input" and "output".
-
-    Args:
-        keys: what those three are called in the file, where it is not those names; only the input may be missing.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    try:
-        text = path.read_text(encoding="utf-8")
-        rows = json.loads(text)
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not encoded in UTF-8; convert it") from None
-    except ValueError as error:
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except ValueError:
-                what = f"line {number} is no JSON" if rows else str(error)
-                raise UserError(f"{path} is neither a JSON list nor JSON lines: {what}") from None
-    records = []
-    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-        record = {"input": ""}
-        for name in ("instruction", "input", "output"):
-            key = (keys or {}).get(name, name)
-            value = row.get(key, record.get(name)) if isinstance(row, dict) else None
-            if not isinstance(value, str) or (name != "input" and not value.strip()):
-                raise UserError(
-                    f"{path}, record {number}: {key!r} is missing, empty or no text; mend or remove the record"
-                )
-            record[name] = value
-        records.append(record)
-    return records
-
-
-def split_records(records: list[Record], n_validation: int | None, seed: int) -> dict[str, list[Record]]:
-    """Shuffle and set `n_validation` records apart (None: 2,000, or a tenth if that is less)."""
-    if n_validation is None:
-        n_validation = min(2000, len(records) // 10)
-    if not 0 <= n_validation < len(records):
-        raise UserError(f"cannot set {n_validation} of {len(records)} records apart for validation")
-    order = np.random.default_rng(seed).permutation(len(records))
-    shuffled = [records[i] for i in order]
-    return {"train": shuffled[n_validation:], "validation": shuffled[:n_validation]}
-
-
-def prepare(
-    data_dir: Path,
-    splits: dict[str, list[Record]],
-    tokenizer: Tokenizer,
-    sources: list[Path],
-    prompt_style: str,
-    seed: int | None = None,
-) -> None:
-    """Tokenise the records of all splits into `data_dir`; `meta.json`, which makes them valid, is written last."""
-    if not splits["train"]:
-        raise UserError(f"no training records in {sources[0]}")
-    (data_dir / "meta.json").unlink(missing_ok=True)
-    meta = {
-        "sources": [{"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in sources],
-        "tokenizer": tokenizer.fingerprint(),
-        "prompt_style": prompt_style,
-        "split_seed": seed,
-        "records": {name: len(records) for name, records in splits.items()},
-    }
-    for name, records in splits.items():
-        tokens: list[int] = []
-        offsets, prompt_lengths = [0], []
-        for record in tqdm(records, desc=f"Tokenising {name}", unit="record"):
-            prompt = tokenizer.encode(format_prompt(prompt_style, record["instruction"], record["input"]))
-            tokens += prompt + tokenizer.encode(record["output"], bos=False, eos=True)
-            offsets.append(len(tokens))
-            prompt_lengths.append(len(prompt))
-        columns = (np.array(tokens, np.int32), np.array(offsets, np.int64), np.array(prompt_lengths, np.int32))
-        for array_name, column in zip(ARRAYS, columns, strict=True):
-            buffer = io.BytesIO()
-            np.save(buffer, column, allow_pickle=False)
-            write_file(data_dir / f"{name}_{array_name}.npy", buffer.getvalue())
-    write_file(data_dir / "meta.json", json.dumps(meta, indent=2))
+from lit_llama.errors import UserError
+from lit_llama.files import read_json
+from lit_llama.prompt import PromptStyle
+from lit_llama.records import ARRAYS
 
 
 class Batch(NamedTuple):
-    """Records padded to the longest. Only `select`, the tokens before a target, need logits; N of them in the batch."""
+    """Records to be computed at once, packed one after the other into a single row. N of their tokens are targets."""
 
-    input_ids: Tensor  # (B, T)
-    select: Tensor  # (N,) indices into the B * T tokens
+    input_ids: Tensor  # (1, T)
+    lengths: list[int] | None  # of the records, T in all
+    select: Tensor  # (N,) indices of the tokens before a target, the only ones that need logits
     targets: Tensor  # (N,)
 
 
 class Dataset:
-    """One split of a prepared folder, as one training run sees it.
+    """One split of a prepared folder.
 
     Records are cut at `block_size` tokens (a response that was cut has no end of sequence); one whose prompt leaves no
-    room for a response is dropped and counted in `n_dropped`.
+    room for a response is dropped and counted in `n_dropped`. `limit` takes the first so many of those that are left.
     """
 
     def __init__(
@@ -142,102 +43,186 @@ class Dataset:
     ) -> None:
         self.data_dir, self.block_size = data_dir, block_size
         try:
-            self.meta = json.loads((data_dir / "meta.json").read_text(encoding="utf-8"))
+            self.meta = read_json(data_dir / "meta.json")
             self.tokens, self.offsets, prompt_lengths = (
                 np.load(data_dir / f"{split}_{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS
             )
-        except (OSError, ValueError) as error:
+        except (UserError, OSError, ValueError) as error:
             raise UserError(f"{data_dir} holds no prepared data ({error}); run one of scripts/prepare_*.py") from None
+        self._check(split, prompt_lengths)
+        self.prompt_style: PromptStyle = self.meta["prompt_style"]
         origin = {name: self.meta[name] for name in ("sources", "tokenizer", "prompt_style", "split_seed", "records")}
         self.fingerprint = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
         lengths = np.minimum(np.diff(self.offsets), block_size)
-        masked = prompt_lengths if mask_prompt else np.ones_like(prompt_lengths)
+        first_targets = prompt_lengths if mask_prompt else np.ones_like(prompt_lengths)
         self.index = np.flatnonzero(lengths > prompt_lengths)[:limit]  # places of the records in the files
         self.n_dropped = int((lengths <= prompt_lengths).sum())
         self.lengths = lengths[self.index]
-        self.first_targets = masked[self.index]
+        self.first_targets = first_targets[self.index]
+
+    def _check(self, split: str, prompt_lengths: np.ndarray) -> None:
+        """Raise a UserError unless the arrays are those that meta.json was written for (version 1.0 did not say)."""
+        arrays = dict(zip(ARRAYS, (self.tokens, self.offsets, prompt_lengths), strict=True))
+        wrong = [name for name in ("tokenizer", "prompt_style", "records") if name not in self.meta]
+        for name, expected in self.meta.get("sha256", {}).items():
+            kind = name.removeprefix(f"{split}_")
+            if kind in arrays and hashlib.sha256(arrays[kind]).hexdigest() != expected:
+                wrong.append(f"{name}.npy")
+        n = len(prompt_lengths)
+        if len(self.offsets) != n + 1 or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens):
+            wrong.append(f"{split}_offsets.npy")
+        if wrong:
+            raise UserError(f"{self.data_dir} is damaged: {wrong[0]} does not fit the rest; prepare the data again")
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def n_tokens(self, records: Sequence[int]) -> int:
+    def n_tokens(self, records: Sequence[int] | np.ndarray) -> int:
         """How many tokens these records have."""
         return int(self.lengths[records].sum())
 
-    def n_targets(self, records: Sequence[int]) -> int:
+    def n_targets(self, records: Sequence[int] | np.ndarray) -> int:
         """How many tokens of these records are trained on."""
         return int((self.lengths[records] - self.first_targets[records]).sum())
 
-    def prompt(self, record: int) -> list[int]:
-        """The tokens of a record that are not trained on: its prompt, unless mask_prompt is False."""
-        start = self.offsets[self.index[record]]
-        return self.tokens[start : start + self.first_targets[record]].tolist()
+    def record(self, i: int) -> Tensor:
+        """The tokens of a record: its prompt, then its response."""
+        start = self.offsets[self.index[i]]
+        return torch.from_numpy(self.tokens[start : start + self.lengths[i]].astype(np.int64))
 
-    def batch(self, records: Sequence[int]) -> Batch:
-        """These records, padded on the right; no records make a batch of one token without targets."""
-        width = int(max(self.lengths[records], default=2)) - 1
-        input_ids = torch.zeros(max(len(records), 1), width, dtype=torch.int64)
-        select, targets = [], []
-        for row, i in enumerate(records):
-            start, length, first = self.offsets[self.index[i]], self.lengths[i], self.first_targets[i]
-            tokens = torch.from_numpy(self.tokens[start : start + length].astype(np.int64))
-            input_ids[row, : length - 1] = tokens[:-1]
-            select.append(torch.arange(first - 1, length - 1) + row * width)
-            targets.append(tokens[first:])
+    def prompt(self, i: int) -> list[int]:
+        """The tokens of a record that are not trained on: its prompt, unless mask_prompt is False."""
+        return self.record(i)[: self.first_targets[i]].tolist()
+
+    def batch(self, records: Sequence[int] | np.ndarray) -> Batch:
+        """These records, packed; no records make a batch of one token without targets."""
         empty = torch.empty(0, dtype=torch.int64)
-        return Batch(input_ids, torch.cat([empty, *select]), torch.cat([empty, *targets]))
+        inputs, lengths, select, targets = [], [], [empty], [empty]
+        for i in records:
+            tokens, first = self.record(i), int(self.first_targets[i])
+            # The token at position t predicts the one at t + 1: the last is no input, the first is no target.
+            select.append(torch.arange(first - 1, len(tokens) - 1) + sum(lengths))
+            targets.append(tokens[first:])
+            inputs.append(tokens[:-1])
+            lengths.append(len(tokens) - 1)
+        row = torch.cat(inputs) if inputs else torch.zeros(1, dtype=torch.int64)
+        return Batch(row[None], lengths or [1], torch.cat(select), torch.cat(targets))
+
+    def padded_batch(self, records: Sequence[int] | np.ndarray) -> Batch:
+        """These records as rows, padded on the right to the longest, as version 1.0 computed them."""
+        row, lengths, select, targets = self.batch(records)
+        lengths = lengths or [1]
+        rows = torch.nn.utils.rnn.pad_sequence(row[0].split(lengths), batch_first=True)  # (B, width)
+        places = torch.arange(rows.numel()).view(rows.shape)
+        places = torch.cat([line[:n] for line, n in zip(places, lengths, strict=True)])  # (T,)
+        return Batch(rows, None, places[select], targets)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step learns from: micro-batches, each an array of record numbers."""
+
+    dataset: Dataset
+    micro_batches: list[np.ndarray]
+    padded: bool = False
+
+    @property
+    def records(self) -> np.ndarray:
+        return np.concatenate(self.micro_batches)
+
+    @property
+    def n_records(self) -> int:
+        return len(self.records)
+
+    @property
+    def n_tokens(self) -> int:
+        return self.dataset.n_tokens(self.records)
+
+    @property
+    def n_targets(self) -> int:
+        return self.dataset.n_targets(self.records)
+
+    def share(self, rank: int, world_size: int) -> list[Batch]:
+        """The micro-batches that one of several processes computes; all get as many, if need be an empty one."""
+        empty = [np.empty(0, np.int64)] * (-len(self.micro_batches) % world_size)
+        batch = self.dataset.padded_batch if self.padded else self.dataset.batch
+        return [batch(records) for records in (self.micro_batches + empty)[rank::world_size]]
 
 
 class BatchSchedule:
     """Which records each optimizer step of a training run sees: a pure function of the seed and the step.
 
-    Every epoch holds each record once. Records are shuffled, sorted by length within windows and cut into
-    micro-batches, so that little of a micro-batch is padding; the micro-batches are shuffled again, but for the
-    longest, which comes first so that a shortage of memory shows at once. Each step takes `batch_size` records, over
-    all devices.
+    Every epoch holds each record once, in random steps of `batch_size` records over all devices. Only which of a step's
+    micro-batches a record is in depends on its length: long and short ones are dealt out so that all of them have about
+    as many tokens. The step with the largest micro-batch comes first, so that running out of memory shows immediately.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, micro_batch_size: int, seed: int) -> None:
+        if not len(dataset):
+            raise UserError("no records to train on, or none with room for a response in --block_size tokens")
+        if batch_size % micro_batch_size:
+            raise UserError(f"--batch_size {batch_size} is not a multiple of --micro_batch_size {micro_batch_size}")
+        self.dataset, self.batch_size, self.micro_batch_size, self.seed = dataset, batch_size, micro_batch_size, seed
+        self.steps_per_epoch = math.ceil(len(dataset) / batch_size)
+        self._epoch: int | None = None
+        self._steps: list[Step] = []
+
+    def step(self, number: int) -> Step:
+        """An optimizer step, counted from 0 over all epochs."""
+        epoch, place = divmod(number, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._steps = epoch, self._draw(np.random.default_rng((self.seed, epoch)))
+        return self._steps[place]
+
+    def _draw(self, rng: np.random.Generator) -> list[Step]:
+        """The steps of an epoch."""
+        order = rng.permutation(len(self.dataset))
+        steps = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        dealt = [deal(records, self.dataset.lengths, self.micro_batch_size) for records in steps]
+        largest = max(range(len(dealt)), key=lambda i: max(map(self.dataset.n_tokens, dealt[i])))
+        dealt.insert(0, dealt.pop(largest))
+        return [Step(self.dataset, micro_batches) for micro_batches in dealt]
+
+
+def deal(records: np.ndarray, lengths: np.ndarray, most: int) -> list[np.ndarray]:
+    """Cut records into as few micro-batches of at most `most` records as possible, with about as many tokens in each.
+
+    The longest go out first, to one micro-batch after the other and back again, as cards to players.
+    """
+    n = math.ceil(len(records) / most)
+    records = records[np.argsort(-lengths[records], kind="stable")]
+    place = np.arange(len(records)) % (2 * n)
+    place = np.minimum(place, 2 * n - 1 - place)  # 0, 1, ... n - 1, n - 1, ... 1, 0, 0, 1, ...
+    return [records[place == i] for i in range(n)]
+
+
+def single_step(dataset: Dataset, micro_batch_size: int) -> Step:
+    """All records in one step, for what is evaluated and not trained on."""
+    return Step(dataset, deal(np.arange(len(dataset)), dataset.lengths, micro_batch_size))
+
+
+class GroupedSchedule(BatchSchedule):
+    """The schedule of version 1.0, with which runs that it began are ended, and against which benchmarks compare.
+
+    Records are sorted by length within windows and cut into padded micro-batches, which are shuffled again. Where a
+    step has few micro-batches, its records are of one length, and its gradient is not that of a random sample.
     """
 
     window = 64  # micro-batches that are sorted together
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, micro_batch_size: int, seed: int) -> None:
-        if not len(lengths):
-            raise UserError("no records to train on, or none with room for a response in --block_size tokens")
-        if batch_size % micro_batch_size:
-            raise UserError(f"--batch_size {batch_size} is no multiple of --micro_batch_size {micro_batch_size}")
-        self.lengths, self.micro_batch_size, self.seed = lengths, micro_batch_size, seed
-        self.accumulation = batch_size // micro_batch_size  # micro-batches a step
-        n_micro_batches = -(-len(lengths) // micro_batch_size)
-        self.steps_per_epoch = -(-n_micro_batches // self.accumulation)
-        self._epoch, self._micro_batches = -1, []
-
-    @classmethod
-    def of_one_step(cls, lengths: np.ndarray, micro_batch_size: int) -> "BatchSchedule":
-        """All records in a single step, for what is evaluated and not trained on."""
-        return cls(lengths, -(-len(lengths) // micro_batch_size) * micro_batch_size, micro_batch_size, seed=0)
-
-    def __getitem__(self, step: int) -> list[np.ndarray]:
-        """The micro-batches of an optimizer step, counted from 0 over all epochs: each an array of record numbers."""
-        epoch, step = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._micro_batches = epoch, self._shuffle(epoch)
-        return self._micro_batches[step * self.accumulation : (step + 1) * self.accumulation]
-
-    def share(self, step: int, rank: int, world_size: int) -> list[np.ndarray]:
-        """The micro-batches that one of several processes computes; all get as many, if need be an empty one."""
-        micro_batches = self[step]
-        empty = [np.empty(0, np.int64)] * (-len(micro_batches) % world_size)
-        return (micro_batches + empty)[rank::world_size]
-
-    def _shuffle(self, epoch: int) -> list[np.ndarray]:
-        rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(len(self.lengths))
-        size = self.micro_batch_size
-        micro_batches = []
+    def _draw(self, rng: np.random.Generator) -> list[Step]:
+        order, size, lengths = rng.permutation(len(self.dataset)), self.micro_batch_size, self.dataset.lengths
+        micro_batches: list[np.ndarray] = []
         for start in range(0, len(order), self.window * size):
             records = order[start : start + self.window * size]
-            records = records[np.argsort(-self.lengths[records], kind="stable")]
+            records = records[np.argsort(-lengths[records], kind="stable")]
             micro_batches += [records[i : i + size] for i in range(0, len(records), size)]
-        rng.shuffle(micro_batches)  # type: ignore[arg-type]
-        longest = max(range(len(micro_batches)), key=lambda i: self.lengths[micro_batches[i]].sum())
+        rng.shuffle(micro_batches)
+        longest = max(range(len(micro_batches)), key=lambda i: lengths[micro_batches[i]].sum())
         micro_batches.insert(0, micro_batches.pop(longest))
-        return micro_batches
+        n = self.batch_size // size
+        steps = [micro_batches[start : start + n] for start in range(0, len(micro_batches), n)]
+        return [Step(self.dataset, step, padded=True) for step in steps]
+
+
+SCHEDULES = {1: GroupedSchedule, 2: BatchSchedule}  # by the version that a training state was written by

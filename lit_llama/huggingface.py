@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_llama.cli import UserError
+from lit_llama.errors import UserError
 from lit_llama.model import LLaMAConfig, RopeScaling
 
 NAMES = {

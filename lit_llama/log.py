@@ -4,22 +4,22 @@ import csv
 import io
 import math
 import os
-import resource
 import sys
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
+from lightning import Fabric
+from lightning.fabric.loggers import Logger
 from tqdm import tqdm
 
-from lit_llama.checkpoint import write_file
-from lit_llama.cli import UserError
-
-if TYPE_CHECKING:  # it takes seconds to import, and generation needs but `peak_memory`
-    from lightning import Fabric
-    from lightning.fabric.loggers import Logger
+from lit_llama.data import Step
+from lit_llama.device import peak_memory
+from lit_llama.errors import UserError
+from lit_llama.files import replacing, write_file
 
 COLUMNS = (
     "step", "records", "tokens", "train_loss", "validation_loss",
@@ -27,15 +27,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def peak_memory(device: torch.device) -> float:
-    """The most memory that this process has used so far, in GB: on the GPU if it uses one, else on the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def find_logger(name: str | None, out_dir: Path) -> "Logger | None":
+def make_logger(name: str | None, out_dir: Path) -> Logger | None:
     """TensorBoard's logger, or any of Lightning's by its class, such as lightning.pytorch.loggers.WandbLogger.
 
     It writes below `out_dir`, or where its library's environment variables say.
@@ -52,7 +44,7 @@ def find_logger(name: str | None, out_dir: Path) -> "Logger | None":
     except (ImportError, ValueError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         remedy = "run: pip install -e '.[tensorboard]'" if name == "tensorboard" else "name its class, module and all"
-        raise UserError(f"--logger {name} is not to be had ({reason}); {remedy}") from None
+        raise UserError(f"--logger {name} is not available ({reason}); {remedy}") from None
 
 
 class TrainingLog:
@@ -62,10 +54,10 @@ class TrainingLog:
         out_dir: where metrics.csv goes; with `first_step` > 0 its rows up to there are kept and continued.
         n_steps: optimizer steps of the whole run.
         first_step: optimizer steps that were done before, in a run that is resumed.
-        interval: steps between two lines, where there is no terminal to show a bar.
+        interval: steps between two lines, when not on a terminal that shows a bar.
     """
 
-    def __init__(self, fabric: "Fabric", out_dir: Path, n_steps: int, first_step: int, interval: int) -> None:
+    def __init__(self, fabric: Fabric, out_dir: Path, n_steps: int, first_step: int, interval: int) -> None:
         self.fabric, self.n_steps, self.first_step, self.interval = fabric, n_steps, first_step, interval
         self.path = out_dir / "metrics.csv"
         rows = fabric.broadcast(read_metrics(self.path)) if first_step else []
@@ -73,30 +65,25 @@ class TrainingLog:
         last = self.rows[-1] if self.rows else {}
         self.records, self.tokens = int(last.get("records", 0)), int(last.get("tokens", 0))
         self.seconds = last.get("seconds", 0.0)
-        self.validated = {row["step"] for row in self.rows if "validation_loss" in row}
         terminal = sys.stderr.isatty() and min(os.get_terminal_size(sys.stderr.fileno())) > 0 and fabric.is_global_zero
         self.bar = tqdm(total=n_steps, initial=first_step, unit="step", disable=not terminal, dynamic_ncols=True)
         self.started = self.last = time.perf_counter()
         self.training_seconds = 0.0
         if fabric.is_global_zero:
-            header = io.StringIO()
-            csv.DictWriter(header, COLUMNS).writeheader()
-            write_file(self.path, header.getvalue())
-            for row in self.rows:
-                self._append(row)
+            write_file(self.path, to_csv(self.rows, header=True))
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self.fabric.is_global_zero:
             tqdm.write(text, file=sys.stderr)
 
-    def step(self, step: int, loss: float, learning_rate: float, n_records: int, n_tokens: int) -> None:
-        """Report optimizer step `step` (counted from 1): its mean loss per target, its records and unpadded tokens."""
+    def step(self, step: int, loss: float, learning_rate: float, data: Step) -> None:
+        """Report optimizer step `step` (counted from 1): its mean loss per target, and what it learned from."""
         now = time.perf_counter()
-        speed = n_tokens / (now - self.last)
+        speed = data.n_tokens / (now - self.last)
         self.training_seconds += now - self.last
         self.last = now
-        self.records, self.tokens = self.records + n_records, self.tokens + n_tokens
+        self.records, self.tokens = self.records + data.n_records, self.tokens + data.n_tokens
         memory = peak_memory(self.fabric.device)
         left = self.training_seconds / (step - self.first_step) * (self.n_steps - step)
         self._row(step, train_loss=loss, learning_rate=learning_rate, tokens_per_second=speed, memory_gb=memory)
@@ -111,7 +98,6 @@ class TrainingLog:
     def validation(self, step: int, loss: float | None) -> None:
         """Report the validation loss after `step` steps, if there is one. The time it took is not training time."""
         if loss is not None:
-            self.validated.add(step)
             self._row(step, validation_loss=loss)
             self.say(
                 f"step {step}/{self.n_steps}: validation loss {loss:.4f} (perplexity {math.exp(min(loss, 99)):.2f})"
@@ -119,10 +105,13 @@ class TrainingLog:
         self.last = time.perf_counter()
 
     def close(self, title: str) -> None:
-        """Take the bar down and draw loss.png, where matplotlib is there."""
+        """Close the bar and draw loss.png, if matplotlib is installed."""
         self.bar.close()
         if self.fabric.is_global_zero:
-            plot_losses(self.rows, self.path.with_name("loss.png"), title)
+            try:
+                plot_losses(self.rows, self.path.with_name("loss.png"), title)
+            except UserError as error:  # the run is complete without its picture
+                self.say(f"warning: {error}")
 
     def _row(self, step: int, **values: float) -> None:
         seconds = self.seconds + time.perf_counter() - self.started
@@ -132,21 +121,32 @@ class TrainingLog:
         for logger in self.fabric.loggers:
             logger.save()  # now, since a run may be killed at any time
         if self.fabric.is_global_zero:
-            self._append(row)
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                file.write(to_csv([row]))
 
-    def _append(self, row: dict[str, Any]) -> None:
-        texts = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writerow(texts)
+
+def to_csv(rows: Iterable[dict[str, Any]], header: bool = False) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    if header:
+        writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+    return text.getvalue()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.csv, without the values that a row does not have."""
+    """The rows of a metrics.csv, without the values that a row does not have. Damaged rows are left out."""
     if not path.is_file():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-    return [{**row, **{name: int(row[name]) for name in COLUMNS[:3]}} for row in rows if "seconds" in row]
+    rows = []
+    reader = csv.reader(path.read_text(encoding="utf-8", errors="replace").replace("\0", "").splitlines())
+    for cells in reader:
+        with suppress(ValueError, OverflowError):  # the header, and what is damaged
+            row: dict[str, Any] = {name: float(cell) for name, cell in zip(COLUMNS, cells, strict=True) if cell}
+            if row.keys() >= {*COLUMNS[:3], "seconds"}:
+                rows.append({**row, **{name: int(row[name]) for name in COLUMNS[:3]}})
+    return rows
 
 
 def format_seconds(seconds: float) -> str:
@@ -184,4 +184,5 @@ def plot_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    with replacing(path) as part:
+        figure.savefig(part, format="png")

@@ -5,22 +5,20 @@ at zero, so training starts at the pretrained model. W itself never changes, and
 update into it, so that it costs nothing at inference.
 
 The fused attention layer holds three such W, one above the other: queries, keys, values. Each of them that is a target
-has an A and a B of its own; they are stacked in `lora_A` (n r x in) and `lora_B` (their rows x r).
+has its own A and B; they are stacked in `lora_A` (n r x in) and `lora_B` (their rows x r).
 
-Shapes: B batch, T tokens, r rank, n targets in the layer.
+Shapes: r rank, n targets in the layer, C embedding width, H hidden width of the MLP, V vocabulary; (..., in) is a batch
+of inputs, here usually (batch, tokens, in). B is always LoRA's matrix.
 """
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_llama.checkpoint import copy_state, load_finetuned
-from lit_llama.cli import UserError
+from lit_llama.errors import UserError
 from lit_llama.model import Linear, LLaMA, LLaMAConfig
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
@@ -47,7 +45,7 @@ class LoRAConfig:
 
 
 class LoRALinear(Linear):
-    """W x + (alpha / r) B A x, where W is the weight of the layer that this one takes the place of."""
+    """W x + (alpha / r) B A x, where W is the weight of the layer this one replaces."""
 
     def __init__(self, base: Linear, rows: dict[str, int], config: LoRAConfig) -> None:
         """`rows` names what could be targets in the layer's output, in order, each with its number of rows."""
@@ -64,11 +62,11 @@ class LoRALinear(Linear):
         self.scaling = config.alpha / config.r
 
     def forward(self, x: Tensor) -> Tensor:
-        update = self.scaling * F.linear(self.dropout(x), self.lora_A)  # (B, T, n r)
-        return super().forward(x) + F.linear(update, self.spread_B())  # (B, T, out)
+        Ax = F.linear(self.dropout(x), self.lora_A)  # (..., n r)
+        return super().forward(x) + F.linear(self.scaling * Ax, self.spread_B())  # (..., out)
 
     def spread_B(self) -> Tensor:
-        """B as one matrix (out, n r): each target's block beside the others', zero rows for what is no target."""
+        """B as one matrix (out, n r): each target's block in its own columns, zero rows for non-targets."""
         blocks = zip(self.lora_B.split(tuple(self.target_rows.values())), self.rows.values(), strict=True)
         return torch.block_diag(*(block if len(block) else block.new_zeros(n, 0) for block, n in blocks))
 
@@ -113,47 +111,18 @@ def lora_shapes(base: LLaMAConfig, config: LoRAConfig) -> dict[str, Tensor]:
     return lora_state_dict(model)
 
 
-def read_lora(path: Path, base: LLaMAConfig, alpha: float | None = None) -> tuple[LoRAConfig, dict[str, Tensor], str]:
-    """Config, parameters and prompt style of a file that finetune_lora.py or the archived Lit-LLaMA wrote.
-
-    Args:
-        base: the config of the model that it is for.
-        alpha: for a file of the archived Lit-LLaMA, which does not hold it.
-    """
-
-    def describe(state: dict[str, Tensor]) -> dict[str, Any]:
-        if alpha is None:
-            raise UserError(f"{path} is of the archived Lit-LLaMA, which stored no alpha; add --lora_alpha (16 there)")
-        r = next(tensor.size(1) for name, tensor in state.items() if name.endswith("lora_B"))
-        return {"r": r, "alpha": alpha, "dropout": 0.0, "targets": ("query", "value")}
-
-    content = load_finetuned(path, "lora", base, describe)
-    config = LoRAConfig(**content["lora"])
-    if alpha not in (None, config.alpha):
-        raise UserError(f"{path} holds its own alpha, {config.alpha}; leave out --lora_alpha")
-    return config, content["state_dict"], content["prompt_style"]
-
-
-def load_lora(model: LLaMA, path: Path, alpha: float | None = None) -> str:
-    """Add the LoRA layers of a file to its base model, see `read_lora`; returns the prompt style of its training."""
-    config, state, prompt_style = read_lora(path, model.config, alpha)
-    add_lora(model, config)
-    copy_state(path, state, lora_state_dict(model))
-    return prompt_style
-
-
 @torch.no_grad()
 def merge_lora(model: LLaMA) -> None:
     """Fold all LoRA updates into the weights, in float32, and put plain layers back; a second call does nothing."""
     for name, layer in lora_layers(model):
         weight = (layer.weight.float() + layer.delta()).to(layer.weight.dtype)
         put_plain_layer(model, name, nn.Parameter(weight, requires_grad=layer.weight.requires_grad))
-        if name == "lm_head":  # it shares the embedding's weight no longer
+        if name == "lm_head":  # it no longer shares the embedding's weight
             model.config = replace(model.config, tie_embeddings=False)
 
 
 def remove_lora(model: LLaMA) -> None:
-    """Take unmerged LoRA layers out again: the model is the pretrained one, to the bit, and ready for other ones."""
+    """Take unmerged LoRA layers out again: the model is the pretrained one, bit for bit, and ready for others."""
     for name, layer in lora_layers(model):
         put_plain_layer(model, name, layer.weight)
 

@@ -1,22 +1,27 @@
 """LLaMA, the whole of it: configuration, rotary embedding, attention, MLP, KV cache.
 
 Shapes: B batch, T tokens of the input, S tokens attended to (T and those cached before it), C embedding width (n_embd),
-nh query heads, nkv key and value heads, hs head size, V vocabulary, N selected tokens.
+nh query heads, nkv key and value heads, hs head size, H hidden width of the MLP, V vocabulary, N selected tokens.
 Papers: LLaMA (arXiv 2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783).
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+Mask = Tensor | list[int] | None  # who sees whom (see `attention_mask`), or the lengths of packed sequences
+
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How Llama 3.1 and later stretch the rotary frequencies beyond the pretrained length (Llama 3, section 3.4)."""
+    """How Llama 3.1 and later stretch the rotary frequencies beyond the pretrained length.
+
+    The formula is that of `apply_scaling` in Meta's llama-models.
+    """
 
     factor: float
     low_freq_factor: float
@@ -33,17 +38,17 @@ class LLaMAConfig:
     n_layer: int = 32
     n_head: int = 32
     n_embd: int = 4096
-    n_kv_head: int = field(default=None)  # type: ignore[assignment]  # None: as many as query heads
-    n_hidden: int = field(default=None)  # type: ignore[assignment]  # None: two thirds of 4 n_embd, rounded up to 256s
+    n_kv_head: int = 0  # 0: as many as query heads
+    n_hidden: int = 0  # 0: two thirds of 4 n_embd, rounded up to 256s
     norm_eps: float = 1e-6
     rope_base: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        if self.n_kv_head is None:
+        if not self.n_kv_head:
             object.__setattr__(self, "n_kv_head", self.n_head)
-        if self.n_hidden is None:
+        if not self.n_hidden:
             object.__setattr__(self, "n_hidden", math.ceil(int(8 * self.n_embd / 3) / 256) * 256)
         if isinstance(self.rope_scaling, dict):  # as config.json and checkpoints carry it
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
@@ -61,7 +66,7 @@ class LLaMAConfig:
 
     @classmethod
     def from_name(cls, name: str) -> "LLaMAConfig":
-        """The configuration of a published model; `KeyError` if there is none of that name."""
+        """The configuration of a published model; raises KeyError for an unknown name."""
         return CONFIGS[name]
 
 
@@ -114,7 +119,7 @@ class LLaMA(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Make the head share the embedding's weight, where the model is of that kind."""
+        """Make the head share the embedding's weight, if the config ties them."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 
@@ -124,21 +129,26 @@ class LLaMA(nn.Module):
         cache: "list[KVCache] | None" = None,
         select: Tensor | None = None,
         n_pad: Tensor | None = None,
+        lengths: list[int] | None = None,
     ) -> Tensor:
         """Logits (B, T, V) for token ids idx (B, T).
 
         Args:
             cache: keys and values of the tokens before `idx`, from `new_cache`; those of `idx` are added in place.
             select: indices (N,) into the B * T tokens; only their logits (N, V) are computed. The head is a large part
-                of a small model, and a training step needs no logits for prompts and padding.
-            n_pad: how many tokens (B,) at the start of each sequence are padding. (At its end they need no care.)
+                of a small model, and a training step needs no logits for prompts.
+            n_pad: how many tokens (B,) at the start of each sequence are padding. (Right padding needs no mask.)
+            lengths: of the sequences that are packed, one after the other, into a single row idx (1, T). None of them
+                sees another, and nothing is computed for padding.
         """
         T, start = idx.size(1), cache[0].length if cache else 0
         positions = torch.arange(start, start + T, device=idx.device)  # (T,)
+        if lengths is not None:
+            positions = torch.cat([positions[:n] for n in lengths])  # (T,)
         if n_pad is not None:
             positions = positions - n_pad[:, None, None]  # (B, 1, T)
         rope = rotary_table(self.config, positions)
-        mask = attention_mask(T, start + T, n_pad, idx.device)
+        mask = lengths or attention_mask(T, start + T, n_pad, idx.device)
         x = self.transformer.wte(idx)  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
             if self.recompute_blocks and torch.is_grad_enabled():
@@ -164,7 +174,7 @@ class Block(nn.Module):
         self.rms_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: "KVCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, mask: Mask, cache: "KVCache | None" = None) -> Tensor:
         x = x + self.attn(self.rms_1(x), rope, mask, cache)
         return x + self.mlp(self.rms_2(x))  # (B, T, C)
 
@@ -178,11 +188,11 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, sum(config.qkv_sizes))  # q, k and v in one product
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: "KVCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, mask: Mask, cache: "KVCache | None" = None) -> Tensor:
         nh, nkv = self.config.n_head, self.config.n_kv_head
         qk, v = self.heads(x).split((nh + nkv, nkv), dim=1)
         q, k = apply_rope(qk, rope).split((nh, nkv), dim=1)
-        v = v.contiguous()  # a view would keep q and k of before the rotation alive until the backward pass
+        v = v.contiguous()  # a view would keep the unrotated q and k alive until the backward pass
         if cache is not None:
             k, v = cache.append(k, v)  # (B, nkv, S, hs)
         y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
@@ -193,8 +203,11 @@ class CausalSelfAttention(nn.Module):
         B, T, _ = x.shape
         return self.c_attn(x).view(B, T, -1, self.config.head_size).transpose(1, 2)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """What the last T of S tokens gather: queries (B, nh, T, hs), keys and values (B, nkv, S, hs)."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        """Attention output of the last T of S tokens: queries (B, nh, T, hs), keys and values (B, nkv, S, hs)."""
+        if isinstance(mask, list):  # packed sequences, each by itself
+            parts = zip(*(tensor.split(mask, dim=2) for tensor in (q, k, v)), strict=True)
+            return torch.cat([CausalSelfAttention.attend(self, *part, mask=None) for part in parts], dim=2)
         is_causal = mask is None and q.size(2) > 1
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=q.size(1) != k.size(1))
 
@@ -210,7 +223,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.c_fc1(x), self.c_fc2(x)  # (B, T, H)
-        if torch.is_grad_enabled():  # the product is cheap to compute again, and large to keep
+        if torch.is_grad_enabled():  # the product is cheap to recompute, and large to keep
             return self.c_proj(checkpoint(swiglu, gate, up, use_reentrant=False, preserve_rng_state=False))
         return self.c_proj(swiglu(gate, up))
 
@@ -253,7 +266,7 @@ class KVCache:
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, nkv, T, hs) behind what is there; returns all of it (B, nkv, S, hs)."""
+        """Append k and v (B, nkv, T, hs) to what is there; returns all of it (B, nkv, S, hs)."""
         start, self.length = self.length, self.length + k.size(2)
         self.k[:, :, start : self.length] = k
         self.v[:, :, start : self.length] = v
@@ -267,7 +280,7 @@ def attention_mask(T: int, S: int, n_pad: Tensor | None, device: torch.device) -
     mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
     if n_pad is not None:
         is_text = torch.arange(S, device=device) >= n_pad[:, None]  # (B, S)
-        itself = mask.triu(S - T)  # for padding, since a softmax over nothing is not a number
+        itself = mask.triu(S - T)  # for padding, since softmax over an empty row is NaN
         mask = mask & is_text[:, None, None] | itself  # (B, 1, T, S)
     return mask
 
@@ -276,7 +289,7 @@ def rotary_table(config: LLaMAConfig, positions: Tensor) -> Tensor:
     """The rotations cos + i sin (..., T, hs / 2) of token positions (..., T), complex64.
 
     Always float32, whatever the model's precision: in bfloat16, 2048 positions would share 641 angles. They are
-    computed anew in each forward pass, which costs next to nothing and leaves no state to cast, move or save.
+    recomputed in each forward pass, which costs next to nothing and leaves no state to cast, move or save.
     """
     exponents = torch.arange(0, config.head_size, 2, device=positions.device, dtype=torch.float32) / config.head_size
     freqs = 1.0 / config.rope_base**exponents  # (hs / 2,)

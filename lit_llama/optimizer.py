@@ -15,20 +15,21 @@ class AdamW(Optimizer):
     percent.
     """
 
+    eps = 1e-8
+
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
         lr: float,
         betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
         weight_decay: float = 0.0,
         moments_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
+        super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "step": 0})
         self.moments_dtype = moments_dtype
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
+    def step(self) -> None:
         for group in self.param_groups:
             group["step"] += 1
             beta_1, beta_2 = group["betas"]
@@ -41,13 +42,6 @@ class AdamW(Optimizer):
                 v = state["exp_avg_sq"].to(parameter.dtype).lerp(parameter.grad.square(), 1 - beta_2)
                 state["exp_avg"].copy_(m)
                 state["exp_avg_sq"].copy_(v)
-                denominator = (v / (1 - beta_2 ** group["step"])).sqrt_().add_(group["eps"])
+                denominator = (v / (1 - beta_2 ** group["step"])).sqrt_().add_(self.eps)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta_1 ** group["step"]))
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Load a state; the moments, which torch casts to the parameters' dtype, are cast back."""
-        super().load_state_dict(state_dict)
-        for state in self.state.values():
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = state[name].to(self.moments_dtype)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_llama.cli import UserError
+from lit_llama.errors import UserError
 from lit_llama.huggingface import NAMES, halves_from_pairs, pairs_from_halves
 from lit_llama.lora import LoRAConfig, lora_shapes
 from lit_llama.model import LLaMAConfig

@@ -1,11 +1,10 @@
-"""Models spread over several devices with FSDP2, and their state in one piece (arXiv 2304.11277).
+"""Models spread over several devices with FSDP2 (fully_shard), and their state in one piece.
 
 A sharded parameter is a DTensor: each device stores a slice of its rows. FSDP gathers a block's parameters just before
 the block is computed and drops them after it. Everything here leaves plain tensors as they are.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import Optimizer
 
-from lit_llama.checkpoint import check_state
 from lit_llama.model import LLaMA
 
 
@@ -28,7 +25,7 @@ def store_as(module: nn.Module, frozen_dtype: torch.dtype) -> None:
 def shard(model: LLaMA, mesh: DeviceMesh, compute_dtype: torch.dtype) -> LLaMA:
     """Spread a model over the devices, block by block, so that none of them ever holds all of it.
 
-    `mesh` is Fabric's, with a dimension for tensor parallelism besides; given whole, it would mean replication.
+    `mesh` is Fabric's, which also has a dimension for tensor parallelism; given whole, it would mean replication.
     Parameters are gathered in `compute_dtype`; gradients are summed in float32.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -41,7 +38,7 @@ def shard(model: LLaMA, mesh: DeviceMesh, compute_dtype: torch.dtype) -> LLaMA:
 
 def in_one_piece(state: Mapping[Any, Any], keep: bool) -> dict[Any, Any]:
     """A state dict with every sharded tensor gathered, on the CPU: called by all processes, for those with `keep`."""
-    result = {}
+    result: dict[Any, Any] = {}
     for name, value in state.items():  # one by one: no device holds more than one gathered tensor
         if isinstance(value, Mapping):
             result[name] = in_one_piece(value, keep)
@@ -59,22 +56,3 @@ def shard_like(whole: Tensor, target: Tensor) -> Tensor:
     if isinstance(target, DTensor):
         return distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
     return whole
-
-
-def load_training_state(path: Path, state: dict[str, Any], weights: dict[str, Tensor], optimizer: Optimizer) -> int:
-    """Put the weights and the optimizer back to what they were, from a state in one piece; returns the steps done.
-
-    Args:
-        path: where `state` was read from.
-        weights: the tensors that are trained, sharded or not, by their names in the state.
-    """
-    check_state(path, state["state_dict"], weights)
-    for name, tensor in weights.items():
-        tensor.copy_(shard_like(state["state_dict"][name], tensor))
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    entries = {
-        i: {k: shard_like(v, trained[i]) if v.shape == trained[i].shape else v for k, v in entry.items()}
-        for i, entry in state["optimizer"]["state"].items()
-    }
-    optimizer.load_state_dict({**state["optimizer"], "state": entries})
-    return state["step"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as HFTokenizer
 
-from lit_llama.cli import UserError
+from lit_llama.errors import UserError
 
 FILE_NAMES = ("tokenizer.model", "tokenizer.json")
 CONFIG_NAME = "tokenizer_config.json"  # says which token is the eos of a tokenizer.json
@@ -35,7 +35,7 @@ class Tokenizer:
             else:
                 self._sp = SentencePieceProcessor(model_file=str(path))
         except Exception:  # both libraries raise bare exceptions
-            raise UserError(f"{path} is no tokenizer, or a truncated one; copy it again") from None
+            raise UserError(f"{path} is not a tokenizer, or is truncated; copy it again") from None
         if self._sp:
             self.vocab_size, self.eos_id = self._sp.vocab_size(), self._sp.eos_id()
             self.bos_id = self._sp.bos_id() if self._sp.bos_id() >= 0 else None
@@ -50,7 +50,7 @@ class Tokenizer:
         try:
             token = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
         except ValueError:
-            raise UserError(f"{config} is truncated or no JSON; copy it again") from None
+            raise UserError(f"{config} is truncated or not valid JSON; copy it again") from None
         if token:
             names = (token["content"] if isinstance(token, dict) else token,)
         for name in names:
@@ -64,7 +64,7 @@ class Tokenizer:
         return [self.bos_id] * (bos and self.bos_id is not None) + ids + [self.eos_id] * eos
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids; bos and eos leave no trace."""
+        """The text of token ids; without bos and eos."""
         ids = [i for i in ids if i < self.vocab_size]  # a model may have more rows than the tokenizer has tokens
         return self._sp.decode(ids) if self._sp else self._hf.decode(ids)
 
@@ -83,7 +83,7 @@ class Tokenizer:
                 before, pending = pending, []
 
     def files(self) -> dict[str, bytes]:
-        """The files that it was read from, under the names by which they are found beside a model."""
+        """The files that it was read from, under the names by which they are found next to a model."""
         paths = {FILE_NAMES[self._sp is None]: self.path, CONFIG_NAME: self.path.with_name(CONFIG_NAME)}
         return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
 
@@ -98,7 +98,7 @@ class Tokenizer:
 
 
 def find_tokenizer(checkpoint_path: Path, tokenizer_path: Path | None = None) -> Tokenizer:
-    """The tokenizer at `tokenizer_path` (a file or a folder), else beside the checkpoint, else one folder up."""
+    """The tokenizer at `tokenizer_path` (a file or a folder), else next to the checkpoint, else one folder up."""
     if tokenizer_path is None:
         places = [folder / name for folder in checkpoint_path.absolute().parents[:2] for name in FILE_NAMES]
     else:

@@ -11,7 +11,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as HFTokenizer
 
-from lit_llama.cli import UserError
+from lit_llama.errors import UserError
 from lit_llama.tokenizer import CONFIG_NAME
 
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # SentencePiece's types of pieces, which GGUF has taken over for all tokenizers

@@ -1,36 +1,34 @@
-"""What the training loops share besides the loop: launching, validation, stopping on a signal, training states."""
+"""What is around a training loop: launching, loading, validation, stopping on a signal."""
 
 import os
 import signal
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import Fabric
 from lightning.fabric.loggers import Logger
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from lit_llama.checkpoint import load_model, read_file, storage_dtype
-from lit_llama.cli import UserError
-from lit_llama.data import BatchSchedule, Dataset
+from lit_llama.checkpoint import load_model
+from lit_llama.data import Batch, Dataset, single_step
+from lit_llama.device import TrainingPrecision, storage_dtype
+from lit_llama.errors import UserError
 from lit_llama.model import LLaMA
 from lit_llama.sharding import shard
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 
-STATE_FILE = "training-state.pth"
-MAY_CHANGE = (  # between the parts of a run; all else must stay as it was
-    "learning_rate", "num_epochs", "max_steps", "warmup_steps", "warmup_epochs", "eval_interval", "eval_records",
-    "save_interval", "log_interval", "devices", "num_nodes", "strategy", "activation_checkpointing", "logger",
-)  # fmt: skip
+Strategy = Literal["auto", "ddp", "fsdp"]
 
 
-def launch(devices: int, num_nodes: int, strategy: str, precision: str, logger: Logger | None = None) -> Fabric:
+def launch(
+    devices: int, num_nodes: int, strategy: Strategy, precision: TrainingPrecision, logger: Logger | None = None
+) -> Fabric:
     """Fabric, with one process running for each device of each node.
 
     Args:
@@ -39,12 +37,9 @@ def launch(devices: int, num_nodes: int, strategy: str, precision: str, logger: 
     """
     n, gpus = devices * num_nodes, torch.cuda.device_count()
     if devices > (gpus or os.cpu_count() or 1):
-        has = f"{gpus} GPUs" if gpus else f"no GPU and {os.cpu_count()} CPU cores"
-        raise UserError(f"{devices} devices were asked for, this machine has {has}; lower --devices")
-    if devices < 1 or num_nodes < 1 or strategy not in ("auto", "ddp", "fsdp"):
-        raise UserError("expected --devices and --num_nodes from 1 on, and --strategy auto, ddp or fsdp")
-    if precision not in ("32-true", "bf16-mixed"):  # others store what is trained in too few digits
-        raise UserError(f"--precision is 32-true or bf16-mixed for training, not {precision!r}")
+        has = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else f"no GPU and {os.cpu_count()} CPU cores"
+        raise UserError(f"{devices} devices were requested, this machine has {has}; lower --devices")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would build a plan for every new length of a record
     chosen: Any = "auto"
     if strategy == "fsdp":
         spread = partial(shard, compute_dtype=storage_dtype(precision))
@@ -62,27 +57,21 @@ def launch(devices: int, num_nodes: int, strategy: str, precision: str, logger: 
 
 
 def load_base(fabric: Fabric, path: Path, dtype: torch.dtype) -> LLaMA:
-    """The pretrained model in `dtype` on this process's device, or mapped from its file, if it is to be sharded."""
+    """The pretrained model in `dtype` on this process's device, or mapped from its file if it is to be sharded."""
     if isinstance(fabric.strategy, ModelParallelStrategy):
         return load_model(path)
     return load_model(path, dtype, fabric.device)
 
 
-def check_data(dataset: Dataset, model: LLaMA, pretrained_path: Path, tokenizer_path: Path | None) -> Tokenizer:
+def matching_tokenizer(dataset: Dataset, model: LLaMA, pretrained_path: Path, tokenizer_path: Path | None) -> Tokenizer:
     """The model's tokenizer, or a UserError if the data was tokenised with another one or is too long for the model."""
     if dataset.block_size > model.config.block_size:
         raise UserError(f"--block_size {dataset.block_size} is more than the model's {model.config.block_size} tokens")
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     tokenizer.check_fits(model.config.vocab_size)
     if tokenizer.fingerprint() != dataset.meta["tokenizer"]:
-        raise UserError(f"{dataset.data_dir} was not prepared with {tokenizer.path}; prepare it again with that")
+        raise UserError(f"{dataset.data_dir} was not prepared with {tokenizer.path}; prepare the data with that")
     return tokenizer
-
-
-def loss_sum(model: nn.Module, input_ids: Tensor, select: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of a batch, summed over its targets; 0 where it has none."""
-    logits = model(input_ids, select=select)  # (N, V)
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 @torch.no_grad()
@@ -91,25 +80,18 @@ def validation_loss(fabric: Fabric, model: nn.Module, dataset: Dataset, micro_ba
     if not len(dataset):
         return None
     model.eval()
-    schedule = BatchSchedule.of_one_step(dataset.lengths, micro_batch_size)
+    step = single_step(dataset, micro_batch_size)
     total = torch.zeros((), device=fabric.device)
-    for records in schedule.share(0, fabric.global_rank, fabric.world_size):
-        total += loss_sum(model, *fabric.to_device(dataset.batch(records)))
+    for batch in step.share(fabric.global_rank, fabric.world_size):
+        total += loss_sum(model, fabric.to_device(batch))
     model.train()
-    return float(fabric.all_reduce(total, reduce_op="sum")) / dataset.n_targets(range(len(dataset)))
+    return float(fabric.all_reduce(total, reduce_op="sum")) / step.n_targets
 
 
-def on_first_process(fabric: Fabric, action: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Do something on one process alone, while the others wait. A UserError there is raised on all of them."""
-    problem = None
-    if fabric.is_global_zero:
-        try:
-            action(*args, **kwargs)
-        except UserError as error:
-            problem = str(error)
-    problem = fabric.broadcast(problem)
-    if problem:
-        raise UserError(problem)
+def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross-entropy of a batch, summed over its targets; 0 if it has none."""
+    logits = model(batch.input_ids, lengths=batch.lengths, select=batch.select)  # (N, V)
+    return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
 
 
 class StopSignal:
@@ -123,19 +105,3 @@ class StopSignal:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.requested = True
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-
-def check_out_dir(out_dir: Path, resume: bool, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The training state to resume from; refuses to write over a run, and to resume one with other settings."""
-    path = out_dir / STATE_FILE
-    if resume:
-        state = read_file(path)
-        if not {"step", "optimizer", "hyperparameters"} <= state.keys():
-            raise UserError(f"{path} is no training state")
-        for name, value in state["hyperparameters"].items():
-            if name not in MAY_CHANGE and settings.get(name) != value:
-                raise UserError(f"cannot resume: the run in {out_dir} has {name} {value}, not {settings.get(name)}")
-        return state
-    if path.exists():
-        raise UserError(f"{out_dir} holds a run: continue it with --resume true, or give another --out_dir")
-    return None

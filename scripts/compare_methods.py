@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 import torch
 from jsonargparse.typing import PositiveInt
 
-from lit_llama.checkpoint import read_file, write_file
-from lit_llama.cli import UserError, run
+from lit_llama.cli import run
 from lit_llama.data import Dataset
+from lit_llama.errors import UserError
+from lit_llama.files import read_file, write_file
 from lit_llama.log import read_metrics
-from lit_llama.training import STATE_FILE
+from lit_llama.training_state import STATE_FILE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +36,7 @@ adapter_learning_rate = 9e-3
 lora_learning_rate = 1e-3
 full_learning_rate = 1e-4
 lora_r: PositiveInt = 8
-lora_alpha_over_r: PositiveInt = 2  # the same for all ranks, so that the update is scaled alike
+lora_alpha_over_r: PositiveInt = 2  # the same for all ranks, so that the update is scaled the same way
 lora_targets = "query,key,value,projection,mlp"
 n_answers: PositiveInt = 39  # validation records that are answered, for ROUGE-L
 max_new_tokens: PositiveInt = 100
@@ -128,7 +129,7 @@ def lora_ranks(ranks: str) -> list[Method]:
     except ValueError:
         numbers = [0]
     if numbers[0] < 1:
-        raise UserError(f"--ranks is a list of whole numbers from 1 on, for example 1,2,4, not {ranks!r}")
+        raise UserError(f"--ranks is a list of whole numbers from 1 up, for example 1,2,4, not {ranks!r}")
     return [Method("base", "base"), *map(lora, numbers)]
 
 

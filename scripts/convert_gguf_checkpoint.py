@@ -10,14 +10,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_llama.checkpoint import check_complete, save_model_folder
-from lit_llama.cli import UserError, run
+from lit_llama.cli import run
+from lit_llama.errors import UserError
 from lit_llama.model import LLaMAConfig, RopeScaling, stretch_frequencies
 from lit_llama.tokenizer_formats import from_gguf
 
 try:
     from gguf import GGUFReader, ReaderTensor, dequantize
 except ImportError:
-    sys.exit("error: GGUF files need a library more; run: pip install -e '.[gguf]'")
+    sys.exit("error: GGUF files need one more library; run: pip install -e '.[gguf]'")
 
 TENSOR_NAMES = {  # llama.cpp stores q and k rows in Meta's order, which is ours
     "token_embd": "transformer.wte.weight",
@@ -35,7 +36,7 @@ ROWS = 1024  # dequantised at a time; a whole tensor at once takes several times
 
 
 class Metadata(dict[str, Any]):
-    """What the GGUF at `path` says of its model; to ask for what it does not say is a UserError, no KeyError."""
+    """What the GGUF at `path` says of its model; to ask for what it does not say is a UserError, not a KeyError."""
 
     def __init__(self, path: Path, reader: GGUFReader) -> None:
         super().__init__({name: field.contents() for name, field in reader.fields.items()})
@@ -96,7 +97,7 @@ def read_config(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> LLaMACo
             n_layer=metadata["llama.block_count"],
             n_head=metadata["llama.attention.head_count"],
             n_embd=metadata["llama.embedding_length"],
-            n_kv_head=metadata.get("llama.attention.head_count_kv"),
+            n_kv_head=metadata.get("llama.attention.head_count_kv", 0),
             n_hidden=metadata["llama.feed_forward_length"],
             norm_eps=shortest(metadata["llama.attention.layer_norm_rms_epsilon"]),
             rope_base=metadata.get("llama.rope.freq_base", 10000.0),

@@ -3,18 +3,21 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_llama.checkpoint import check_apart, check_complete, read_file, read_json, read_safetensors, save_model_folder
-from lit_llama.cli import UserError, run
+from lit_llama.checkpoint import check_complete, save_model_folder
+from lit_llama.cli import run
+from lit_llama.errors import UserError
+from lit_llama.files import check_apart, read_file, read_json, read_safetensors
 from lit_llama.huggingface import config_from_hf, from_hf
 from lit_llama.tokenizer import FILE_NAMES, find_tokenizer
 
 
-def main(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None) -> None:
+def main(checkpoint_dir: Path, out_dir: Path, dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> None:
     """Convert one model of the llama architecture.
 
     Args:
@@ -26,7 +29,7 @@ def main(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None) -> None:
     fields = read_json(checkpoint_dir / "config.json")
     name = dtype or fields.get("dtype") or fields.get("torch_dtype") or "float32"
     if name not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"--dtype is one of float32, bfloat16, float16, not {name!r}")
+        raise UserError(f"{checkpoint_dir}/config.json has weights of {name!r}; choose their type by --dtype")
     try:
         config = config_from_hf(fields)
         state = from_hf(read_shards(checkpoint_dir), config, getattr(torch, name))
@@ -39,7 +42,7 @@ def main(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None) -> None:
     if any((checkpoint_dir / name).is_file() for name in FILE_NAMES):
         files = find_tokenizer(checkpoint_dir, checkpoint_dir).files()
     else:
-        print(f"No tokenizer in {checkpoint_dir}: put one beside the converted weights", file=sys.stderr)
+        print(f"No tokenizer in {checkpoint_dir}: put one next to the converted weights", file=sys.stderr)
     save_model_folder(out_dir, state, config, files)
     print(f"Saved {out_dir}", file=sys.stderr)
 

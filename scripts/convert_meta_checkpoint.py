@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_llama.checkpoint import check_apart, check_complete, read_file, read_json, save_model_folder
-from lit_llama.cli import UserError, run
+from lit_llama.checkpoint import check_complete, save_model_folder
+from lit_llama.cli import run
+from lit_llama.errors import UserError
+from lit_llama.files import check_apart, read_file, read_json
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig, RopeScaling
 from lit_llama.tokenizer import FILE_NAMES, Tokenizer
 from lit_llama.tokenizer_formats import from_tiktoken, is_tiktoken
@@ -66,7 +68,7 @@ def find_shards(folder: Path) -> list[Path]:
 
 
 def read_config(folder: Path, shard: dict[str, Any], n_shards: int) -> LLaMAConfig:
-    """The config but for what params.json does not tell: whether embeddings are tied, and block_size."""
+    """The config, except what params.json does not tell: whether embeddings are tied, and block_size."""
     params = read_json(folder / "params.json")
     try:
         n_embd = params["dim"]
@@ -148,7 +150,7 @@ def read_tokenizer(folder: Path) -> Mapping[str, bytes | str]:
     for path in (folder / FILE_NAMES[0], folder.parent / FILE_NAMES[0]):
         if path.is_file():
             return from_tiktoken(path) if is_tiktoken(path) else Tokenizer(path).files()
-    print(f"No {FILE_NAMES[0]} in {folder} or above: put one beside the converted weights", file=sys.stderr)
+    print(f"No {FILE_NAMES[0]} in {folder} or above: put one next to the converted weights", file=sys.stderr)
     return {}
 
 

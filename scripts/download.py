@@ -5,7 +5,8 @@ from pathlib import Path
 
 from convert_hf_checkpoint import main as convert
 
-from lit_llama.cli import UserError, run
+from lit_llama.cli import run
+from lit_llama.errors import UserError
 
 PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*"]
 OLD_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json", "config.json", "tokenizer*"]

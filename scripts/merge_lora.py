@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_llama.checkpoint import check_apart, load_model, save_model_folder
+from lit_llama.checkpoint import load_model, save_model_folder
 from lit_llama.cli import run
-from lit_llama.lora import load_lora, merge_lora
+from lit_llama.files import check_apart
+from lit_llama.finetuned import load_lora
+from lit_llama.lora import merge_lora
 from lit_llama.model import LLaMA
 from lit_llama.prompt import format_prompt
 from lit_llama.tokenizer import find_tokenizer
@@ -28,8 +30,8 @@ def main(
         out_dir: The model folder to write: lit-llama.pth, config.json and the tokenizer.
         lora_path: The file that finetune_lora.py wrote.
         pretrained_path: The checkpoint of the base model.
-        tokenizer_path: The tokenizer, if it does not lie beside the checkpoint.
-        lora_alpha: Only for a file of the archived Lit-LLaMA, which does not hold it.
+        tokenizer_path: The tokenizer, if it is not next to the checkpoint.
+        lora_alpha: Only for a file of the archived Lit-LLaMA, which did not store it.
         prompt: An instruction to compare logits on.
     """
     check_apart(pretrained_path.parent, out_dir)

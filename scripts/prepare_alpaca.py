@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lit_llama.cli import run
-from lit_llama.data import download, prepare, read_records, split_records
+from lit_llama.records import download, prepare, read_records, split_records
 from lit_llama.tokenizer import find_tokenizer
 
 URL = "https://raw.githubusercontent.com/tloen/alpaca-lora/main/alpaca_data_cleaned_archive.json"
@@ -22,9 +22,9 @@ def main(
     Args:
         data_dir: The folder to write.
         pretrained_path: The checkpoint that will be finetuned; its tokenizer is used.
-        tokenizer_path: The tokenizer, if it does not lie beside the checkpoint.
-        data_file: Records in the Alpaca format that lie on the disk, instead of the download.
-        val_split_size: Records to set apart for validation. By default 2000, or a tenth where that is less.
+        tokenizer_path: The tokenizer, if it is not next to the checkpoint.
+        data_file: Records in the Alpaca format on the disk, instead of the download.
+        val_split_size: Records to hold out for validation. By default 2000, or a tenth if that is less.
         seed: Of the split.
     """
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)

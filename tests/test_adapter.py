@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, random_model, randomize
+from builders import TINY, random_model, randomize, save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -16,11 +16,10 @@ from lit_llama.adapter import (
     adapter_state_dict,
     add_adapter,
     cache_prefix,
-    load_adapter,
     mark_only_adapter_as_trainable,
 )
-from lit_llama.checkpoint import save_finetuned
-from lit_llama.cli import UserError
+from lit_llama.errors import UserError
+from lit_llama.finetuned import load_adapter
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, merge_lora
 from lit_llama.model import LLaMA, LLaMAConfig
 
@@ -150,7 +149,7 @@ def test_validation_after_a_step_equals_a_freshly_loaded_model(tmp_path: Path) -
         before = model(idx)
     model(idx).square().mean().backward()
     optimizer.step()
-    save_finetuned(tmp_path / "a.pth", "adapter", CONFIG, model, adapter_state_dict(model), prompt_style="plain")
+    save_file(tmp_path / "a.pth", CONFIG, model, adapter_state_dict(model), "plain")
     fresh = random_model(TINY)
     assert load_adapter(fresh, tmp_path / "a.pth") == "plain"
     with torch.no_grad():
@@ -178,13 +177,13 @@ def test_it_composes_with_lora(lora_first: bool) -> None:
 def test_a_file_of_another_kind_or_model_is_refused(tmp_path: Path) -> None:
     model = adapter_model()
     path = tmp_path / "a.pth"
-    save_finetuned(path, "adapter", CONFIG, model, adapter_state_dict(model), prompt_style="plain")
-    with pytest.raises(UserError, match="another base model"):
+    save_file(path, CONFIG, model, adapter_state_dict(model), "plain")
+    with pytest.raises(UserError, match="a different base model"):
         load_adapter(random_model(HEADS["mqa"]), path)
     torch.save({**torch.load(path, weights_only=True), "adapter": asdict(AdapterConfig(7, 1))}, path)
     with pytest.raises(UserError, match="adapter_wte"):
         load_adapter(random_model(TINY), path)
-    save_finetuned(path, "lora", LoRAConfig(), model, {}, prompt_style="plain")
+    save_file(path, LoRAConfig(), model, {}, "plain")
     with pytest.raises(UserError, match="--lora_path"):
         load_adapter(random_model(TINY), path)
     with pytest.raises(UserError, match="2 layers"):
@@ -214,7 +213,7 @@ def test_a_file_of_the_archived_lit_llama_is_read(gates: str, tmp_path: Path) ->
             state[name] = torch.tensor([0.7])
     torch.save(state, tmp_path / "lit-llama-adapter-finetuned.pth")
     loaded = random_model(TINY)
-    assert load_adapter(loaded, tmp_path / "lit-llama-adapter-finetuned.pth") == "alpaca"
+    assert load_adapter(loaded, tmp_path / "lit-llama-adapter-finetuned.pth") == "alpaca-stanford"
     idx = torch.randint(TINY.vocab_size, (1, 9))
     assert torch.equal(loaded(idx), model(idx))
     assert not torch.allclose(loaded(idx), random_model(TINY)(idx), atol=0.1)

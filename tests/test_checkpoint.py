@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, random_model
+from builders import TINY, random_model
 
-from lit_llama import checkpoint as ckpt
-from lit_llama.checkpoint import load_finetuned, load_model, read_config, read_file, save_model_folder, write_file
-from lit_llama.cli import UserError
+from lit_llama import files
+from lit_llama.checkpoint import load_model, read_config, save_model_folder
+from lit_llama.errors import UserError
+from lit_llama.files import read_file, write_file
+from lit_llama.finetuned import read_finetuned
 from lit_llama.model import CONFIGS, LLaMA
 
 
@@ -120,7 +122,7 @@ def test_missing_and_unexpected_names_are_told(checkpoint: Path, tmp_path: Path)
     for kind, message in {
         "a key missing": r"lacks transformer\.h\.1\.rms_2\.scale",
         "a key too many": r"transformer\.h\.2\.rms_2\.scale",
-        "a wrong shape": r"another shape lm_head\.weight",
+        "a wrong shape": r"different shape for lm_head\.weight",
         "lora weights": "--lora_path",
     }.items():
         damaged(kind, checkpoint, tmp_path / "lit-llama.pth")
@@ -143,7 +145,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ckpt.os, "fsync", full_disk)
+    monkeypatch.setattr(files.os, "fsync", full_disk)
     with pytest.raises(UserError, match="No space left"):
         write_file(path, {"x": torch.zeros(3)})
     assert torch.equal(read_file(path)["x"], torch.ones(3))
@@ -154,10 +156,10 @@ def test_finetuned_files_are_checked_for_kind_and_base(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     write_file(path, {"kind": "adapter", "adapter": {}, "base": asdict(TINY), "state_dict": {}})
     with pytest.raises(UserError, match="adapter"):
-        load_finetuned(path, "lora", TINY, dict)
-    assert load_finetuned(path, "adapter", TINY, dict)["state_dict"] == {}
+        read_finetuned(path, "lora", TINY)
+    assert read_finetuned(path, "adapter", TINY)["state_dict"] == {}
     with pytest.raises(UserError, match="n_layer 2, not 3"):
-        load_finetuned(path, "adapter", replace(TINY, n_layer=3), dict)
+        read_finetuned(path, "adapter", replace(TINY, n_layer=3))
 
 
 def test_loading_takes_at_most_1_2_times_the_file_in_ram(tmp_path: Path) -> None:
@@ -169,7 +171,7 @@ def test_loading_takes_at_most_1_2_times_the_file_in_ram(tmp_path: Path) -> None
 import torch
 from pathlib import Path
 from lit_llama.checkpoint import load_model
-from lit_llama.log import peak_memory
+from lit_llama.device import peak_memory
 before = peak_memory(torch.device("cpu"))
 model = load_model(Path({str(tmp_path / "lit-llama.pth")!r}))
 total = sum(p.sum() for p in model.parameters())  # touch every page

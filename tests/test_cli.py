@@ -9,7 +9,8 @@ from lit_llama.cli import join_lists
 SCRIPT = '''
 """A script."""
 from pathlib import Path
-from lit_llama.cli import UserError, constants, run
+from lit_llama.cli import constants, run
+from lit_llama.errors import UserError
 
 rate = 3e-4  # how fast # really
 steps: int | None = None  # how many

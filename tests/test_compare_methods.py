@@ -5,10 +5,10 @@ from pathlib import Path
 
 import compare_methods
 import pytest
+from builders import run_script
 from compare_methods import COLUMNS, Method, Result, draw_methods, draw_ranks, lora_ranks, new_figure
-from conftest import run_script
 
-from lit_llama.cli import UserError
+from lit_llama.errors import UserError
 
 
 def test_four_methods_are_trained_evaluated_and_asked(

@@ -8,14 +8,14 @@ import convert_gguf_checkpoint
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, random_model
+from builders import TINY, random_model
 from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
 from test_tokenizer_formats import bpe_metadata, sentencepiece_metadata, train_sentencepiece
 from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor
 
 from lit_llama.checkpoint import load_model
-from lit_llama.cli import UserError
+from lit_llama.errors import UserError
 from lit_llama.model import RopeScaling
 from lit_llama.tokenizer import Tokenizer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import convert_meta_checkpoint
 import pytest
 import torch
-from conftest import TINY, peak_of_conversion, run_script
+from builders import TINY, peak_of_conversion, run_script
 from convert_meta_checkpoint import published_length
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,15 +1,17 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import RECORDS, TINY, random_model
+from builders import RECORDS, TINY, Lengths, random_model
 from torch.nn import functional as F
 
-from lit_llama.cli import UserError
-from lit_llama.data import BatchSchedule, Dataset, prepare, read_records, split_records
+from lit_llama.data import BatchSchedule, Dataset, GroupedSchedule
+from lit_llama.errors import UserError
 from lit_llama.prompt import format_prompt
+from lit_llama.records import prepare, read_records, split_records
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training import loss_sum
 
@@ -31,19 +33,32 @@ def test_the_prompt_at_training_is_the_prompt_at_generation(data_dir: Path, toke
     dataset = Dataset(data_dir, "train", block_size=128)
     for i, record in enumerate(RECORDS[:11]):
         prompt = tokenizer.encode(format_prompt("plain", record["instruction"], record["input"]))
-        ids, select, _ = dataset.batch([i])
+        ids, _, select, _ = dataset.batch([i])
         assert ids[0, : len(prompt)].tolist() == prompt
         assert select[0] == len(prompt) - 1  # the last prompt token predicts the first of the response
 
 
-def test_targets_follow_their_inputs_in_a_padded_batch(data_dir: Path) -> None:
+def test_targets_follow_their_inputs_in_a_batch(data_dir: Path) -> None:
     dataset = Dataset(data_dir, "train", block_size=128, mask_prompt=False)
     records = [0, 5, 10]
-    ids, select, targets = dataset.batch(records)
+    ids, lengths, select, targets = dataset.batch(records)
+    assert lengths == (dataset.lengths[records] - 1).tolist()
+    assert ids.shape == (1, sum(lengths))
     assert len(targets) == dataset.n_targets(records) == sum(dataset.lengths[records]) - 3
-    row, column = select // ids.size(1), select % ids.size(1)
-    inner = column + 1 < torch.from_numpy(dataset.lengths[records])[row] - 1
-    assert torch.equal(ids[row[inner], column[inner] + 1], targets[inner])
+    last = torch.tensor(lengths).cumsum(0) - 1
+    inner = ~torch.isin(select, last)
+    assert torch.equal(ids[0, select[inner] + 1], targets[inner])
+
+
+@torch.no_grad()
+def test_packed_records_give_what_each_gives_alone_and_what_padded_rows_give(data_dir: Path) -> None:
+    model, dataset = random_model(TINY), Dataset(data_dir, "train", 128)
+    records = [4, 0, 10, 7]
+    alone = torch.cat([model(dataset.batch([i]).input_ids, select=dataset.batch([i]).select) for i in records])
+    for batch in (dataset.batch(records), dataset.padded_batch(records)):
+        logits = model(batch.input_ids, lengths=batch.lengths, select=batch.select)
+        torch.testing.assert_close(logits, alone, atol=1e-5, rtol=0)
+        assert torch.equal(batch.targets, torch.cat([dataset.batch([i]).targets for i in records]))
 
 
 def test_a_truncated_response_has_no_eos_and_a_prompt_without_room_is_dropped(
@@ -62,23 +77,23 @@ def test_a_truncated_response_has_no_eos_and_a_prompt_without_room_is_dropped(
 
 def test_an_empty_batch_contributes_zero(data_dir: Path) -> None:
     model = random_model(TINY)
-    loss = loss_sum(model, *Dataset(data_dir, "train", 128).batch(np.empty(0, np.int64)))
+    loss = loss_sum(model, Dataset(data_dir, "train", 128).batch(np.empty(0, np.int64)))
     assert loss == 0
     loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
 def test_gradient_accumulation_over_ragged_micro_batches_equals_one_large_batch(data_dir: Path) -> None:
-    dataset = Dataset(data_dir, "train", 128)
+    dataset = Dataset(data_dir, "train", 128, limit=8)
     grads = []
     for size in (1, 2, 4, 8):
         model = random_model(TINY).double()
-        step = BatchSchedule(dataset.lengths[:8], 8, size, seed=0)[0]
-        assert sorted(np.concatenate(step)) == list(range(8))
-        assert len(step) == 8 // size
-        n_targets = dataset.n_targets(np.concatenate(step))
-        for micro_batch in step:
-            (loss_sum(model, *dataset.batch(micro_batch)) / n_targets).backward()
+        step = BatchSchedule(dataset, 8, size, seed=0).step(0)
+        assert sorted(step.records) == list(range(8))
+        batches = step.share(0, 1)
+        assert len(batches) == 8 // size
+        for batch in batches:
+            (loss_sum(model, batch) / step.n_targets).backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert grads[0].abs().max() > 0.1
     for grad in grads[1:]:
@@ -93,48 +108,92 @@ def test_the_loss_is_the_mean_over_target_tokens(data_dir: Path) -> None:
         ids = torch.from_numpy(dataset.tokens[start : start + length].astype(np.int64))
         logits = model(ids[None, :-1])[0]
         losses += [F.cross_entropy(logits[t - 1], ids[t]) for t in range(first, length)]
-    mean = loss_sum(model, *dataset.batch([0, 1, 2])) / dataset.n_targets([0, 1, 2])
+    mean = loss_sum(model, dataset.batch([0, 1, 2])) / dataset.n_targets([0, 1, 2])
     torch.testing.assert_close(mean, torch.stack(losses).mean())
 
 
+SCHEDULE_KINDS = [BatchSchedule, GroupedSchedule]
+
+
+def random_lengths(n: int, high: int = 100) -> Lengths:
+    return Lengths(np.random.default_rng(0).integers(2, high, n))
+
+
+@pytest.mark.parametrize("kind", SCHEDULE_KINDS)
 @pytest.mark.parametrize(("n", "batch_size", "micro_batch_size"), [(100, 16, 4), (37, 9, 3), (5, 128, 4), (9, 2, 1)])
-def test_every_epoch_has_every_record_once(n: int, batch_size: int, micro_batch_size: int) -> None:
-    lengths = np.random.default_rng(0).integers(2, 100, n)
-    schedule = BatchSchedule(lengths, batch_size, micro_batch_size, seed=1)
+def test_every_epoch_has_every_record_once(kind: type, n: int, batch_size: int, micro_batch_size: int) -> None:
+    schedule = kind(random_lengths(n), batch_size, micro_batch_size, seed=1)
     epochs = []
     for epoch in range(3):
-        steps = [schedule[epoch * schedule.steps_per_epoch + i] for i in range(schedule.steps_per_epoch)]
-        assert all(len(batch) <= micro_batch_size for step in steps for batch in step)
-        epochs.append([record for step in steps for batch in step for record in batch])
+        steps = [schedule.step(epoch * schedule.steps_per_epoch + i) for i in range(schedule.steps_per_epoch)]
+        assert all(len(records) <= micro_batch_size for step in steps for records in step.micro_batches)
+        assert all(step.n_records <= batch_size for step in steps)
+        epochs.append([record for step in steps for record in step.records])
         assert sorted(epochs[-1]) == list(range(n))
     assert n < 30 or epochs[0] != epochs[1] != epochs[2]
 
 
-def test_the_schedule_is_a_function_of_seed_and_step() -> None:
-    lengths = np.random.default_rng(0).integers(2, 100, 60)
-    one, other = BatchSchedule(lengths, 8, 4, seed=1), BatchSchedule(lengths, 8, 4, seed=1)
+@pytest.mark.parametrize("kind", SCHEDULE_KINDS)
+def test_the_schedule_is_a_function_of_seed_and_step(kind: type) -> None:
+    dataset = random_lengths(60)
+    one, other, another = kind(dataset, 8, 4, seed=1), kind(dataset, 8, 4, seed=1), kind(dataset, 8, 4, seed=2)
     for step in (20, 3, 11):
-        assert all(np.array_equal(a, b) for a, b in zip(one[step], other[step], strict=True))
-    assert any(not np.array_equal(a, b) for a, b in zip(one[3], BatchSchedule(lengths, 8, 4, seed=2)[3], strict=True))
+        assert np.array_equal(one.step(step).records, other.step(step).records)
+    assert not np.array_equal(one.step(3).records, another.step(3).records)
 
 
-def test_the_longest_micro_batch_comes_first_and_little_is_padding() -> None:
-    lengths = np.random.default_rng(0).integers(2, 500, 4000)
-    schedule = BatchSchedule(lengths, 128, 4, seed=0)
-    micro_batches = [batch for step in range(schedule.steps_per_epoch) for batch in schedule[step]]
-    assert max(lengths[batch].sum() for batch in micro_batches) == lengths[micro_batches[0]].sum()
-    padded = sum(len(batch) * lengths[batch].max() for batch in micro_batches)
-    assert lengths.sum() / padded > 0.98
+def test_the_largest_micro_batch_is_in_the_first_step_and_all_of_a_step_are_about_as_large() -> None:
+    dataset = random_lengths(4000, 500)
+    schedule = BatchSchedule(dataset, 128, 4, seed=0)
+    steps = [schedule.step(i) for i in range(schedule.steps_per_epoch)]
+    sizes = [[dataset.n_tokens(records) for records in step.micro_batches] for step in steps]
+    assert max(map(max, sizes)) == max(sizes[0])
+    assert max(max(step) / min(step) for step in sizes) < 1.25
+
+
+def test_a_steps_records_do_not_depend_on_their_lengths() -> None:
+    """Shuffled anew, the lengths of a step's records are as different as those of all records."""
+    dataset = random_lengths(4000, 500)
+    spread = {}
+    for kind in SCHEDULE_KINDS:
+        schedule = kind(dataset, 4, 4, seed=0)
+        steps = [schedule.step(i) for i in range(schedule.steps_per_epoch)]
+        spread[kind] = np.mean([dataset.lengths[step.records].var(ddof=1) for step in steps])
+    assert spread[BatchSchedule] == pytest.approx(dataset.lengths.var(), rel=0.05)
+    assert spread[GroupedSchedule] < 0.01 * dataset.lengths.var()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_processes_share_a_step_without_overlap_and_in_equal_numbers(world_size: int) -> None:
-    schedule = BatchSchedule(np.arange(2, 40), 16, 4, seed=0)
-    for step in range(schedule.steps_per_epoch):
-        shares = [schedule.share(step, rank, world_size) for rank in range(world_size)]
+def test_processes_share_a_step_without_overlap_and_in_equal_numbers(data_dir: Path, world_size: int) -> None:
+    dataset = Dataset(data_dir, "train", 128)
+    schedule = BatchSchedule(dataset, 8, 2, seed=0)
+    for number in range(schedule.steps_per_epoch):
+        step = schedule.step(number)
+        shares = [step.share(rank, world_size) for rank in range(world_size)]
         assert len({len(share) for share in shares}) == 1
-        together = np.concatenate([batch for share in shares for batch in share])
-        assert sorted(together) == sorted(np.concatenate(schedule[step]))
+        targets = torch.cat([batch.targets for share in shares for batch in share])
+        expected = torch.cat([dataset.batch([i]).targets for i in step.records])
+        assert torch.equal(targets.sort().values, expected.sort().values)
+
+
+def test_changed_or_exchanged_arrays_are_noticed(data_dir: Path, tmp_path: Path) -> None:
+    for name in ("train_tokens.npy", "train_offsets.npy", "train_prompt_lengths.npy"):
+        folder = tmp_path / name
+        shutil.copytree(data_dir, folder)
+        array = np.load(folder / name)
+        array[len(array) // 2] += 1
+        np.save(folder / name, array)
+        with pytest.raises(UserError, match=f"damaged: {name}"):
+            Dataset(folder, "train", 128)
+        Dataset(folder, "validation", 128)
+
+
+def test_a_source_is_not_written_over(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = tmp_path / "meta.json"
+    source.write_text(json.dumps(RECORDS))
+    with pytest.raises(UserError, match="would be replaced"):
+        prepare(tmp_path, {"train": RECORDS}, tokenizer, [source], "plain")
+    assert json.loads(source.read_text()) == RECORDS
 
 
 def test_json_and_jsonl_are_read_alike(tmp_path: Path) -> None:

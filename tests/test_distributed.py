@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RESULTS, ROOT, run_script
+from builders import RESULTS, ROOT, run_script
 
 from lit_llama.checkpoint import load_model
 from lit_llama.log import read_metrics
@@ -23,21 +23,27 @@ COUNTING = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}]
 import finetune_lora as script
+from lightning import Fabric
 from lit_llama.cli import run
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-count, train = [0], script.train
+count, setup, close = [0], Fabric.setup, script.TrainingLog.close
 
-def counted(fabric, model, *rest):
-    def hook(state, bucket):
-        count[0] += bucket.is_last()
-        return allreduce_hook(state, bucket)
+def hook(state, bucket):
+    count[0] += bucket.is_last()
+    return allreduce_hook(state, bucket)
+
+def hooked_setup(fabric, *args, **kwargs):
+    model = setup(fabric, *args, **kwargs)
     model._forward_module.register_comm_hook(None, hook)
-    train(fabric, model, *rest)
-    if fabric.is_global_zero:
+    return model
+
+def counted_close(log, title):
+    close(log, title)
+    if log.fabric.is_global_zero:
         print("reductions:", count[0])
 
-script.train = counted
+Fabric.setup, script.TrainingLog.close = hooked_setup, counted_close
 run(script.main)
 """
 
@@ -97,14 +103,14 @@ def test_two_processes_give_what_one_gives(
         load_model(tmp_path / "lit-llama.pth")
 
 
-def test_lora_on_a_sharded_base_gives_what_one_process_gives(
+def test_a_sharded_base_gives_what_one_process_gives(
     method: str, single: Path, checkpoint: Path, data_dir: Path, tmp_path: Path
 ) -> None:
-    if method == "lora":
-        rest = arguments(method, checkpoint, data_dir, tmp_path)
-        result = on_two_processes(method, *rest, "--strategy", "fsdp", "--activation_checkpointing", "true")
-        assert result.returncode == 0, result.stderr
-        assert_equal_runs(single, tmp_path, method)
+    other_way = {"lora": "fsdp", "adapter": "fsdp", "full": "ddp"}  # than the one that is the default
+    rest = [*arguments(method, checkpoint, data_dir, tmp_path), "--strategy", other_way[method]]
+    result = on_two_processes(method, *rest, "--activation_checkpointing", "true")
+    assert result.returncode == 0, result.stderr
+    assert_equal_runs(single, tmp_path, method)
 
 
 @pytest.mark.parametrize("first_sharded", [True, False])
@@ -140,7 +146,7 @@ def test_a_sharded_model_holds_an_equal_share_on_each_device(tmp_path: Path) -> 
     """Under the very mesh that Fabric passes; a model that is only replicated would give the same results."""
     program = """
 import torch
-from conftest import TINY, random_model
+from builders import TINY, random_model
 from lit_llama.training import launch
 
 fabric = launch(2, 1, "fsdp", "32-true")
@@ -171,7 +177,7 @@ def test_more_devices_than_there_are_end_in_one_line(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     rest = [*arguments("lora", checkpoint, data_dir, tmp_path), "--devices", 2]
     assert run_script("finetune_lora", *rest) == (
-        "error: 2 devices were asked for, this machine has 1 GPUs; lower --devices"
+        "error: 2 devices were requested, this machine has 1 GPU; lower --devices"
     )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert "2000 devices were asked for" in run_script("finetune_lora", *rest, "--devices", 2000)
+    assert "2000 devices were requested" in run_script("finetune_lora", *rest, "--devices", 2000)

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
-from conftest import TINY, run_script
+from builders import TINY, run_script
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_llama.checkpoint import load_model

@@ -8,15 +8,14 @@ import evaluate
 import pytest
 import sacrebleu
 import torch
-from conftest import TINY, random_model, randomize, run_script
+from builders import TINY, random_model, randomize, run_script, save_file
 from lightning import Fabric
 from rouge_score import rouge_scorer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
-from lit_llama.checkpoint import save_finetuned
 from lit_llama.data import Dataset
-from lit_llama.generation import generate
+from lit_llama.generation import Sampling, generate
 from lit_llama.huggingface import hf_config, to_hf
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.tokenizer import Tokenizer
@@ -101,8 +100,7 @@ def test_answers_are_scored_as_given_one_by_one(
     prompts = [f"Count to {n}" + ("" if n % 3 else "\naloud") for n in range(1, 8)]
     assert [tokenizer.decode(dataset.prompt(i)) for i in range(7)] == prompts
     answers = [
-        tokenizer.decode(list(generate(model, dataset.prompt(i), 20, tokenizer.eos_id, temperature=0)))
-        for i in range(7)
+        tokenizer.decode(list(generate(model, dataset.prompt(i), Sampling(20, 0), tokenizer.eos_id))) for i in range(7)
     ]
     assert seen[1:] == [(answers, [" ".join(map(str, range(1, n + 1))) for n in range(1, 8)])]
     assert found["records"] == 7
@@ -126,7 +124,7 @@ def test_each_method_is_evaluated_with_its_own_weights(
         if kind:
             randomize(state, std=0.7)
             config = lora if kind == "lora" else adapter
-            save_finetuned(tmp_path / kind, kind, config, model, state, prompt_style="plain")
+            save_file(tmp_path / kind, config, model, state, "plain")
             flags = (f"--{kind}_path", tmp_path / kind)
         fabric, dataset = Fabric(accelerator="cpu", devices=1), Dataset(data_dir, "validation", 128)
         expected = validation_loss(fabric, model, dataset, 3)

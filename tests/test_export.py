@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, random_model, randomize, run_script
+from builders import TINY, random_model, randomize, run_script, save_file
 from safetensors.torch import load_file
 from test_tokenizer_formats import TEXTS, train_sentencepiece
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lit_llama.checkpoint import load_model, save_finetuned, save_model_folder
+from lit_llama import files
+from lit_llama.checkpoint import load_model, save_model_folder
 from lit_llama.huggingface import hf_config
 from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLaMA, RopeScaling
@@ -38,7 +39,7 @@ def finetuned(base: Path, targets: tuple[str, ...] = TARGETS) -> tuple[LLaMA, Pa
     model, lora, path = load_model(base).eval(), LoRAConfig(4, 32, 0.1, targets), base.parent.parent / "lora.pth"
     add_lora(model, lora)
     randomize(lora_state_dict(model), std=0.1)
-    save_finetuned(path, "lora", lora, model, lora_state_dict(model), prompt_style="plain")
+    save_file(path, lora, model, lora_state_dict(model), "plain")
     return model, path
 
 
@@ -103,7 +104,7 @@ def test_a_merge_is_rounded_once_to_the_dtype_of_the_base(
     lora = LoRAConfig(4, 8, 0.0, ("projection",))
     add_lora(model, lora)
     state = {name: tensor.normal_(std=0.02).to(lora_dtype) for name, tensor in lora_state_dict(model).items()}
-    save_finetuned(tmp_path / "lora.pth", "lora", lora, model, state, prompt_style="plain")
+    save_file(tmp_path / "lora.pth", lora, model, state, "plain")
     paths = ("--lora_path", tmp_path / "lora.pth", "--pretrained_path", tmp_path / "base" / "lit-llama.pth")
     assert run_script("merge_lora", "--out_dir", tmp_path / "merged", *paths) is None
     merged = load_model(tmp_path / "merged" / "lit-llama.pth").state_dict()
@@ -115,13 +116,12 @@ def test_a_merge_is_rounded_once_to_the_dtype_of_the_base(
     assert ((merged[f"{name}weight"].double() - exact).abs() <= half_a_step).all()
 
 
-def test_an_export_that_fails_leaves_nothing_that_loads(
+def test_an_export_that_fails_leaves_the_earlier_one(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export = ("--out_dir", tmp_path / "hf", "--checkpoint_path", base, "--max_shard_gb", 2e-5)
     assert run_script("export_hf", *export) is None
-    import export_hf
-
+    before = contents(tmp_path / "hf")
     calls = []
 
     def full_disk(_: dict, path: Path, **__: object) -> None:
@@ -130,12 +130,16 @@ def test_an_export_that_fails_leaves_nothing_that_loads(
             raise OSError(28, "No space left on device")
         path.write_bytes(b"0")
 
-    monkeypatch.setattr(export_hf, "save_file", full_disk)
+    monkeypatch.setattr(files, "save_file", full_disk)
     text = run_script("export_hf", *export)
     assert text is not None
     assert "No space left" in text
-    assert not (tmp_path / "hf" / "config.json").exists()
-    assert not list((tmp_path / "hf").glob("*.part"))
+    assert contents(tmp_path / "hf") == before
+    assert not list(tmp_path.glob(".hf*"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("script", ["merge_lora", "export_peft"])
@@ -191,15 +195,33 @@ def test_a_sentencepiece_tokenizer_gives_the_same_ids_in_transformers(base: Path
 
 def test_no_script_writes_over_what_it_reads(base: Path) -> None:
     _, lora_path = finetuned(base)
-    before = {path.name: path.read_bytes() for path in base.parent.iterdir()}
+    before = contents(base.parent)
     for script, *flags in (
         ("export_hf", "--checkpoint_path", base),
         ("merge_lora", "--pretrained_path", base, "--lora_path", lora_path),
         ("convert_hf_checkpoint", "--checkpoint_dir", base.parent),
         ("convert_meta_checkpoint", "--checkpoint_dir", base.parent),
     ):
-        assert "give another --out_dir" in str(run_script(script, *flags, "--out_dir", base.parent))
-    assert {path.name: path.read_bytes() for path in base.parent.iterdir()} == before
+        assert "give another place" in str(run_script(script, *flags, "--out_dir", base.parent))
+    out_path = ("--out_path", base, "--peft_dir", base.parent)
+    assert "give another place" in str(run_script("import_peft", *out_path, "--pretrained_path", base))
+    assert contents(base.parent) == before
+
+
+def test_a_second_export_keeps_the_users_own_files(base: Path, tmp_path: Path) -> None:
+    export = ("--out_dir", tmp_path / "hf", "--checkpoint_path", base)
+    assert run_script("export_hf", *export, "--max_shard_gb", 2e-5) is None
+    own = {
+        name: name.encode() for name in ("model_backup.safetensors", "README.md", "model.safetensors.index.json.bak")
+    }
+    for name, content in own.items():
+        (tmp_path / "hf" / name).write_bytes(content)
+    assert run_script("export_hf", *export) is None
+    after = contents(tmp_path / "hf")
+    assert {name: after.pop(name) for name in own} == own
+    (tmp_path / "hf" / "folder").mkdir()
+    assert "holds a folder, folder" in str(run_script("export_hf", *export))
+    assert (tmp_path / "hf" / "folder").is_dir()
 
 
 def test_a_second_export_leaves_no_file_of_the_first(base: Path, tmp_path: Path) -> None:

@@ -8,12 +8,17 @@ import termios
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+from builders import Lengths
 from lightning import Fabric
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_llama.cli import UserError
-from lit_llama.log import COLUMNS, TrainingLog, find_logger, format_seconds, read_metrics
+from lit_llama.data import Step
+from lit_llama.errors import UserError
+from lit_llama.log import COLUMNS, TrainingLog, format_seconds, make_logger, read_metrics
+
+EIGHT = Step(Lengths(np.array([12, 13] * 4)), [np.arange(4), np.arange(4, 8)])  # records, of 100 tokens
 
 
 def run_steps(path: Path, first: int, last: int, n_steps: int) -> None:
@@ -21,7 +26,7 @@ def run_steps(path: Path, first: int, last: int, n_steps: int) -> None:
     if first == 0:
         log.validation(0, 3.0)
     for step in range(first + 1, last + 1):
-        log.step(step, 3 - step / 10, 1e-3, n_records=8, n_tokens=100)
+        log.step(step, 3 - step / 10, 1e-3, EIGHT)
         if step % 2 == 0:
             log.validation(step, 3 - step / 10)
     log.close("a model, LoRA with r = 8")
@@ -66,11 +71,14 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from lightning import Fabric
+import numpy as np
+from builders import Lengths
+from lit_llama.data import Step
 from lit_llama.log import TrainingLog
 log = TrainingLog(Fabric(accelerator="cpu", devices=1), Path(sys.argv[1]), 3, 0, interval=1)
 for step in (1, 2, 3):
     time.sleep(0.15)
-    log.step(step, 1.5, 1e-3, 8, 100)
+    log.step(step, 1.5, 1e-3, Step(Lengths(np.full(8, 25)), [np.arange(4)]))
 log.close("title")
 """
 
@@ -79,7 +87,8 @@ log.close("title")
 def test_a_terminal_gets_a_bar_and_one_without_a_size_gets_lines(tmp_path: Path, size: tuple, bar: bool) -> None:
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], stderr=theirs)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], stderr=theirs, env=environment)
     os.close(theirs)
     output = b""
     with contextlib.suppress(OSError):  # how Linux reports that the other end has closed
@@ -92,10 +101,10 @@ def test_a_terminal_gets_a_bar_and_one_without_a_size_gets_lines(tmp_path: Path,
 
 def test_tensorboard_gets_each_row_and_a_resumed_run_goes_on(tmp_path: Path) -> None:
     for first, last in ((0, 3), (3, 6)):
-        fabric = Fabric(accelerator="cpu", devices=1, loggers=find_logger("tensorboard", tmp_path))
+        fabric = Fabric(accelerator="cpu", devices=1, loggers=make_logger("tensorboard", tmp_path))
         log = TrainingLog(fabric, tmp_path, 6, first, interval=1)
         for step in range(first + 1, last + 1):
-            log.step(step, 3 - step / 10, 1e-3, n_records=8, n_tokens=100)
+            log.step(step, 3 - step / 10, 1e-3, EIGHT)
         log.validation(last, 2.5)  # neither part was closed: what was logged is on the disk all the same
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert {"train_loss", "validation_loss", "learning_rate", "tokens_per_second", "memory_gb"} <= {
@@ -107,10 +116,10 @@ def test_tensorboard_gets_each_row_and_a_resumed_run_goes_on(tmp_path: Path) -> 
 
 
 def test_any_logger_of_lightning_is_named_by_its_class(tmp_path: Path) -> None:
-    fabric = Fabric(accelerator="cpu", devices=1, loggers=find_logger("lightning.pytorch.loggers.CSVLogger", tmp_path))
-    TrainingLog(fabric, tmp_path, 2, 0, interval=1).step(1, 2.5, 1e-3, n_records=8, n_tokens=100)
+    fabric = Fabric(accelerator="cpu", devices=1, loggers=make_logger("lightning.pytorch.loggers.CSVLogger", tmp_path))
+    TrainingLog(fabric, tmp_path, 2, 0, interval=1).step(1, 2.5, 1e-3, EIGHT)
     (file,) = (tmp_path / "lightning_logs").glob("*/metrics.csv")
     assert "2.5" in file.read_text()
     for name in ("wandb", "no.such.Logger", "lightning.pytorch.loggers.Nothing", "math.sqrt"):
         with pytest.raises(UserError, match=name):
-            find_logger(name, tmp_path)
+            make_logger(name, tmp_path)

@@ -7,20 +7,19 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import TINY, random_model, randomize
+from builders import TINY, random_model, randomize, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lit_llama.checkpoint import save_finetuned
-from lit_llama.cli import UserError
+from lit_llama.errors import UserError
+from lit_llama.finetuned import load_lora
 from lit_llama.huggingface import halves_from_pairs, hf_config, to_hf
 from lit_llama.lora import (
     TARGETS,
     LoRAConfig,
     LoRALinear,
     add_lora,
-    load_lora,
     lora_state_dict,
     mark_only_lora_as_trainable,
     merge_lora,
@@ -217,7 +216,7 @@ def test_7b_trains_4_194_304_parameters_in_a_file_of_at_most_8_5_mb(tmp_path: Pa
     mark_only_lora_as_trainable(model)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 4_194_304
     state = {name: torch.rand(t.shape, dtype=torch.bfloat16) for name, t in lora_state_dict(model).items()}
-    save_finetuned(tmp_path / "lora.pth", "lora", LoRAConfig(r=8), model, state, prompt_style="alpaca")
+    save_file(tmp_path / "lora.pth", LoRAConfig(r=8), model, state, "alpaca")
     assert (tmp_path / "lora.pth").stat().st_size <= 8.5e6
 
 
@@ -226,7 +225,7 @@ def test_a_saved_file_gives_the_same_logits_without_being_told_rank_or_alpha(tmp
     lora = LoRAConfig(r=4, alpha=32, dropout=0.1, targets=("key", "mlp"))
     model = lora_model(TINY, lora)
     path = tmp_path / "lora.pth"
-    save_finetuned(path, "lora", lora, model, lora_state_dict(model), prompt_style="plain")
+    save_file(path, lora, model, lora_state_dict(model), "plain")
     loaded = random_model(TINY)
     assert load_lora(loaded, path) == "plain"
     idx = torch.randint(TINY.vocab_size, (1, 9))
@@ -236,8 +235,8 @@ def test_a_saved_file_gives_the_same_logits_without_being_told_rank_or_alpha(tmp
 def test_a_file_for_another_model_is_refused(tmp_path: Path) -> None:
     model = lora_model(TINY, LoRAConfig())
     path = tmp_path / "lora.pth"
-    save_finetuned(path, "lora", LoRAConfig(), model, lora_state_dict(model), prompt_style="plain")
-    with pytest.raises(UserError, match="another base model"):
+    save_file(path, LoRAConfig(), model, lora_state_dict(model), "plain")
+    with pytest.raises(UserError, match="a different base model"):
         load_lora(random_model(HEADS["mqa"]), path)
 
 
@@ -268,7 +267,7 @@ def test_a_file_of_the_archived_lit_llama_needs_its_alpha(tmp_path: Path) -> Non
     model = random_model(HEADS["mha"])
     with pytest.raises(UserError, match="--lora_alpha"):
         load_lora(model, path)
-    assert load_lora(model, path, alpha=12) == "alpaca"
+    assert load_lora(model, path, alpha=12) == "alpaca-stanford"
     for i, block in enumerate(base.transformer.h):
         A, B = (state[f"transformer.h.{i}.attn.c_attn.lora_{x}"] for x in "AB")
         block.attn.c_attn.weight[:C] += 12 / 4 * B[:C] @ A[:4]
@@ -279,7 +278,7 @@ def test_a_file_of_the_archived_lit_llama_needs_its_alpha(tmp_path: Path) -> Non
 
 def test_alpha_is_not_taken_for_a_file_that_has_its_own(tmp_path: Path) -> None:
     model = lora_model(TINY, LoRAConfig(alpha=8))
-    save_finetuned(tmp_path / "a", "lora", LoRAConfig(alpha=8), model, lora_state_dict(model), prompt_style="plain")
+    save_file(tmp_path / "a", LoRAConfig(alpha=8), model, lora_state_dict(model), "plain")
     with pytest.raises(UserError, match="its own alpha, 8"):
         load_lora(random_model(TINY), tmp_path / "a", alpha=16)
     load_lora(random_model(TINY), tmp_path / "a", alpha=8)
@@ -295,7 +294,7 @@ def test_several_files_take_turns_on_one_base(tied: bool, tmp_path: Path) -> Non
         for tensor in lora_state_dict(model).values():
             tensor.mul_(seed + 1)
         paths.append(tmp_path / f"{seed}.pth")
-        save_finetuned(paths[-1], "lora", lora, model, lora_state_dict(model), prompt_style="plain")
+        save_file(paths[-1], lora, model, lora_state_dict(model), "plain")
         expected.append(model(idx))
     base = random_model(config)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, random_model, randomize
+from builders import TINY, random_model, randomize
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter

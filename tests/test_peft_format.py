@@ -7,12 +7,13 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import TINY, random_model, randomize, run_script
+from builders import TINY, random_model, randomize, run_script, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lit_llama.checkpoint import save_finetuned, save_model_folder
+from lit_llama.checkpoint import save_model_folder
+from lit_llama.finetuned import load_lora
 from lit_llama.huggingface import hf_config, to_hf
-from lit_llama.lora import TARGETS, LoRAConfig, add_lora, load_lora, lora_state_dict
+from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLaMA, LLaMAConfig
 
 CONFIGS = {"gqa": TINY, "tied": replace(TINY, tie_embeddings=True)}
@@ -44,7 +45,14 @@ def peft_folder(folder: Path, config: LLaMAConfig, **fields: object) -> peft.Pef
 
 @torch.no_grad()
 def imported(folder: Path, config: LLaMAConfig, work: Path) -> LLaMA:
-    arguments = ("--peft_dir", folder, "--out_path", work / "lora.pth", "--pretrained_path", base(config, work))
+    arguments = (
+        "--peft_dir",
+        folder,
+        "--out_path",
+        work / "lora.pth",
+        "--pretrained_path",
+        base(config, work / "base"),
+    )
     assert run_script("import_peft", *arguments) is None
     model = random_model(config)
     load_lora(model, work / "lora.pth")
@@ -81,7 +89,7 @@ def test_an_exported_file_gives_our_logits_in_peft(
     model = random_model(config)
     add_lora(model, lora)
     randomize(lora_state_dict(model), std=0.05)
-    save_finetuned(tmp_path / "lora.pth", "lora", lora, model, lora_state_dict(model), prompt_style="plain")
+    save_file(tmp_path / "lora.pth", lora, model, lora_state_dict(model), "plain")
     paths = ("--lora_path", tmp_path / "lora.pth", "--pretrained_path", base(config, tmp_path))
     assert run_script("export_peft", "--out_dir", tmp_path / "peft", "--base_model", "some/model", *paths) is None
     fields = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
@@ -106,15 +114,15 @@ def test_what_is_no_plain_lora_is_refused_in_one_line(tmp_path: Path) -> None:
         ({"r": 8}, "another model"),
     ):
         file.write_text(json.dumps(fields | change))
-        text = run_script("import_peft", *arguments, base(TINY, tmp_path))
+        text = run_script("import_peft", *arguments, base(TINY, tmp_path / "base"))
         assert text is not None
         assert word in text
         assert "\n" not in text
     file.write_text(json.dumps(fields))
     for other in (replace(TINY, n_layer=1), replace(TINY, n_embd=64)):
-        assert run_script("import_peft", *arguments, base(other, tmp_path)) is not None
+        assert run_script("import_peft", *arguments, base(other, tmp_path / "base")) is not None
     weights.write_bytes(weights.read_bytes()[:-10])
-    text = run_script("import_peft", *arguments, base(TINY, tmp_path))
+    text = run_script("import_peft", *arguments, base(TINY, tmp_path / "base"))
     assert text is not None
     assert str(weights) in text
     assert not (tmp_path / "x.pth").exists()

@@ -10,16 +10,16 @@ import prepare_alpaca
 import prepare_dolly
 import prepare_json
 import pytest
-from conftest import RECORDS
+from builders import RECORDS
 from estimate_memory import peak_of_training
 from test_convert_gguf import GGUF_CONFIG, write_gguf
 from test_tokenizer_formats import bpe_metadata
 from tokenizers import Tokenizer as HFTokenizer
 
-from lit_llama import data
+from lit_llama import records
 from lit_llama.checkpoint import load_model
-from lit_llama.cli import UserError
 from lit_llama.data import Dataset
+from lit_llama.errors import UserError
 from lit_llama.tokenizer import Tokenizer
 
 
@@ -66,7 +66,7 @@ def test_alpaca_is_downloaded_once(checkpoint: Path, tmp_path: Path, monkeypatch
     prepare_alpaca.main(tmp_path / "out", checkpoint)
     source.unlink()
     prepare_alpaca.main(tmp_path / "out", checkpoint)
-    monkeypatch.setattr(data, "urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
+    monkeypatch.setattr(records, "urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
     with pytest.raises(UserError, match="--data_file"):
         prepare_alpaca.main(tmp_path / "other", checkpoint)
 

@@ -6,7 +6,7 @@ import sentencepiece
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import processors
 
-from lit_llama.cli import UserError
+from lit_llama.errors import UserError
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 
 TEXTS = ["Hello, world", "  two  spaces ", "naïve café, 東京 and 🙂🙃", "x = [1, 2]\n\ty += 10", ""]

@@ -16,7 +16,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer as HFTokenizer
 
-from lit_llama.cli import UserError
+from lit_llama.errors import UserError
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.tokenizer_formats import from_gguf, from_tiktoken, is_tiktoken
 

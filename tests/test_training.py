@@ -1,15 +1,21 @@
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, random_model
+from builders import TINY, random_model
 from lightning import Fabric
 from tokenizers import Tokenizer as HFTokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from lit_llama.cli import UserError
 from lit_llama.data import BatchSchedule, Dataset
-from lit_llama.training import check_data, check_out_dir, loss_sum, validation_loss
+from lit_llama.errors import UserError
+from lit_llama.finetuned import describe
+from lit_llama.optimizer import AdamW
+from lit_llama.training import loss_sum, matching_tokenizer, validation_loss
+from lit_llama.training_state import STATE_FILE, TrainingState
 
 
 def test_validation_is_repeatable_token_weighted_and_disturbs_no_random_state(data_dir: Path) -> None:
@@ -21,7 +27,7 @@ def test_validation_is_repeatable_token_weighted_and_disturbs_no_random_state(da
     assert model.training
     assert first == validation_loss(fabric, model, dataset, micro_batch_size=2)
     assert first == pytest.approx(validation_loss(fabric, model, dataset, micro_batch_size=5), rel=1e-5)
-    whole = loss_sum(model, *dataset.batch(range(len(dataset)))) / dataset.n_targets(range(len(dataset)))
+    whole = loss_sum(model, dataset.batch(range(len(dataset)))) / dataset.n_targets(range(len(dataset)))
     assert first == pytest.approx(float(whole), rel=1e-5)
 
 
@@ -36,38 +42,77 @@ def test_data_of_another_tokenizer_is_refused(
 ) -> None:
     dataset = Dataset(data_dir, "train", 128)
     model = random_model(TINY)
-    check_data(dataset, model, checkpoint, None)
+    matching_tokenizer(dataset, model, checkpoint, None)
     shutil.copy(checkpoint, tmp_path)
     other = HFTokenizer.from_str(byte_tokenizer.to_str())
     other.add_tokens(["more"])
     other.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="prepare it again"):
-        check_data(dataset, model, tmp_path / "lit-llama.pth", None)
+    with pytest.raises(UserError, match="prepare the data with that"):
+        matching_tokenizer(dataset, model, tmp_path / "lit-llama.pth", None)
 
 
-def test_a_run_is_not_written_over(tmp_path: Path) -> None:
-    assert check_out_dir(tmp_path, False, {}) is None
+SETTINGS = {"seed": 1, "lora_alpha": 16, "max_steps": 3}
+
+
+def training_state(folder: Path, settings: dict[str, Any], resume: bool) -> TrainingState:
+    return TrainingState(Fabric(accelerator="cpu", devices=1), folder, ["result.pth"], settings, resume)
+
+
+def test_a_run_and_its_result_are_not_written_over(tmp_path: Path) -> None:
+    assert training_state(tmp_path, SETTINGS, resume=False).saved == {}
     with pytest.raises(UserError, match="does not exist"):
-        check_out_dir(tmp_path, True, {"seed": 1, "max_steps": 5})
-    torch.save(
-        {"step": 3, "optimizer": {}, "hyperparameters": {"seed": 1, "max_steps": 3}}, tmp_path / "training-state.pth"
-    )
-    assert check_out_dir(tmp_path, True, {"seed": 1, "max_steps": 5})["step"] == 3
+        training_state(tmp_path, SETTINGS, resume=True)
+    (tmp_path / "result.pth").touch()
+    with pytest.raises(UserError, match=r"holds result\.pth already: give another --out_dir"):
+        training_state(tmp_path, SETTINGS, resume=False)
+    torch.save({"step": 3, "optimizer": {}, "hyperparameters": SETTINGS, "state_dict": {}}, tmp_path / STATE_FILE)
+    assert training_state(tmp_path, {**SETTINGS, "max_steps": 5}, resume=True).saved["step"] == 3
     with pytest.raises(UserError, match="--resume true"):
-        check_out_dir(tmp_path, False, {})
+        training_state(tmp_path, SETTINGS, resume=False)
 
 
 def test_a_run_is_not_resumed_with_settings_that_change_it(tmp_path: Path) -> None:
-    torch.save(
-        {"step": 3, "optimizer": {}, "hyperparameters": {"seed": 1, "lora_alpha": 16}}, tmp_path / "training-state.pth"
-    )
+    torch.save({"step": 3, "optimizer": {}, "hyperparameters": SETTINGS, "state_dict": {}}, tmp_path / STATE_FILE)
     with pytest.raises(UserError, match="lora_alpha 16, not 32"):
-        check_out_dir(tmp_path, True, {"seed": 1, "lora_alpha": 32})
+        training_state(tmp_path, {**SETTINGS, "lora_alpha": 32}, resume=True)
+
+
+def test_restoring_all_weights_keeps_the_moments_in_bfloat16(tmp_path: Path) -> None:
+    """Torch's own load_state_dict makes them float32 first: a model that fits could not be resumed."""
+    model = random_model(TINY)
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    model(torch.zeros(1, 3, dtype=torch.int64)).sum().backward()
+    optimizer.step()
+    about = describe(None, TINY, "plain", SETTINGS)
+    training_state(tmp_path, SETTINGS, resume=False).save(3, about, model.state_dict(), optimizer)
+    fresh = random_model(TINY, seed=1)
+    resumed = AdamW(fresh.parameters(), lr=0.1)
+    with Casts() as largest:
+        assert training_state(tmp_path, SETTINGS, resume=True).restore(fresh.state_dict(), resumed) == 3
+    assert {tensor.dtype for entry in resumed.state.values() for tensor in entry.values()} == {torch.bfloat16}
+    assert not largest.made_float32
+    assert resumed.param_groups[0]["step"] == 1
+    for one, other in zip(model.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(optimizer.state[one]["exp_avg_sq"], resumed.state[other]["exp_avg_sq"])
+
+
+class Casts(TorchDispatchMode):
+    """Notes whether any operation makes a float32 tensor of bfloat16 ones."""
+
+    made_float32 = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        from_bfloat16 = any(leaf.dtype == torch.bfloat16 for leaf in inputs)
+        self.made_float32 |= from_bfloat16 and getattr(out, "dtype", None) == torch.float32
+        return out
 
 
 def test_a_block_size_beyond_the_model_is_refused(data_dir: Path, checkpoint: Path) -> None:
     with pytest.raises(UserError, match="129"):
-        check_data(Dataset(data_dir, "train", 129), random_model(TINY), checkpoint, None)
+        matching_tokenizer(Dataset(data_dir, "train", 129), random_model(TINY), checkpoint, None)
 
 
 def test_an_empty_validation_set_has_no_loss(data_dir: Path) -> None:
@@ -89,10 +134,10 @@ def test_updates_are_not_lost_on_a_bfloat16_base(data_dir: Path) -> None:
         for tensor in lora_state_dict(model).values():
             tensor.fill_(1.0)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=6e-4, weight_decay=0.0)
-        schedule = BatchSchedule(dataset.lengths, 11, 11, seed=0)
+        schedule = BatchSchedule(dataset, 11, 11, seed=0)
         for step in range(20):
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                loss_sum(model, *dataset.batch(schedule[step][0])).backward()
+                loss_sum(model, schedule.step(step).share(0, 1)[0]).backward()
             optimizer.step()
             optimizer.zero_grad()
         moved.append(torch.cat([(t - 1).flatten() for t in lora_state_dict(model).values()]))

@@ -1,0 +1,35 @@
+"""The device, the precision and the memory that a script computes with."""
+
+import resource
+import sys
+from typing import Literal
+
+import torch
+
+Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-true"]  # as Fabric spells them
+TrainingPrecision = Literal["32-true", "bf16-mixed"]  # the others store what is trained in too low a precision
+
+
+def default_device() -> torch.device:
+    """The first accelerator, or the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def default_precision() -> TrainingPrecision:
+    """Default compute precision: bf16-mixed on a GPU that has bfloat16, else 32-true."""
+    has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if has_bfloat16 else "32-true"
+
+
+def storage_dtype(precision: Precision) -> torch.dtype:
+    """What frozen weights are stored in: the 16-bit type if all or most is computed in it, else float32."""
+    dtypes = {"32-true": torch.float32, "16-true": torch.float16}
+    return dtypes.get(precision, torch.bfloat16)
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has used so far, in GB: on the GPU if it uses one, else on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,206 @@
+"""Files and folders that are written whole or not at all, and what is read from them.
+
+A writer fills a file or folder of another name beside its target, flushes it to the disk and renames it. If the process
+is killed or the disk is full, the target is still the old one.
+"""
+
+import ctypes
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lit_llama.errors import UserError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write in place of `path`, which at any moment is the old file or the whole new one."""
+    part = path.with_name(f"{path.name}.part")
+    with telling_why(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)  # of a run that was killed
+        part.touch(exist_ok=False)
+        mode = (path if path.exists() else part).stat().st_mode  # safetensors would make the file unreadable for others
+        try:
+            yield part
+            part.chmod(mode)
+            flush(part)
+            os.replace(part, path)
+            flush(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: Path, owned: str) -> Iterator[Path]:
+    """A folder to fill in place of `folder`, which at any moment is the old one or the whole new one.
+
+    Args:
+        owned: pattern of the file names that the format has. The old ones go; files of other names stay.
+
+    Raises:
+        UserError: if the folder cannot be replaced as a whole, before anything is written.
+    """
+    target = Path(os.path.realpath(folder))
+    part = target.with_name(f".{target.name}.part")
+    check_replaceable(folder, target)
+    with telling_why(folder):
+        remove_folder(part)  # of a run that was killed
+        part.mkdir(parents=True)
+        try:
+            yield part
+            for file in target.iterdir() if target.exists() else ():
+                if not re.fullmatch(owned, file.name):
+                    link_or_copy(file, part / file.name)
+            for file in part.iterdir():
+                flush(file)
+            flush(part)
+            if target.exists():
+                swap(part, target)
+            else:
+                part.rename(target)
+            flush(target.parent)
+        finally:
+            remove_folder(part)
+
+
+def check_replaceable(folder: Path, target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{folder} is a file, expected a folder to write; give another --out_dir")
+    if target == Path.cwd() or target.is_mount():
+        raise UserError(f"{folder} cannot be replaced as a whole; give a folder inside it")
+    for entry in target.iterdir() if target.exists() else ():
+        if entry.is_dir():
+            raise UserError(f"{folder} holds a folder, {entry.name}, which is not part of a result; give another one")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of our own making, with all that is in it."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def swap(one: Path, other: Path) -> None:
+    """Exchange two folders: in one step by Linux's renameat2, elsewhere by renaming three times."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fs.h
+    if renameat2 and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return
+    aside = one.with_name(f"{one.name}.old")
+    other.rename(aside)
+    one.rename(other)
+    aside.rename(one)
+
+
+def flush(path: Path) -> None:
+    """Make sure that a file's content, or a folder's list of names, is on the disk."""
+    if path.is_symlink():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def telling_why(path: Path) -> Iterator[None]:
+    """Turn an error of writing into a UserError that says what the system said."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        cause: BaseException | None = error  # torch.save raises another error on top of the system's
+        while cause and not (isinstance(cause, OSError) and cause.strerror):
+            cause = cause.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
+        raise UserError(f"could not write {path}: {reason}") from None
+
+
+def write_file(path: Path, content: bytes | str | Mapping[str, Any]) -> None:
+    """Write bytes, text or (by torch.save) a mapping, whole or not at all."""
+    with replacing(path) as part, open(part, "wb") as file:
+        if isinstance(content, Mapping):
+            torch.save(content, file)
+        else:
+            file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write finite tensors as transformers and PEFT read them, whole or not at all."""
+    check_finite(path, tensors)
+    with replacing(path) as part:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata={"format": "pt"})
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise a UserError if any number to be written to `path` is inf or nan, before a good file is replaced."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path} was not written: {name} has numbers that are inf or nan")
+
+
+def check_apart(source: Path, target: Path) -> None:
+    """Raise a UserError if writing `target`, a file or a folder, would replace `source`, which is read."""
+    if source.resolve() == target.resolve():
+        raise UserError(f"{target} is what is read; give another place to write to")
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The mapping that torch.save wrote to `path`. Tensors stay on the disk until they are used."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds more than weights (code, perhaps) and was not opened; get it elsewhere"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, OSError):
+        raise UserError(
+            f"{path} is truncated, or not a checkpoint of PyTorch 1.6 or later; copy or convert it again"
+        ) from None
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected a checkpoint with named tensors")
+    return content
+
+
+def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors of a .safetensors file, one by one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is not a dict
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or not a safetensors file ({error}); get it again") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    fields: Any = None
+    with suppress(ValueError):
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} is truncated or not a JSON object; get it again")
+    return fields

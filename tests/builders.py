@@ -1,0 +1,109 @@
+"""What tests build from and run with: a tiny model, records, scripts as the command line runs them."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lit_llama import cli
+from lit_llama.adapter import AdapterConfig
+from lit_llama.data import Dataset
+from lit_llama.finetuned import describe, save_finetuned
+from lit_llama.lora import LoRAConfig
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.prompt import PromptStyle
+
+TINY = LLaMAConfig(block_size=128, vocab_size=320, n_layer=2, n_head=4, n_embd=32, n_kv_head=2, n_hidden=48)
+
+
+def random_model(config: LLaMAConfig, seed: int = 0) -> LLaMA:
+    """A model whose every weight, the norms' scales too, is random."""
+    torch.manual_seed(seed)
+    model = LLaMA(config)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if name.endswith("scale") else 0.0, std=0.2)
+    return model.eval()
+
+
+def randomize(state: dict[str, torch.Tensor], std: float = 0.2) -> None:
+    """Random values for LoRA's B and all else that starts at zero and would hide mistakes."""
+    for tensor in state.values():
+        tensor.normal_(std=std)
+
+
+def save_file(
+    path: Path, method: LoRAConfig | AdapterConfig, model: LLaMA, state: dict[str, torch.Tensor], style: PromptStyle
+) -> None:
+    """What finetune_lora.py or finetune_adapter.py would write for this model."""
+    save_finetuned(path, describe(method, model.config, style, {}), state)
+
+
+class Lengths(Dataset):
+    """A data set of which only the lengths of the records matter; their prompts have one token."""
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        self.lengths, self.first_targets = lengths, np.ones_like(lengths)
+        self.index = np.arange(len(lengths))
+
+
+RECORDS = [
+    {"instruction": f"Count to {n}", "input": "" if n % 3 else "aloud", "output": " ".join(map(str, range(1, n + 1)))}
+    for n in range(1, 15)
+]
+
+
+ROOT = Path(__file__).parent.parent
+RESULTS = {  # what the finetune scripts write
+    "lora": "lit-llama-lora-finetuned.pth",
+    "adapter": "lit-llama-adapter-finetuned.pth",
+    "full": "lit-llama.pth",
+}
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def run_script(name: str, *arguments: object) -> str | None:
+    """Run a script in this process as the command line would; returns the message that it ended with, if any."""
+    module = importlib.import_module(name)
+    constants, argv, handlers = cli.constants(module), sys.argv, [signal.getsignal(number) for number in SIGNALS]
+    sys.argv = [name, *map(str, arguments)]
+    try:
+        cli.run(module.main)
+    except SystemExit as ended:
+        return str(ended.code)
+    finally:
+        sys.argv = argv
+        for number, handler in zip(SIGNALS, handlers, strict=True):
+            signal.signal(number, handler)
+        for constant, value in constants.items():
+            setattr(module, constant, value)
+    return None
+
+
+def command(script: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / script), *map(str, arguments)]
+
+
+def peak_of_conversion(script: str, source: Path, out_dir: Path) -> float:
+    """The most memory, in bytes, that converting a folder takes in a process of its own, beyond its imports."""
+    program = f"""
+import {script}, torch
+from pathlib import Path
+from lit_llama.device import peak_memory
+before = peak_memory(torch.device("cpu"))
+{script}.main(Path({str(source)!r}), Path({str(out_dir)!r}))
+print(peak_memory(torch.device("cpu")) - before)
+"""
+    path = os.pathsep.join((str(ROOT), str(ROOT / "scripts")))
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    return float(done.stdout) * 1e9
