@@ -1,42 +1,47 @@
 # make quickstart   finetune a real LLaMA with LoRA on this machine, in a few minutes
 # make test         lint and all tests
+# make figures      measure every figure of README and guides again (an hour on 2 cores)
 # make format       put the code into its format
-# make clean        remove what the two above have made, but no other checkpoint or result
+# make clean        remove what these have made, but no other checkpoint or result
 
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 MODEL = checkpoints/lit-llama/SmolLM2-135M-Instruct
 RUN = out/lora/quickstart
-QUESTION = Please explain how weight decay works
 
-.PHONY: quickstart test format clean
+.PHONY: quickstart test figures format clean
 
 # Every line can be typed by hand, after: source .venv/bin/activate
 quickstart: .venv/quickstart
 	python scripts/download_smollm2.py --out_dir $(MODEL)
 	python scripts/prepare_json.py --train_file data/ml_questions/train.json \
-	  --validation_file data/ml_questions/validation.json \
+	  --validation_file data/ml_questions/validation.json --prompt_style chatml \
 	  --pretrained_path $(MODEL)/lit-llama.pth --data_dir data/quickstart
 	rm -rf $(RUN)
 	python finetune_lora.py --pretrained_path $(MODEL)/lit-llama.pth --data_dir data/quickstart --out_dir $(RUN) \
 	  --lora_r 32 --lora_alpha 64 --lora_targets query,key,value,projection,mlp --lora_dropout 0 \
-	  --learning_rate 1e-3 --warmup_steps 10 --batch_size 4 --num_epochs 1 --eval_interval 30 --log_interval 15
-	@echo; echo 'Before: $(QUESTION)'
-	python generate.py --checkpoint_path $(MODEL)/lit-llama.pth \
-	  --prompt_style alpaca --prompt "$(QUESTION)" --temperature 0 --max_new_tokens 60
-	@echo; echo 'After: $(QUESTION)'
+	  --learning_rate 2e-3 --warmup_steps 10 --lr_schedule linear --batch_size 4 --num_epochs 1 --log_interval 10
+	@echo; echo 'Before:'
+	python generate.py --checkpoint_path $(MODEL)/lit-llama.pth --prompt_style chatml \
+	  --prompt_file data/ml_questions/questions.txt --temperature 0 --max_new_tokens 60
+	@echo; echo 'After:'
 	python generate_lora.py --pretrained_path $(MODEL)/lit-llama.pth \
-	  --lora_path $(RUN)/lit-llama-lora-finetuned.pth --prompt "$(QUESTION)" --temperature 0 --max_new_tokens 60
+	  --lora_path $(RUN)/lit-llama-lora-finetuned.pth \
+	  --prompt_file data/ml_questions/questions.txt --temperature 0 --max_new_tokens 60
 	@echo; echo 'The losses are drawn in $(RUN)/loss.png. Next, ask it something of your own:'
 	@echo 'source .venv/bin/activate'
 	@echo 'python generate_lora.py --pretrained_path $(MODEL)/lit-llama.pth \'
-	@echo '  --lora_path $(RUN)/lit-llama-lora-finetuned.pth --prompt "What is overfitting?"'
+	@echo '  --lora_path $(RUN)/lit-llama-lora-finetuned.pth --prompt "In one sentence, what is overfitting?"'
 
 test: .venv/test
 	ruff format --check .
 	ruff check .
+	pyrefly check
 	pytest -q
+
+figures: .venv/test
+	python scripts/figures.py
 
 format: .venv/test
 	ruff format .

@@ -6,7 +6,7 @@ Every setting below is also a command-line flag.
 import math
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import PositiveInt
@@ -20,8 +20,16 @@ from lit_llama.errors import UserError
 from lit_llama.files import check_apart
 from lit_llama.finetuned import describe
 from lit_llama.log import TrainingLog, make_logger
-from lit_llama.optimizer import AdamW
-from lit_llama.training import StopSignal, Strategy, launch, load_base, matching_tokenizer, validation_loss
+from lit_llama.optimizer import AdamW, LRSchedule, rate_factor
+from lit_llama.training import (
+    StopSignal,
+    Strategy,
+    launch,
+    load_base,
+    matching_tokenizer,
+    sum_over_devices,
+    validation_loss,
+)
 from lit_llama.training_state import TrainingState, on_first_process, whole_weights
 
 learning_rate = 3e-5
@@ -30,6 +38,7 @@ micro_batch_size: PositiveInt = 4  # records that a device computes at once; low
 num_epochs: PositiveInt = 5
 max_steps: PositiveInt | None = None  # stop after this many optimizer steps, if sooner than num_epochs
 warmup_steps = 100  # optimizer steps in which the learning rate rises to its value
+lr_schedule: LRSchedule = "constant"  # after the warm-up; linear and cosine fall to 0 at the end
 weight_decay = 0.0
 block_size: PositiveInt = 512  # tokens; longer records are cut
 mask_prompt = True  # train on the responses alone
@@ -81,7 +90,7 @@ def main(
     trained = list(llama.parameters())
     moments = getattr(torch, moments_dtype)
     adamw = AdamW(trained, lr=learning_rate, weight_decay=weight_decay, moments_dtype=moments)
-    optimizer = fabric.setup_optimizers(adamw)
+    optimizer: Any = fabric.setup_optimizers(adamw)
     about = describe(None, llama.config, train_data.prompt_style, settings)
     first_step = state.restore(llama.state_dict(), optimizer)
     last_step = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
@@ -89,13 +98,15 @@ def main(
     log = TrainingLog(fabric, out_dir, last_step, first_step, log_interval)
     log.say(f"{len(train_data):,} records ({train_data.n_dropped} dropped: no room for a response), {last_step} steps")
     log.say(f"{sum(parameter.numel() for parameter in trained):,} trained parameters")
+    if warmup_steps > last_step / 2:
+        log.say(f"warning: the warm-up takes {warmup_steps} of the {last_step} steps; shorten it for such a short run")
     stop = StopSignal()
     if first_step == 0:
         log.validation(0, validation_loss(fabric, model, val_data, micro_batch_size))
     # A step depends on nothing but its number and the state before it: a resumed run ends like an undisturbed one.
     for number in range(first_step, last_step):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (number + 1) / max(1, warmup_steps))
+            group["lr"] = learning_rate * rate_factor(number, last_step, warmup_steps, lr_schedule)
 
         # The loss is the mean over all target tokens of the step, whichever micro-batch and device they are on.
         step = schedule.step(number)
@@ -107,7 +118,7 @@ def main(
             loss = F.cross_entropy(logits.float(), targets, reduction="sum") / step.n_targets
             fabric.backward(loss * fabric.world_size)  # gradients are averaged over the devices
             step_loss += loss.detach()
-        mean_loss = float(fabric.all_reduce(step_loss, reduce_op="sum"))
+        mean_loss = sum_over_devices(fabric, step_loss)
         if not math.isfinite(mean_loss):
             raise UserError(f"the loss of step {number + 1} is {mean_loss}; try a lower --learning_rate")
         optimizer.step()

@@ -66,7 +66,7 @@ class Dataset:
         wrong = [name for name in ("tokenizer", "prompt_style", "records") if name not in self.meta]
         for name, expected in self.meta.get("sha256", {}).items():
             kind = name.removeprefix(f"{split}_")
-            if kind in arrays and hashlib.sha256(arrays[kind]).hexdigest() != expected:
+            if kind in arrays and hashlib.sha256(arrays[kind].data).hexdigest() != expected:
                 wrong.append(f"{name}.npy")
         n = len(prompt_lengths)
         if len(self.offsets) != n + 1 or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens):
@@ -112,7 +112,7 @@ class Dataset:
         """These records as rows, padded on the right to the longest, as version 1.0 computed them."""
         row, lengths, select, targets = self.batch(records)
         lengths = lengths or [1]
-        rows = torch.nn.utils.rnn.pad_sequence(row[0].split(lengths), batch_first=True)  # (B, width)
+        rows = torch.nn.utils.rnn.pad_sequence(list(row[0].split(lengths)), batch_first=True)  # (B, width)
         places = torch.arange(rows.numel()).view(rows.shape)
         places = torch.cat([line[:n] for line, n in zip(places, lengths, strict=True)])  # (T,)
         return Batch(rows, None, places[select], targets)

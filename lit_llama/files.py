@@ -1,7 +1,7 @@
 """Files and folders that are written whole or not at all, and what is read from them.
 
-A writer fills a file or folder of another name beside its target, flushes it to the disk and renames it. If the process
-is killed or the disk is full, the target is still the old one.
+A writer fills a file or folder of another name next to its target, flushes it to the disk and renames it. If the
+process is killed or the disk is full, the target is still the old one.
 """
 
 import ctypes
@@ -71,6 +71,8 @@ def replacing_folder(folder: Path, owned: str) -> Iterator[Path]:
             else:
                 part.rename(target)
             flush(target.parent)
+        except UserError as error:  # it names a file in the folder of another name
+            raise UserError(str(error).replace(str(part), str(folder))) from None
         finally:
             remove_folder(part)
 
@@ -82,7 +84,9 @@ def check_replaceable(folder: Path, target: Path) -> None:
         raise UserError(f"{folder} cannot be replaced as a whole; give a folder inside it")
     for entry in target.iterdir() if target.exists() else ():
         if entry.is_dir():
-            raise UserError(f"{folder} holds a folder, {entry.name}, which is not part of a result; give another one")
+            raise UserError(
+                f"{folder} holds a folder, {entry.name}, which that is not part of a result; give another one"
+            )
 
 
 def remove_folder(folder: Path) -> None:

@@ -20,6 +20,7 @@ NAMES = {
     "transformer.ln_f.scale": "model.norm.weight",
     "lm_head.weight": "lm_head.weight",
 }
+QKV = {f"self_attn.{letter}_proj.weight": letter for letter in "qkv"}  # one c_attn here
 
 
 def halves_from_pairs(weight: Tensor, n_head: int) -> Tensor:
@@ -60,19 +61,19 @@ def from_hf(tensors: Iterable[tuple[str, Tensor]], config: LLaMAConfig, dtype: t
     state: dict[str, Tensor] = {}
     qkv: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors:
-        layer, prefix = name, ""
+        layer, prefix, number = name, "", ""
         if name.startswith("model.layers."):
             number, layer = name.removeprefix("model.layers.").split(".", 1)
             prefix = f"transformer.h.{number}."
         if layer in names:
             state[prefix + names[layer]] = tensor.to(dtype, copy=True)  # a mapped file could not be let go
-        elif layer in ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"):
+        elif layer in QKV:
             parts = qkv.setdefault(f"{prefix}attn.c_attn.weight", {})
-            parts[layer[10]] = tensor.to(dtype, copy=True)
+            parts[QKV[layer]] = tensor.to(dtype, copy=True)
             if len(parts) == 3:
                 del qkv[f"{prefix}attn.c_attn.weight"]
                 if [len(parts[letter]) for letter in "qkv"] != [*config.qkv_sizes]:
-                    raise UserError(f"q, k or v of layer {number} have another number of rows than config.json says")
+                    raise UserError(f"q, k or v of layer {number} has a number of rows that config.json does not imply")
                 q, k = pairs_from_halves(parts["q"], config.n_head), pairs_from_halves(parts["k"], config.n_kv_head)
                 state[f"{prefix}attn.c_attn.weight"] = torch.cat((q, k, parts["v"]))
         elif not layer.endswith("rotary_emb.inv_freq"):  # old files carry these tables

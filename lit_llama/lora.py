@@ -124,7 +124,7 @@ def merge_lora(model: LLaMA) -> None:
 def remove_lora(model: LLaMA) -> None:
     """Take unmerged LoRA layers out again: the model is the pretrained one, bit for bit, and ready for others."""
     for name, layer in lora_layers(model):
-        put_plain_layer(model, name, layer.weight)
+        put_plain_layer(model, name, nn.Parameter(layer.weight, layer.weight.requires_grad))
 
 
 def lora_layers(model: LLaMA) -> list[tuple[str, LoRALinear]]:

@@ -7,13 +7,14 @@ Papers: LLaMA (arXiv 2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783).
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-Mask = Tensor | list[int] | None  # who sees whom (see `attention_mask`), or the lengths of packed sequences
+Mask = Tensor | list[int] | None  # see `attention_mask`, or the lengths of packed sequences
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class LLaMAConfig:
             object.__setattr__(self, "n_kv_head", self.n_head)
         if not self.n_hidden:
             object.__setattr__(self, "n_hidden", math.ceil(int(8 * self.n_embd / 3) / 256) * 256)
-        if isinstance(self.rope_scaling, dict):  # as config.json and checkpoints carry it
+        if isinstance(self.rope_scaling, dict):  # as files carry it
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             raise ValueError(f"{self.n_embd=} must divide by {self.n_head=}, and that by {self.n_kv_head=}")
@@ -64,26 +65,15 @@ class LLaMAConfig:
         """Rows of `c_attn.weight` that make queries, keys and values."""
         return self.n_embd, self.n_kv_head * self.head_size, self.n_kv_head * self.head_size
 
-    @classmethod
-    def from_name(cls, name: str) -> "LLaMAConfig":
-        """The configuration of a published model; raises KeyError for an unknown name."""
-        return CONFIGS[name]
-
 
 _llama_2 = LLaMAConfig(block_size=4096, norm_eps=1e-5)
-_llama_3 = LLaMAConfig(
-    block_size=131072,
-    vocab_size=128256,
-    n_kv_head=8,
-    n_hidden=14336,
-    norm_eps=1e-5,
-    rope_base=500000.0,
-    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
-)
-_llama_3_2 = replace(_llama_3, n_hidden=8192, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192), tie_embeddings=True)
+LLAMA_3_SCALING = RopeScaling(8.0, 1.0, 4.0, 8192)
+_llama_3 = replace(_llama_2, block_size=131072, vocab_size=128256, n_kv_head=8, n_hidden=14336, rope_base=500000.0)
+_llama_3_1 = replace(_llama_3, rope_scaling=LLAMA_3_SCALING)
+_llama_3_2 = replace(_llama_3, n_hidden=8192, rope_scaling=replace(LLAMA_3_SCALING, factor=32.0), tie_embeddings=True)
 _smollm2 = LLaMAConfig(block_size=8192, vocab_size=49152, norm_eps=1e-5, rope_base=100000.0, tie_embeddings=True)
 
-CONFIGS = {
+CONFIGS = {  # of published models
     "7B": LLaMAConfig(),
     "13B": LLaMAConfig(n_layer=40, n_head=40, n_embd=5120),
     "30B": LLaMAConfig(n_layer=60, n_head=52, n_embd=6656),
@@ -92,7 +82,7 @@ CONFIGS = {
     "Llama-2-13B": replace(_llama_2, n_layer=40, n_head=40, n_kv_head=40, n_embd=5120, n_hidden=13824),
     "Llama-2-70B": replace(_llama_2, n_layer=80, n_head=64, n_kv_head=8, n_embd=8192, n_hidden=28672),
     "TinyLlama-1.1B": LLaMAConfig(n_layer=22, n_kv_head=4, n_embd=2048, n_hidden=5632, norm_eps=1e-5),
-    "Llama-3.1-8B": _llama_3,
+    "Llama-3.1-8B": _llama_3_1,
     "Llama-3.2-1B": replace(_llama_3_2, n_layer=16, n_embd=2048),
     "Llama-3.2-3B": replace(_llama_3_2, n_layer=28, n_head=24, n_embd=3072),
     "SmolLM2-135M": replace(_smollm2, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536),
@@ -104,18 +94,17 @@ CONFIGS = {
 class LLaMA(nn.Module):
     """Token ids in, logits of the next token out."""
 
+    transformer: Any  # a ModuleDict of modules with a type of their own: wte, h, ln_f
+
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
         self.config = config
         self.recompute_blocks = False  # in the backward pass: less memory, a third more time (arXiv 1604.06174)
         self.lm_head = Linear(config.n_embd, config.vocab_size)
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": RMSNorm(config.n_embd, config.norm_eps),
-            }
-        )
+        self.transformer = nn.ModuleDict()
+        self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.transformer.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.transformer.ln_f = RMSNorm(config.n_embd, config.norm_eps)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -135,11 +124,9 @@ class LLaMA(nn.Module):
 
         Args:
             cache: keys and values of the tokens before `idx`, from `new_cache`; those of `idx` are added in place.
-            select: indices (N,) into the B * T tokens; only their logits (N, V) are computed. The head is a large part
-                of a small model, and a training step needs no logits for prompts.
+            select: indices (N,) into the B * T tokens; only their logits (N, V) are computed (training needs no more).
             n_pad: how many tokens (B,) at the start of each sequence are padding. (Right padding needs no mask.)
-            lengths: of the sequences that are packed, one after the other, into a single row idx (1, T). None of them
-                sees another, and nothing is computed for padding.
+            lengths: of sequences packed one after the other into a single row idx (1, T); none of them sees another.
         """
         T, start = idx.size(1), cache[0].length if cache else 0
         positions = torch.arange(start, start + T, device=idx.device)  # (T,)
@@ -288,8 +275,8 @@ def attention_mask(T: int, S: int, n_pad: Tensor | None, device: torch.device) -
 def rotary_table(config: LLaMAConfig, positions: Tensor) -> Tensor:
     """The rotations cos + i sin (..., T, hs / 2) of token positions (..., T), complex64.
 
-    Always float32, whatever the model's precision: in bfloat16, 2048 positions would share 641 angles. They are
-    recomputed in each forward pass, which costs next to nothing and leaves no state to cast, move or save.
+    Always float32: in bfloat16, 2048 positions would share 641 angles. They are recomputed in each forward pass, which
+    costs next to nothing and leaves no state to cast, move or save.
     """
     exponents = torch.arange(0, config.head_size, 2, device=positions.device, dtype=torch.float32) / config.head_size
     freqs = 1.0 / config.rope_base**exponents  # (hs / 2,)

@@ -1,10 +1,22 @@
-"""AdamW whose moments take half the memory."""
+"""AdamW whose moments take half the memory, and the learning rate over a run."""
 
+import math
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+
+LRSchedule = Literal["constant", "linear", "cosine"]
+
+
+def rate_factor(step: int, n_steps: int, warmup_steps: int, schedule: LRSchedule) -> float:
+    """What the learning rate is multiplied by in optimizer step `step` (from 0): it rises to 1, then stays or falls."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    left = (n_steps - step) / max(1, n_steps - warmup_steps)  # from 1 down to nearly 0
+    return {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[schedule]
 
 
 class AdamW(Optimizer):

@@ -1,10 +1,10 @@
 """The text that an instruction is wrapped in. A model answers best in the style that it was finetuned with."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 from lit_llama.errors import UserError
 
-PromptStyle = Literal["alpaca", "alpaca-stanford", "chatml", "plain"]
+PromptStyle = Literal["alpaca", "alpaca-stanford", "chatml", "smollm2", "plain"]
 
 
 def alpaca(instruction: str, context: str) -> str:
@@ -28,11 +28,14 @@ def alpaca_stanford(instruction: str, context: str) -> str:
 
 
 def chatml(instruction: str, context: str) -> str:
-    """One turn of a conversation with SmolLM2-Instruct, with the system message that it was trained with."""
-    return (
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-        f"<|im_start|>user\n{plain(instruction, context)}<|im_end|>\n<|im_start|>assistant\n"
-    )
+    """A user's turn in ChatML, and the start of the answer; for models that have its two tokens, such as SmolLM2."""
+    return f"<|im_start|>user\n{plain(instruction, context)}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def smollm2(instruction: str, context: str) -> str:
+    """The same after the system message that SmolLM2-Instruct was trained with, which is its own template."""
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    return f"<|im_start|>system\n{system}<|im_end|>\n{chatml(instruction, context)}"
 
 
 def plain(instruction: str, context: str) -> str:
@@ -40,10 +43,11 @@ def plain(instruction: str, context: str) -> str:
     return f"{instruction}\n{context}" if context else instruction
 
 
+STYLES = {"alpaca": alpaca, "alpaca-stanford": alpaca_stanford, "chatml": chatml, "smollm2": smollm2, "plain": plain}
+
+
 def format_prompt(style: PromptStyle, instruction: str, context: str = "") -> str:
     """The prompt for an instruction and the input, or "", that it works on."""
-    if style not in get_args(PromptStyle):  # as read from a file
-        raise UserError(f"there is no prompt style {style!r}; the styles are {', '.join(get_args(PromptStyle))}")
-    return {"alpaca": alpaca, "alpaca-stanford": alpaca_stanford, "chatml": chatml, "plain": plain}[style](
-        instruction, context
-    )
+    if style not in STYLES:  # as read from a file
+        raise UserError(f"there is no prompt style {style!r}; the styles are {', '.join(STYLES)}")
+    return STYLES[style](instruction, context)

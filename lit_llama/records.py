@@ -69,10 +69,11 @@ def read_rows(path: Path) -> list[object]:
         raise UserError(f"{path} does not exist")
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text)
-        return content if isinstance(content, list) else [content]
     except UnicodeDecodeError:
         raise UserError(f"{path} is not encoded in UTF-8; convert it") from None
+    try:
+        content = json.loads(text)
+        return content if isinstance(content, list) else [content]
     except ValueError as error:
         reason = str(error)
     rows: list[object] = []
@@ -129,7 +130,7 @@ def prepare(
                 buffer = io.BytesIO()
                 np.save(buffer, array, allow_pickle=False)
                 write_file(part / f"{split}_{name}.npy", buffer.getvalue())
-                checksums[f"{split}_{name}"] = hashlib.sha256(array).hexdigest()
+                checksums[f"{split}_{name}"] = hashlib.sha256(array.data).hexdigest()
         write_file(part / "meta.json", json.dumps({**meta, "sha256": checksums}, indent=2))
 
 

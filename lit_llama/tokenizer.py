@@ -61,7 +61,9 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of `text`; `bos` puts the model's bos in front, if it has one, `eos` its eos at the end."""
         ids = self._sp.encode(text) if self._sp else self._hf.encode(text, add_special_tokens=False).ids
-        return [self.bos_id] * (bos and self.bos_id is not None) + ids + [self.eos_id] * eos
+        if bos and self.bos_id is not None:
+            ids = [self.bos_id, *ids]
+        return [*ids, self.eos_id] if eos else ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids; without bos and eos."""
@@ -84,7 +86,8 @@ class Tokenizer:
 
     def files(self) -> dict[str, bytes]:
         """The files that it was read from, under the names by which they are found next to a model."""
-        paths = {FILE_NAMES[self._sp is None]: self.path, CONFIG_NAME: self.path.with_name(CONFIG_NAME)}
+        own_name = "tokenizer.model" if self._sp else "tokenizer.json"
+        paths = {own_name: self.path, CONFIG_NAME: self.path.with_name(CONFIG_NAME)}
         return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
 
     def check_fits(self, vocab_size: int) -> None:

@@ -4,8 +4,9 @@ import base64
 import json
 import re
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -60,21 +61,20 @@ def from_gguf(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes | str]
         raise UserError(f"the tokenizer of {path} ({model}, {pre}) is not supported; {known}")
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", PRE_TOKENIZERS[pre] is LLAMA_3)  # older files do not say
-    return byte_level_bpe(
-        tokens,
-        [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]],
-        pre,
+    marks = Marks(
         bos=tokens[metadata["tokenizer.ggml.bos_token_id"]] if add_bos else None,
         eos=tokens[metadata["tokenizer.ggml.eos_token_id"]],
         special=[token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL],
         added=[token for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED],
     )
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    return byte_level_bpe(tokens, merges, pre, marks)
 
 
 def sentencepiece_from_gguf(path: Path, metadata: Mapping[str, Any]) -> bytes:
     """A `tokenizer.model` with the same pieces, scores and settings as the one that the GGUF was made from."""
     try:
-        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+        ModelProto = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto
     except ImportError:
         raise UserError(f"to convert the tokenizer of {path}, install protobuf: pip install protobuf") from None
     tokens, types = metadata["tokenizer.ggml.tokens"], list(metadata["tokenizer.ggml.token_type"])
@@ -97,17 +97,19 @@ def sentencepiece_from_gguf(path: Path, metadata: Mapping[str, Any]) -> bytes:
     try:
         SentencePieceProcessor(model_proto=content)
     except RuntimeError as error:
-        raise UserError(f"the tokenizer of {path} is none of SentencePiece ({error}); get the file elsewhere") from None
+        raise UserError(
+            f"the tokenizer of {path} is not a valid SentencePiece model ({error}); get the file elsewhere"
+        ) from None
     return content
 
 
 def is_tiktoken(path: Path) -> bool:
-    """Whether the file is of tiktoken's format, as Llama 3's `tokenizer.model` is, against all appearances."""
+    """Whether the file is of tiktoken's format, as Llama 3's `tokenizer.model` is, despite its name."""
     with open(path, "rb") as file:
         return re.match(rb"[A-Za-z0-9+/]+=* \d+\s", file.read(1024)) is not None
 
 
-def from_tiktoken(path: Path) -> dict[str, str]:
+def from_tiktoken(path: Path) -> dict[str, bytes | str]:
     """Llama 3's `tokenizer.model` as the Hugging Face files tokenizer.json and tokenizer_config.json, with its BOS.
 
     tiktoken merges the pair of neighbours whose union has the lowest rank, whatever the two are: every way to split a
@@ -122,7 +124,7 @@ def from_tiktoken(path: Path) -> dict[str, str]:
         pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
         merges += [(chars[left], chars[right]) for left, right in pairs]
     bos, eos = LLAMA_3_SPECIAL[:2]
-    return byte_level_bpe([*chars.values(), *LLAMA_3_SPECIAL], merges, "llama-bpe", bos, eos, LLAMA_3_SPECIAL)
+    return byte_level_bpe([*chars.values(), *LLAMA_3_SPECIAL], merges, "llama-bpe", Marks(bos, eos, LLAMA_3_SPECIAL))
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -132,34 +134,34 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         pairs = [line.split() for line in lines]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError:
-        raise UserError(f"{path} is no tiktoken file, or a truncated one; copy it again") from None
+        raise UserError(f"{path} is not a tiktoken file, or is truncated; copy it again") from None
     if [*ranks.values()] != [*range(len(lines))] or any(bytes([byte]) not in ranks for byte in range(256)):
         raise UserError(f"{path} is a tiktoken file with tokens missing or twice; copy it again")
     return ranks
 
 
-def byte_level_bpe(
-    tokens: Sequence[str],
-    merges: Sequence[tuple[str, ...]],
-    pre: str,
-    bos: str | None,
-    eos: str,
-    special: Sequence[str],
-    added: Sequence[str] = (),
-) -> dict[str, str]:
-    """A byte-level BPE tokenizer as files: tokens by id, merges by rank, the name of how text is cut before.
+class Marks(NamedTuple):
+    """The tokens that are found in text before anything else; only the special ones are left out in decoding."""
 
-    Both `special` and `added` tokens are found in text before anything else; only the former are left out in decoding.
-    """
+    bos: str | None
+    eos: str
+    special: Sequence[str]
+    added: Sequence[str] = ()
+
+
+def byte_level_bpe(
+    tokens: Sequence[str], merges: Sequence[tuple[str, str]], pre: str, marks: Marks
+) -> dict[str, bytes | str]:
+    """A byte-level BPE tokenizer as files: tokens by id, merges by rank, the name of how text is cut before."""
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = HFTokenizer(models.BPE(vocabulary, merges, ignore_merges=PRE_TOKENIZERS[pre] is LLAMA_3))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
-    if bos is not None:
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in marks.special])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in marks.added])
+    if bos := marks.bos:
         tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
-    return {"tokenizer.json": tokenizer.to_str(), CONFIG_NAME: json.dumps({"eos_token": eos}, indent=2)}
+    return {"tokenizer.json": tokenizer.to_str(), CONFIG_NAME: json.dumps({"eos_token": marks.eos}, indent=2)}
 
 
 def from_sentencepiece(path: Path) -> dict[str, str]:
@@ -180,11 +182,10 @@ def from_sentencepiece(path: Path) -> dict[str, str]:
     vocabulary, unk = {piece: i for i, piece in enumerate(pieces)}, pieces[sp.unk_id()]
     tokenizer = HFTokenizer(models.BPE(vocabulary, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
     prefix = sp.encode_as_pieces("a")[0].startswith(SPACE)  # whether a text begins as if a space came before it
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(SPACE)] * prefix + [normalizers.Replace(" ", SPACE)]
-    )
+    escape = normalizers.Replace(" ", SPACE)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), escape] if prefix else [escape])
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     names = {"eos_token": pieces[sp.eos_id()], "unk_token": unk}
     if sp.bos_id() >= 0:

@@ -71,6 +71,10 @@ def matching_tokenizer(dataset: Dataset, model: LLaMA, pretrained_path: Path, to
     tokenizer.check_fits(model.config.vocab_size)
     if tokenizer.fingerprint() != dataset.meta["tokenizer"]:
         raise UserError(f"{dataset.data_dir} was not prepared with {tokenizer.path}; prepare the data with that")
+    if len(dataset.tokens) and not 0 <= dataset.tokens.min() <= dataset.tokens.max() < tokenizer.vocab_size:
+        raise UserError(
+            f"{dataset.data_dir} is damaged: it has token ids beyond the vocabulary; prepare the data again"
+        )
     return tokenizer
 
 
@@ -85,7 +89,14 @@ def validation_loss(fabric: Fabric, model: nn.Module, dataset: Dataset, micro_ba
     for batch in step.share(fabric.global_rank, fabric.world_size):
         total += loss_sum(model, fabric.to_device(batch))
     model.train()
-    return float(fabric.all_reduce(total, reduce_op="sum")) / step.n_targets
+    return sum_over_devices(fabric, total) / step.n_targets
+
+
+def sum_over_devices(fabric: Fabric, value: torch.Tensor) -> float:
+    """The sum of a number that each device has."""
+    total = fabric.all_reduce(value, reduce_op="sum")
+    assert isinstance(total, torch.Tensor)
+    return float(total)
 
 
 def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:

@@ -21,8 +21,9 @@ from lit_llama.sharding import in_one_piece, shard_like
 
 STATE_FILE = "training-state.pth"
 MAY_CHANGE = (  # may change on resume; everything else must not
-    "learning_rate", "num_epochs", "max_steps", "warmup_steps", "warmup_epochs", "eval_interval", "eval_records",
-    "save_interval", "log_interval", "devices", "num_nodes", "strategy", "activation_checkpointing", "logger",
+    "learning_rate", "num_epochs", "max_steps", "warmup_steps", "warmup_epochs", "lr_schedule", "eval_interval",
+    "eval_records", "save_interval", "log_interval", "devices", "num_nodes", "strategy", "activation_checkpointing",
+    "logger",
 )  # fmt: skip
 VERSION = 2  # of the schedule of batches; states that do not say are of version 1
 

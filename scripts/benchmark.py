@@ -1,158 +1,224 @@
-"""Time LoRA training and generation against transformers + PEFT on the same machine, weights and records.
+"""Time LoRA training and generation against transformers + PEFT on the same machine, weights, records and batches.
 
-Both sides train r = 8 on query and value with dropout 0.05, micro-batches of the same size, and generate greedily. Ours
-groups records by length, as finetune_lora.py does; theirs takes them at random and pads each micro-batch to its
-longest, which is the usual recipe. Each measurement runs in a fresh process, ours and theirs in turn, so that a drift
-of the machine's speed cancels out of the ratios.
+Both sides train r = 8 on query and value with dropout 0.05, on the same micro-batches, and generate greedily:
+  random   the records of a micro-batch are drawn at random, as finetune_lora.py draws them
+  grouped  they are of similar length, as with Trainer's group_by_length
+In each, the peer pads its micro-batches to the longest record, or packs them without padding (position_ids restart at
+each record, and transformers masks one from another), whichever is faster. Each measurement runs in a fresh process,
+one side after the other, so that a drift of the machine's speed cancels out of the ratios.
 """
 
 import multiprocessing
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import run
-from lit_llama.data import BatchSchedule, Dataset
-from lit_llama.generation import generate
+from lit_llama.data import BatchSchedule, Dataset, GroupedSchedule
+from lit_llama.device import peak_memory
+from lit_llama.generation import Sampling, generate
 from lit_llama.huggingface import hf_config, to_hf
-from lit_llama.log import peak_memory
 from lit_llama.lora import LoRAConfig, add_lora, mark_only_lora_as_trainable
 from lit_llama.training import loss_sum
 
 PROMPT = list(range(1000, 1040))
+IGNORED = -100  # the label of what transformers does not train on
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one measurement works on."""
+
+    data_dir: Path
+    checkpoint: Path
+    n_records: int
+    micro_batch_size: int
+    block_size: int
+    new_tokens: int
+    seed: int
+    batches: Literal["random", "grouped"]
+
+    def micro_batches(self) -> tuple[Dataset, list[np.ndarray]]:
+        """Micro-batches of the first records, which are the same for all sides and both kinds of batches."""
+        dataset = Dataset(self.data_dir, "train", self.block_size, limit=self.n_records)
+        kind = BatchSchedule if self.batches == "random" else GroupedSchedule
+        schedule = kind(dataset, self.micro_batch_size, self.micro_batch_size, self.seed)
+        return dataset, [schedule.step(i).records for i in range(schedule.steps_per_epoch)]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Unpadded tokens per second of training, new tokens per second, and the most memory in GB."""
+
+    training: float
+    generation: float
+    memory: float
 
 
 def main(
     data_dir: Path = Path("data/alpaca"),
     pretrained_path: Path = Path("checkpoints/lit-llama/SmolLM2-135M-Instruct/lit-llama.pth"),
-    n_records: int = 96,
-    micro_batch_size: int = 4,
-    block_size: int = 512,
-    new_tokens: int = 100,
-    rounds: int = 3,
+    n_records: PositiveInt = 96,
+    micro_batch_size: PositiveInt = 4,
+    block_size: PositiveInt = 512,
+    new_tokens: PositiveInt = 100,
+    rounds: PositiveInt = 3,
 ) -> None:
-    """Print tokens per second (padding not counted), peak memory, and the ratios.
+    """Print a table of our speed and memory over the faster of the peer's two ways.
 
     Args:
         data_dir: Prepared data, for example Alpaca.
         pretrained_path: The checkpoint.
-        n_records: Records to train on in each round, drawn at random; the same for both sides.
+        n_records: Records to train on in each measurement.
         micro_batch_size: Records in a micro-batch.
         block_size: Tokens after which records are cut.
         new_tokens: Tokens to generate.
         rounds: How often each side is measured.
     """
-    context = multiprocessing.get_context("spawn")
-    results: dict[str, list[tuple[float, float, float]]] = {"ours": [], "theirs": []}
-    for number in range(rounds):
-        for side, measure in (("ours", measure_ours), ("theirs", measure_theirs)):
-            arguments = (data_dir, pretrained_path, n_records, micro_batch_size, block_size, new_tokens, number)
-            with context.Pool(1) as pool:
-                results[side].append(pool.apply(measure, arguments))
-            train, generation, memory = results[side][-1]
-            line = f"training {train:.1f} tokens/s (peak {memory:.2f} GB), generation {generation:.1f} tokens/s"
-            print(f"round {number + 1}, {side}: {line}", file=sys.stderr)
-    for i, name in enumerate(("training speed", "generation speed", "peak memory")):
-        ratios = [ours[i] / theirs[i] for ours, theirs in zip(results["ours"], results["theirs"], strict=True)]
-        print(f"{name}: {statistics.median(ratios):.2f} times that of transformers + PEFT (median of {rounds})")
+    os.environ.pop("OPENBLAS_CORETYPE", None)  # it slows a current numpy
+    sides = {"ours": measure_ours, "peer, padded": measure_padded, "peer, packed": measure_packed}
+    print("| batches | training speed | memory | generation speed | tokens/s, ours | padded peer | packed peer |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    kinds: tuple[Literal["random", "grouped"], ...] = ("random", "grouped")
+    for batches in kinds:
+        results: dict[str, list[Measured]] = {side: [] for side in sides}
+        for number in range(rounds):
+            for side, measure in sides.items():
+                paths = (data_dir, pretrained_path)
+                sizes = (n_records, micro_batch_size, block_size, new_tokens)
+                measured = in_fresh_process(measure, Setting(*paths, *sizes, number, batches))
+                results[side].append(measured)
+                print(f"{batches}, round {number + 1}, {side}: {measured}", file=sys.stderr)
+        print(table_row(batches, *results.values()))
 
 
-def draw(data_dir: Path, block_size: int, n_records: int, seed: int) -> tuple[Dataset, np.ndarray]:
-    dataset = Dataset(data_dir, "train", block_size)
-    return dataset, np.random.default_rng(seed).permutation(len(dataset))[:n_records]
+def table_row(batches: str, ours: list[Measured], padded: list[Measured], packed: list[Measured]) -> str:
+    """Medians of the ratios of each round."""
+    speeds = [statistics.median(m.training for m in side) for side in (ours, padded, packed)]
+    peer = packed if speeds[2] > speeds[1] else padded
+    rounds = list(zip(ours, peer, strict=True))
+    ratios = (
+        statistics.median(one.training / other.training for one, other in rounds),
+        statistics.median(one.memory / other.memory for one, other in rounds),
+        statistics.median(one.generation / other.generation for one, other in rounds),
+    )
+    cells = [f"{ratio:.2f} x" for ratio in ratios] + [f"{speed:.0f}" for speed in speeds]
+    return f"| {batches} | {' | '.join(cells)} |"
 
 
-def timed(train_step: Callable[[np.ndarray], Tensor], micro_batches: list[np.ndarray], dataset: Dataset) -> float:
-    """Unpadded tokens per second of forward and backward passes."""
-    train_step(micro_batches[0])
+def in_fresh_process(measure: Callable[[Setting], Measured], setting: Setting) -> Measured:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, (setting,))
+
+
+def measure_ours(setting: Setting) -> Measured:
+    dataset, micro_batches = setting.micro_batches()
+    model = load_model(setting.checkpoint)
     start = time.perf_counter()
-    for records in micro_batches:
-        train_step(records)
-    return sum(dataset.n_tokens(records) for records in micro_batches) / (time.perf_counter() - start)
-
-
-def measure_ours(
-    data_dir: Path, checkpoint: Path, n_records: int, micro_batch_size: int, block_size: int, new_tokens: int, seed: int
-) -> tuple[float, float, float]:
-    dataset, records = draw(data_dir, block_size, n_records, seed)
-    model = load_model(checkpoint)
-    start = time.perf_counter()
-    assert len(list(generate(model, PROMPT, new_tokens, temperature=0))) == new_tokens
-    generation = new_tokens / (time.perf_counter() - start)
-
+    assert len(list(generate(model, PROMPT, Sampling(setting.new_tokens, temperature=0)))) == setting.new_tokens
+    generation = setting.new_tokens / (time.perf_counter() - start)
     add_lora(model, LoRAConfig())
     mark_only_lora_as_trainable(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
-    def train_step(micro_batch: np.ndarray) -> Tensor:
-        batch = dataset.batch(micro_batch)
-        loss = loss_sum(model, *batch) / len(batch.targets)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
+    def loss_of(records: np.ndarray) -> Tensor:
+        batch = dataset.batch(records)
+        return loss_sum(model, batch) / len(batch.targets)
 
-    schedule = BatchSchedule(dataset.lengths[records], n_records, micro_batch_size, seed)
-    speed = timed(train_step, [records[i] for i in schedule[0]], dataset)
-    return speed, generation, peak_memory(torch.device("cpu"))
+    return Measured(timed(model, loss_of, dataset, micro_batches), generation, peak_memory(torch.device("cpu")))
 
 
-def measure_theirs(
-    data_dir: Path, checkpoint: Path, n_records: int, micro_batch_size: int, block_size: int, new_tokens: int, seed: int
-) -> tuple[float, float, float]:
+def measure_padded(setting: Setting) -> Measured:
+    return measure_peer(setting, padded_inputs)
+
+
+def measure_packed(setting: Setting) -> Measured:
+    return measure_peer(setting, packed_inputs)
+
+
+def measure_peer(setting: Setting, inputs: Callable[[Dataset, np.ndarray], dict[str, Tensor]]) -> Measured:
     import peft
+
+    dataset, micro_batches = setting.micro_batches()
+    model = hf_model(setting.checkpoint)
+    prompt = torch.tensor([PROMPT])
+    mask, n = torch.ones_like(prompt), setting.new_tokens
+    start = time.perf_counter()
+    out = model.generate(prompt, attention_mask=mask, max_new_tokens=n, min_new_tokens=n, do_sample=False)
+    assert out.size(1) == len(PROMPT) + n
+    generation = n / (time.perf_counter() - start)
+    lora = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(model, lora).train()
+
+    def loss_of(records: np.ndarray) -> Tensor:
+        return model(**inputs(dataset, records)).loss
+
+    return Measured(timed(model, loss_of, dataset, micro_batches), generation, peak_memory(torch.device("cpu")))
+
+
+def hf_model(checkpoint: Path) -> Any:
+    """The same model in transformers."""
     import transformers
 
-    dataset, records = draw(data_dir, block_size, n_records, seed)
     ours = load_model(checkpoint)
     config = transformers.LlamaConfig(**hf_config(ours.config, torch.float32))
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config)
+        model: Any = transformers.LlamaForCausalLM(config)
     model.load_state_dict(to_hf(ours.state_dict(), ours.config), assign=True)
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    del ours
-    prompt = torch.tensor([PROMPT])
-    start = time.perf_counter()
-    out = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        do_sample=False,
-    )
-    assert out.size(1) == len(PROMPT) + new_tokens
-    generation = new_tokens / (time.perf_counter() - start)
+    return model
 
-    lora = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
-    model = peft.get_peft_model(model, lora)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
-    def train_step(micro_batch: np.ndarray) -> Tensor:
-        width = int(dataset.lengths[micro_batch].max())
-        ids = torch.zeros(len(micro_batch), width, dtype=torch.int64)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for row, i in enumerate(micro_batch):
-            start, length = dataset.offsets[dataset.index[i]], dataset.lengths[i]
-            ids[row, :length] = torch.from_numpy(dataset.tokens[start : start + length].astype(np.int64))
-            mask[row, :length] = 1
-            labels[row, dataset.first_targets[i] : length] = ids[row, dataset.first_targets[i] : length]
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-        loss.backward()
+def labelled(dataset: Dataset, records: np.ndarray) -> tuple[list[Tensor], list[Tensor]]:
+    """The tokens of each record, and its labels: the tokens of the response."""
+    ids = [dataset.record(i) for i in records]
+    labels = [tokens.clone() for tokens in ids]
+    for label, i in zip(labels, records, strict=True):
+        label[: dataset.first_targets[i]] = IGNORED
+    return ids, labels
+
+
+def padded_inputs(dataset: Dataset, records: np.ndarray) -> dict[str, Tensor]:
+    ids, labels = labelled(dataset, records)
+    pad = torch.nn.utils.rnn.pad_sequence
+    mask = pad([torch.ones_like(tokens) for tokens in ids], batch_first=True)
+    padded_labels = pad(labels, batch_first=True, padding_value=IGNORED)
+    return {"input_ids": pad(ids, batch_first=True), "attention_mask": mask, "labels": padded_labels}
+
+
+def packed_inputs(dataset: Dataset, records: np.ndarray) -> dict[str, Tensor]:
+    ids, labels = labelled(dataset, records)
+    positions = torch.cat([torch.arange(len(tokens)) for tokens in ids])
+    return {"input_ids": torch.cat(ids)[None], "position_ids": positions[None], "labels": torch.cat(labels)[None]}
+
+
+def timed(
+    model: torch.nn.Module,
+    loss_of: Callable[[np.ndarray], Tensor],
+    dataset: Dataset,
+    micro_batches: list[np.ndarray],
+) -> float:
+    """Unpadded tokens per second of optimizer steps of one micro-batch."""
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    start = 0.0
+    for i, records in enumerate([micro_batches[0], *micro_batches]):
+        if i == 1:  # the first one warms up
+            start = time.perf_counter()
+        loss_of(records).backward()
         optimizer.step()
         optimizer.zero_grad()
-        return loss
-
-    model.train()
-    micro_batches = [records[i : i + micro_batch_size] for i in range(0, n_records, micro_batch_size)]
-    return timed(train_step, micro_batches, dataset), generation, peak_memory(torch.device("cpu"))
+    return sum(dataset.n_tokens(records) for records in micro_batches) / (time.perf_counter() - start)
 
 
 if __name__ == "__main__":

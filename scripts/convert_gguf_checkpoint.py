@@ -12,7 +12,7 @@ from tqdm import tqdm
 from lit_llama.checkpoint import check_complete, save_model_folder
 from lit_llama.cli import run
 from lit_llama.errors import UserError
-from lit_llama.model import LLaMAConfig, RopeScaling, stretch_frequencies
+from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling, stretch_frequencies
 from lit_llama.tokenizer_formats import from_gguf
 
 try:
@@ -121,8 +121,7 @@ def shortest(value: float) -> float:
 def read_rope_scaling(path: Path, tensor: ReaderTensor, config: LLaMAConfig) -> RopeScaling:
     """The settings behind the divisor of each rotary frequency, which is all that llama.cpp keeps of them."""
     divisors = dequantise(path, tensor)  # (hs / 2,)
-    published = LLaMAConfig.from_name("Llama-3.1-8B").rope_scaling  # models differ in the factor alone
-    scaling = replace(published, factor=shortest(divisors.max().item()))
+    scaling = replace(LLAMA_3_SCALING, factor=shortest(divisors.max().item()))  # models differ in the factor alone
     freqs = config.rope_base ** -(torch.arange(0, config.head_size, 2) / config.head_size)  # (hs / 2,)
     expected = freqs / stretch_frequencies(freqs, scaling)
     if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):

@@ -23,7 +23,7 @@ def main(checkpoint_dir: Path, out_dir: Path, dtype: Literal["float32", "bfloat1
     Args:
         checkpoint_dir: The folder that was downloaded.
         out_dir: The model folder to write: lit-llama.pth, config.json and the tokenizer.
-        dtype: float32, bfloat16 or float16 to store the weights in. By default as they are.
+        dtype: The type to store the weights in. By default as they are.
     """
     check_apart(checkpoint_dir, out_dir)
     fields = read_json(checkpoint_dir / "config.json")

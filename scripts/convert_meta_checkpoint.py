@@ -33,6 +33,7 @@ NAMES = {
     "feed_forward.w3.weight": "mlp.c_fc2.weight",
     "feed_forward.w2.weight": "mlp.c_proj.weight",
 }
+QKV = ("attention.wq.weight", "attention.wk.weight", "attention.wv.weight")  # one c_attn here
 
 
 def main(checkpoint_dir: Path, out_dir: Path, block_size: int | None = None) -> None:
@@ -123,8 +124,8 @@ def join_shards(shards: list[Path], config: LLaMAConfig) -> dict[str, Tensor]:
             if ours not in state:
                 state[ours] = torch.empty(shapes[ours], dtype=part.dtype)
             whole = state[ours]
-            if layer.startswith("attention.w") and layer[11] in "qkv":
-                whole = whole.split(config.qkv_sizes)["qkv".index(layer[11])]
+            if layer in QKV:
+                whole = whole.split(config.qkv_sizes)[QKV.index(layer)]
             place(path, name, part, whole, rank, len(shards))
     return state
 

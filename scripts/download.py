@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 from convert_hf_checkpoint import main as convert
 
@@ -17,7 +18,7 @@ def main(
     out_dir: Path | None = None,
     download_dir: Path | None = None,
     revision: str | None = None,
-    dtype: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     endpoint: str | None = None,
 ) -> None:
     """Download, keeping the files of an earlier try that are whole, and convert.
@@ -25,9 +26,9 @@ def main(
     Args:
         repo_id: The model's name on the hub, for example TinyLlama/TinyLlama-1.1B-Chat-v1.0.
         out_dir: The model folder to write. By default checkpoints/lit-llama/ and the name.
-        download_dir: Where the hub's files go, or lie already. By default checkpoints/hf/ and the name.
+        download_dir: Where the hub's files go, or are already. By default checkpoints/hf/ and the name.
         revision: A branch, tag or commit.
-        dtype: float32, bfloat16 or float16 to store the weights in. By default as they are.
+        dtype: The type to store the weights in. By default as they are.
         endpoint: The address of a mirror of the hub.
     """
     name = repo_id.split("/")[-1]

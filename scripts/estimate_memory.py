@@ -1,7 +1,7 @@
 """How much memory a training step takes, without the memory: the real step is run on tensors that have only shapes.
 
-The figure is the most that tensors occupy at once in two optimizer steps on a batch without padding. On a GPU, autocast
-normalises in float32, which takes some 0.5 GB more on a 7B model; add what the GPU needs for itself.
+The figure is the most that tensors occupy at once in two optimizer steps on full records. The step is that of a CPU in
+bfloat16; a GPU's differs in details, and needs memory for its own context and for fragments in addition.
 """
 
 import weakref

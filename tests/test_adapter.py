@@ -21,7 +21,7 @@ from lit_llama.adapter import (
 from lit_llama.errors import UserError
 from lit_llama.finetuned import load_adapter
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, merge_lora
-from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
 
 HEADS = {"mha": replace(TINY, n_kv_head=4), "gqa": TINY, "mqa": replace(TINY, n_kv_head=1)}
 CONFIG = AdapterConfig(prompt_length=5, start_layer=1)
@@ -120,7 +120,7 @@ def test_only_the_adapter_is_trained_and_the_base_stays_bit_equal() -> None:
 
 def test_7b_trains_30_layers_of_10_vectors_and_32_gates() -> None:
     with torch.device("meta"):
-        model = LLaMA(LLaMAConfig.from_name("7B"))
+        model = LLaMA(CONFIGS["7B"])
     add_adapter(model, AdapterConfig())
     mark_only_adapter_as_trainable(model)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 30 * (10 * 4096 + 32) == 1_229_760

@@ -1,12 +1,14 @@
 """The comparison, by the very scripts that it runs, on a tiny model."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import compare_methods
 import pytest
 from builders import run_script
-from compare_methods import COLUMNS, Method, Result, draw_methods, draw_ranks, lora_ranks, new_figure
+from compare_methods import lora_ranks
+from comparison_report import COLUMNS, Method, Result, draw_methods, draw_ranks, new_figure
 
 from lit_llama.errors import UserError
 
@@ -14,18 +16,22 @@ from lit_llama.errors import UserError
 def test_four_methods_are_trained_evaluated_and_asked(
     checkpoint: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare_methods, "QUESTIONS", ("Count to 3",))
     four_methods = compare_methods.four_methods
-    monkeypatch.setattr(compare_methods, "four_methods", lambda: with_layer_0(four_methods()))
+    monkeypatch.setattr(compare_methods, "four_methods", lambda *places: with_layer_0(four_methods(*places)))
     places = ("--data_dir", data_dir, "--pretrained_path", checkpoint, "--out_dir", tmp_path)
     limits = ("--max_new_tokens", 8, "--block_size", 100, "--n_answers", 3, "--num_epochs", 2)
-    assert run_script("compare_methods", *places, *limits, "--lora_r", 2, "--full_learning_rate", 0.01) is None
+    others = ("--own_template_dir", data_dir, "--new_topics_dir", data_dir, "--questions", "Count to 3")
+    assert run_script("compare_methods", *places, *limits, *others, "--lora_r", 2, "--full_learning_rate", 0.01) is None
     text = (tmp_path / "comparison.md").read_text()
     rows = {cells[0].strip(): cells[1:] for cells in (line.strip("|").split("|") for line in text.splitlines())}
     loss = list(COLUMNS).index("loss")
     losses = [float(rows[name][loss]) for name in ("base", "LLaMA-Adapter", "LoRA, r = 2", "full finetuning")]
     assert len(set(losses)) == 4
     assert losses[3] < losses[0]
+    assert all(
+        cells[loss] == cells[loss + 1] for cells in rows.values() if len(cells) > loss + 1 and "." in cells[loss]
+    )
+    assert rows["base, own template"] != rows["base"]
     # A of both targets' inputs and B of all rows, of 2 layers: C = 32, q, k and v 32 + 16 + 16, MLP 48
     n_lora = 2 * 2 * (3 * 32 + 64 + (32 + 32) + 2 * (32 + 48) + (48 + 32))
     assert int(rows["LoRA, r = 2"][0].replace(",", "")) == n_lora
@@ -38,15 +44,17 @@ def test_four_methods_are_trained_evaluated_and_asked(
 def with_layer_0(methods: list[Method]) -> list[Method]:
     """The tiny model has two layers; by default an adapter starts at the third."""
     flags = {"adapter": ("--start_layer", 0)}
-    return [Method(m.name, m.kind, (*m.flags, *flags.get(m.kind, ())), m.rank) for m in methods]
+    return [replace(m, flags=(*m.flags, *flags.get(m.kind, ()))) for m in methods]
 
 
 def test_labels_of_the_pictures_do_not_overlap() -> None:
     """Every text of the pictures lies within them, and apart from the others."""
     base = Result(3.912, 19.3, 28.4, [])
-    trained = [Result(3.3 - 0.1 * i, 21.5 + i, 28.0, [], 10**i, 0.4 * i + 1, 2.5, 2.04) for i in range(3, 8)]
-    four = dict(zip((Method(f"LLaMA-Adapter {i}", "adapter") for i in range(4)), [base, *trained[:3]], strict=True))
-    ranks = dict(zip(lora_ranks("1,2,4,8,16"), [base, *trained], strict=True))
+    trained = [Result(3.3 - 0.1 * i, 21.5 + i, 28.0, [], 3.5, 10**i, 0.4 * i + 1, 2.5, 2.04) for i in range(3, 8)]
+    four = dict(
+        zip((Method(f"LLaMA-Adapter {i}", "adapter", Path()) for i in range(4)), [base, *trained[:3]], strict=True)
+    )
+    ranks = dict(zip(lora_ranks(Path(), "1,2,4,8,16"), [base, *trained], strict=True))
     for draw, results in ((draw_methods, four), (draw_ranks, ranks)):
         figure = new_figure()
         draw(figure, results)
@@ -60,6 +68,6 @@ def test_labels_of_the_pictures_do_not_overlap() -> None:
 
 
 def test_ranks_are_whole_numbers() -> None:
-    assert [method.rank for method in lora_ranks("1,16")] == [0, 1, 16]
+    assert [method.rank for method in lora_ranks(Path(), "1,16")] == [0, 1, 16]
     with pytest.raises(UserError, match="--ranks"):
-        lora_ranks("1,two")
+        lora_ranks(Path(), "1,two")

@@ -15,7 +15,16 @@ from lit_llama.log import read_metrics
 
 SETTINGS = {
     "lora": ["--learning_rate", 0.01, "--lora_r", 4, "--lora_alpha", 32, "--lora_dropout", 0.2, "--warmup_steps", 2],
-    "adapter": ["--learning_rate", 0.05, "--start_layer", 0, "--prompt_length", 4, "--warmup_epochs", 1],
+    "adapter": [
+        "--learning_rate",
+        0.05,
+        "--start_layer",
+        0,
+        "--prompt_length",
+        4,
+        "--warmup_epochs",
+        1,
+    ],
     "full": ["--learning_rate", 0.003, "--warmup_steps", 2],
 }
 
@@ -246,6 +255,23 @@ def test_a_toy_task_is_learned_and_generation_stops_by_itself(
     answer = ["--prompt", "Say hello", "--temperature", 0, "--max_new_tokens", 20]
     assert run_script(script, *arguments, *answer) is None
     assert capsys.readouterr().out == "hello there\n"
+
+
+def test_a_model_is_not_written_over(checkpoint: Path, data_dir: Path, tmp_path: Path) -> None:
+    """Neither the base itself nor any other model, and not the config of another format's."""
+    arguments = finetune_arguments("full", checkpoint, data_dir, checkpoint.parent)
+    before = {path.name: path.read_bytes() for path in checkpoint.parent.iterdir()}
+    ended = run_script("finetune_full", *arguments)
+    assert "is what is read" in ended
+    assert "\n" not in ended
+    assert {path.name: path.read_bytes() for path in checkpoint.parent.iterdir()} == before
+    for name in ("lit-llama.pth", "config.json"):
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        ended = run_script("finetune_full", *finetune_arguments("full", checkpoint, data_dir, folder))
+        assert f"holds {name} already: give another --out_dir" in ended
+        assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, "mine")]
 
 
 def test_the_loops_are_the_same_text() -> None:

@@ -25,7 +25,7 @@ from lit_llama.lora import (
     merge_lora,
     remove_lora,
 )
-from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
 
 HEADS = {"mha": replace(TINY, n_kv_head=4), "gqa": TINY, "mqa": replace(TINY, n_kv_head=1)}
 ALL_SUBSETS = [subset for n in range(1, 7) for subset in combinations(TARGETS, n)]
@@ -209,7 +209,7 @@ def test_names_and_shapes_are_those_of_lit_llama() -> None:
 
 
 def test_7b_trains_4_194_304_parameters_in_a_file_of_at_most_8_5_mb(tmp_path: Path) -> None:
-    config = LLaMAConfig.from_name("7B")
+    config = CONFIGS["7B"]
     with torch.device("meta"):
         model = LLaMA(config)
     add_lora(model, LoRAConfig(r=8))

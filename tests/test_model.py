@@ -152,5 +152,5 @@ PARAMETERS = {  # in billions, as published
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parameter_counts_of_published_models(name: str) -> None:
     with torch.device("meta"):
-        model = LLaMA(LLaMAConfig.from_name(name))
+        model = LLaMA(CONFIGS[name])
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(PARAMETERS[name], rel=1e-3)

@@ -3,8 +3,10 @@ import copy
 import pytest
 import torch
 
-from lit_llama.optimizer import AdamW
+from lit_llama.optimizer import AdamW, rate_factor
 from lit_llama.training_state import restored
+
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 def parameters() -> list[torch.nn.Parameter]:
@@ -18,6 +20,16 @@ def take_steps(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter
         for parameter in params:
             parameter.grad = torch.randn(parameter.shape, generator=generator) * (1 + 10 * (step == 7))
         optimizer.step()
+
+
+def test_the_rate_rises_and_then_stays_or_falls_to_zero() -> None:
+    constant, linear, cosine = ([rate_factor(i, 10, 2, kind) for i in range(10)] for kind in SCHEDULES)
+    assert constant == [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+    assert linear == pytest.approx([0.5, 1, *(1 - i / 8 for i in range(8))])
+    assert cosine[:3] == [0.5, 1, 1]
+    assert cosine[6] == pytest.approx(0.5)
+    assert cosine == sorted(cosine[:2]) + sorted(cosine[2:], reverse=True)
+    assert rate_factor(0, 1, 0, "cosine") == 1
 
 
 def test_with_float32_moments_it_equals_torch() -> None:

@@ -14,5 +14,5 @@ def test_alpaca_has_the_instruction_and_the_input_if_there_is_one() -> None:
 
 
 def test_an_unknown_style_is_refused() -> None:
-    with pytest.raises(UserError, match="alpaca, alpaca-stanford, chatml, plain"):
+    with pytest.raises(UserError, match="alpaca, alpaca-stanford, chatml, smollm2, plain"):
         format_prompt("chat", "Hi")

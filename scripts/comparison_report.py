@@ -1,0 +1,137 @@
+"""What compare_methods.py makes of its figures: a table, pictures, and answers with what is to be said of them."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_llama.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLORS = {"base": "#9aa5b1", "adapter": "#e0a458", "lora": "#3a6ea5", "full": "#7d5ba6"}
+COLUMNS = {  # of the table and the picture: title, digits, whether a bar's axis is logarithmic
+    "parameters": ("trained parameters", 0, True),
+    "file_mb": ("file (MB)", 1, True),
+    "minutes": ("training (min)", 1, False),
+    "memory_gb": ("peak memory (GB)", 2, False),
+    "loss": ("validation loss", 3, False),
+    "new_loss": ("loss on new topics", 3, False),
+    "rouge_l": ("ROUGE-L", 1, False),
+    "speed": ("generation (tokens/s)", 1, False),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What to train (nothing, for the base model) and the flags of its training script."""
+
+    name: str
+    kind: str
+    data_dir: Path
+    flags: tuple[object, ...] = ()
+    rank: int = 0
+
+    def folder(self, out_dir: Path) -> Path:
+        return out_dir / re.sub(r"\W+", "-", self.name).lower()
+
+
+@dataclass
+class Result:
+    """The columns of the table, those of the training None for the base model, and the answers to the questions."""
+
+    loss: float
+    rouge_l: float
+    speed: float
+    answers: list[str]
+    new_loss: float | None = None
+    parameters: int | None = None
+    file_mb: float | None = None
+    minutes: float | None = None
+    memory_gb: float | None = None
+
+
+def table(results: dict[Method, Result], picture: str) -> list[str]:
+    """The table and the picture, in Markdown; a column that nothing was measured for is left out."""
+    measured = {key for key in COLUMNS if any(getattr(result, key) is not None for result in results.values())}
+    columns = {key: column for key, column in COLUMNS.items() if key in measured}
+    lines = [
+        "| | " + " | ".join(title for title, *_ in columns.values()) + " |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    for method, result in results.items():
+        cells = [format_number(getattr(result, key), digits) for key, (_, digits, _) in columns.items()]
+        lines.append(f"| {method.name} | {' | '.join(cells)} |")
+    return [*lines, "", f"![the figures of the table as a picture]({picture})", ""]
+
+
+def answers(results: dict[Method, Result], questions: tuple[str, ...], verdicts: dict[str, Any]) -> list[str]:
+    """What each model answered, in Markdown, and what is to be said of it."""
+    lines = []
+    for i, question in enumerate(questions):
+        lines += [f"**{question}**", ""]
+        for method, result in results.items():
+            answer = " ".join(result.answers[i].split())
+            verdict = f" **{verdicts[answer]}**" if answer in verdicts else ""
+            lines.append(f"- *{method.name}:* {answer}{verdict}")
+        lines.append("")
+    return lines
+
+
+def format_number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def new_figure() -> "Figure":
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("the picture needs matplotlib; run: pip install -e '.[eval,plot]'") from None
+    figure = Figure(figsize=(9.5, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_methods(figure: "Figure", results: dict[Method, Result]) -> None:
+    """A panel of bars for each column of the table, except what goes with another one."""
+    keys = [key for key in COLUMNS if key not in ("file_mb", "new_loss")]
+    for axes, key in zip(figure.subplots(2, 3).flat, keys, strict=True):
+        title, digits, logarithmic = COLUMNS[key]
+        values = [getattr(result, key) for result in results.values()]
+        names = [method.name for method in results]
+        smallest, largest = min(filter(None, values), default=1), max(filter(None, values), default=1)
+        left, right = (smallest / 10, 10 * largest * (largest / smallest) ** 0.7) if logarithmic else (0, 1.3 * largest)
+        widths = [value or left for value in values]
+        bars = axes.barh(
+            names, widths, color=["#9aa5b1"] * (len(names) - 3) + ["#e0a458", "#3a6ea5", "#7d5ba6"], log=logarithmic
+        )
+        labels = [format_number(value, digits) or "none" for value in values]
+        axes.bar_label(bars, labels, padding=3, fontsize=9)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlim(left, right)
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=9)
+
+
+def draw_ranks(figure: "Figure", results: dict[Method, Result]) -> None:
+    """Quality, size and time over the rank; the base model's quality is a dashed line."""
+    base, trained = next(iter(results.values())), list(results.items())[1:]
+    for axes, key in zip(figure.subplots(2, 2).flat, ("loss", "rouge_l", "file_mb", "minutes"), strict=True):
+        title, digits, _ = COLUMNS[key]
+        ranks, values = [method.rank for method, _ in trained], [getattr(result, key) for _, result in trained]
+        axes.plot(ranks, values, color="#3a6ea5", marker="o", label="LoRA")
+        for rank, value in zip(ranks, values, strict=True):
+            axes.annotate(format_number(value, digits), (rank, value), (0, 6), textcoords="offset points", ha="center")
+        if (level := getattr(base, key)) is not None:
+            axes.axhline(level, color="#9aa5b1", linestyle="--", label="base")
+            axes.legend(fontsize=9)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ranks, [str(rank) for rank in ranks])
+        axes.margins(x=0.1, y=0.25)
+        if key in ("file_mb", "minutes"):
+            axes.set_ylim(0, 1.3 * max(values))
+        axes.set(title=title, xlabel="LoRA rank r")
+        axes.grid(alpha=0.3)

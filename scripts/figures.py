@@ -1,0 +1,209 @@
+"""Measure the figures of README and guides, all in one sitting, and write each between its markers.
+
+A place for a figure is <!-- figures: NAME --> ... <!-- end of NAME -->, and NAME a function below. Each of them runs
+commands that a user could type. What is said of an answer comes from howto/verdicts.json, which judges its very words;
+an answer that is not there is shown with a question mark.
+"""
+
+import contextlib
+import datetime
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from compare_methods import machine
+
+from lit_llama.cli import run
+from lit_llama.errors import UserError
+from lit_llama.files import read_json, write_file
+from lit_llama.log import read_metrics
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "howto").glob("*.md")))
+IMAGES, VERDICTS = ROOT / "howto" / "images", ROOT / "howto" / "verdicts.json"
+MODEL = Path("checkpoints/lit-llama/SmolLM2-135M-Instruct/lit-llama.pth")
+RUN = Path("out/lora/quickstart")
+RECORDS = Path("data/ml_questions")
+ADAPTER_RATES = ("1.1e-3", "3e-3", "9e-3")
+CHECKPOINTING = ("--activation_checkpointing", "true")
+
+
+def main(only: tuple[str, ...] = (), alpaca_file: Path | None = None) -> None:
+    """Measure, and write into the documents.
+
+    Args:
+        only: The figures to measure. By default all of them.
+        alpaca_file: Alpaca records on the disk, instead of downloading them.
+    """
+    unknown = set(only) - FIGURES.keys()
+    if unknown:
+        raise UserError(f"there is no figure {', '.join(unknown)}; there are {', '.join(FIGURES)}")
+    if not Path("data/alpaca/meta.json").is_file():
+        local = ("--data_file", alpaca_file) if alpaca_file else ()
+        script("prepare_alpaca.py", "--pretrained_path", MODEL, *local)
+    for name in only or FIGURES:
+        print(f"## {name}", file=sys.stderr)
+        text = FIGURES[name]()
+        for document in DOCUMENTS:
+            replace_figure(document, name, text)
+
+
+def replace_figure(document: Path, name: str, text: str) -> None:
+    """Write `text` between the markers of `name`, if the document has them."""
+    begin, end = f"<!-- figures: {name} -->", f"<!-- end of {name} -->"
+    old = document.read_text(encoding="utf-8")
+    pattern = re.escape(begin) + ".*?" + re.escape(end)
+    new = re.sub(pattern, lambda _: f"{begin}\n{text.strip()}\n{end}", old, flags=re.DOTALL)
+    if new != old:
+        write_file(document, new)
+
+
+def quickstart() -> str:
+    """What `make quickstart` prints, how long it takes, and what is to be said of its answers."""
+    start = time.perf_counter()
+    printed = command("make", "quickstart")
+    minutes = (time.perf_counter() - start) / 60
+    shutil.copy(RUN / "loss.png", IMAGES / "loss.png")
+    rows = read_metrics(RUN / "metrics.csv")
+    steps = [row for row in rows if "train_loss" in row]
+    losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    memory, tokens = max(row["memory_gb"] for row in steps), steps[-1]["tokens"]
+    training = (steps[-1]["seconds"] - rows[0]["seconds"]) / 60
+    wanted = [line for line in printed.splitlines() if re.search("trained parameters|validation loss", line)]
+    answers = re.findall(r"^> (.*?)\n(.*?)\nTime for inference", printed, flags=re.MULTILINE | re.DOTALL)
+    n = len(answers) // 2
+    lines = ["```", *wanted, "```", "", "| asked | before | after |", "|---|---|---|"]
+    for (question, before), (_, after) in zip(answers[:n], answers[n:], strict=True):
+        lines.append(f"| {question} | {judged(before)} | {judged(after)} |")
+    lines += [
+        "",
+        f"{minutes:.1f} minutes in all, once installed; {training:.1f} of them for {len(steps)} steps over {tokens:,} "
+        f"tokens; {memory:.1f} GB of memory; validation loss {losses[0]:.2f} to {losses[-1]:.2f} ({sitting()}).",
+    ]
+    return "\n".join(lines)
+
+
+def judged(answer: str) -> str:
+    """An answer and its verdict."""
+    answer = " ".join(answer.split())
+    return f"{answer} **({read_json(VERDICTS).get(answer, '?')})**"
+
+
+def comparison() -> str:
+    """The methods side by side."""
+    for style, name in (("smollm2", "own-template"), ("chatml", "new-topics")):
+        validation = "validation.json" if name == "own-template" else "validation_new_topics.json"
+        files = ("--train_file", RECORDS / "train.json", "--validation_file", RECORDS / validation)
+        places = ("--pretrained_path", MODEL, "--data_dir", Path("data") / name)
+        script("prepare_json.py", *files, *places, "--prompt_style", style)
+    more = ("--own_template_dir", "data/own-template", "--new_topics_dir", "data/new-topics", "--verdicts", VERDICTS)
+    script("compare_methods.py", *more)
+    shutil.copy("out/comparison/comparison.png", IMAGES / "comparison.png")
+    return (
+        Path("out/comparison/comparison.md")
+        .read_text(encoding="utf-8")
+        .replace("(comparison.png)", f"({relative(IMAGES)}/comparison.png)")
+    )
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def ranks() -> str:
+    """LoRA of several ranks."""
+    script("compare_methods.py", "--ranks", "1,4,16", "--out_dir", "out/ranks", "--n_answers", 1)
+    table = Path("out/ranks/ranks.md").read_text(encoding="utf-8").split("![")[0].strip()
+    return "\n".join(drop_columns(table.splitlines(), ("ROUGE-L", "generation")))
+
+
+def drop_columns(lines: list[str], titles: tuple[str, ...]) -> list[str]:
+    """A Markdown table, and what stands around it, without the columns whose titles begin so."""
+    head = next(line for line in lines if line.startswith("|"))
+    keep = [not cell.strip().startswith(titles) for cell in head.split("|")]
+    result = []
+    for line in lines:
+        cells = line.split("|")
+        is_row = line.startswith("|")
+        result.append("|".join(c for c, kept in zip(cells, keep, strict=True) if kept) if is_row else line)
+    return result
+
+
+def adapter() -> str:
+    """LLaMA-Adapter at several learning rates, for one epoch on the quickstart's records."""
+    rows = ["| learning rate | validation loss |", "|---:|---:|"]
+    for rate in ADAPTER_RATES:
+        out_dir = Path("out/adapter") / f"rate-{rate}"
+        shutil.rmtree(ROOT / out_dir, ignore_errors=True)
+        flags = ("--learning_rate", rate, "--lr_schedule", "linear", "--warmup_epochs", 0, "--num_epochs", 1)
+        places = ("--pretrained_path", MODEL, "--data_dir", "data/quickstart", "--out_dir", out_dir)
+        command(sys.executable, ROOT / "finetune_adapter.py", *places, *flags, "--batch_size", 4, "--log_interval", 20)
+        losses = [row["validation_loss"] for row in read_metrics(out_dir / "metrics.csv") if "validation_loss" in row]
+        rows.append(f"| {rate} | {losses[-1]:.3f} |")
+    return "\n".join([*rows, "", f"Before training it is {losses[0]:.3f} ({sitting()})."])
+
+
+def speed() -> str:
+    """Against transformers + PEFT, on equal batches."""
+    table = script("benchmark.py", "--rounds", 2, "--n_records", 64, "--new_tokens", 60)
+    return f"{table}\n({sitting()})"
+
+
+def batches() -> str:
+    """How good a sample of the data a step is."""
+    return f"{script('batch_quality.py')}\n({sitting()})"
+
+
+def memory() -> str:
+    """What a step of a 7B model takes, by running it on tensors without data."""
+    rows = ["| | base in bfloat16 | with `--activation_checkpointing true` |", "|---|---:|---:|"]
+    for method, title in (("lora", "LoRA, r = 8, on query and value"), ("adapter", "LLaMA-Adapter")):
+        cells = [script("estimate_memory.py", "--method", method, *more).strip() for more in ((), CHECKPOINTING)]
+        rows.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def sitting() -> str:
+    """When and on what this was measured."""
+    return f"{datetime.date.today():%d %B %Y}, {machine()}"
+
+
+def script(name: str, *flags: object) -> str:
+    return command(sys.executable, ROOT / "scripts" / name, *flags)
+
+
+def command(*words: object) -> str:
+    """What a command prints, on stdout, and, for make, on stderr too; shown as it comes on ours."""
+    merged = subprocess.STDOUT if words[0] == "make" else None
+    arguments = list(map(str, words))
+    with contextlib.ExitStack() as stack:
+        process = stack.enter_context(
+            subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=merged, text=True, cwd=ROOT)
+        )
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            print(line, end="", file=sys.stderr)
+            lines.append(line)
+    if process.returncode:
+        raise UserError(f"{' '.join(arguments)} failed, see above")
+    return "".join(lines)
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "quickstart": quickstart,
+    "comparison": comparison,
+    "speed": speed,
+    "batches": batches,
+    "memory": memory,
+    "adapter": adapter,
+    "ranks": ranks,
+}
+
+
+if __name__ == "__main__":
+    run(main)
