@@ -2,7 +2,7 @@
 # make test         lint and all tests
 # make figures      measure every figure of README and guides again (an hour on 2 cores)
 # make format       put the code into its format
-# make clean        remove what these have made, but no other checkpoint or result
+# make clean        remove the environment and what make quickstart has made, no other checkpoint or result
 
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -21,7 +21,8 @@ quickstart: .venv/quickstart
 	rm -rf $(RUN)
 	python finetune_lora.py --pretrained_path $(MODEL)/lit-llama.pth --data_dir data/quickstart --out_dir $(RUN) \
 	  --lora_r 32 --lora_alpha 64 --lora_targets query,key,value,projection,mlp --lora_dropout 0 \
-	  --learning_rate 2e-3 --warmup_steps 10 --lr_schedule linear --batch_size 4 --num_epochs 1 --log_interval 10
+	  --learning_rate 2e-3 --warmup_steps 10 --lr_schedule linear --batch_size 4 --num_epochs 1 \
+	  --eval_interval 1000 --log_interval 20
 	@echo; echo 'Before:'
 	python generate.py --checkpoint_path $(MODEL)/lit-llama.pth --prompt_style chatml \
 	  --prompt_file data/ml_questions/questions.txt --temperature 0 --max_new_tokens 60

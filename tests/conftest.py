@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from builders import RECORDS, TINY, random_model
+from builders_tokenizers import train_byte_tokenizer
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lit_llama.checkpoint import save_model_folder
 from lit_llama.records import prepare
@@ -25,17 +25,7 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> HFTokenizer:
-    tokenizer = HFTokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["below is an instruction that describes a task"] * 4, trainer)
-    return tokenizer
+    return train_byte_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -51,6 +51,7 @@ def test_defaults_and_overrides_reach_main_and_are_recorded(script: Path) -> Non
     assert out == f"1.0 3 c y/z True { {'rate': 1.0, 'steps': 3, 'names': 'c'} }\n"
 
 
+@pytest.mark.slow
 def test_help_lists_each_constant_with_its_comment_type_and_default(script: Path) -> None:
     text = " ".join(call(script, "--help").stdout.split())
     assert "--rate RATE how fast # really (type: float, default: 0.0003)" in text
@@ -59,6 +60,7 @@ def test_help_lists_each_constant_with_its_comment_type_and_default(script: Path
     assert "private" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("--steps", "many"), ("--unknown", "1"), ("--rate", "x")])
 def test_wrong_values_are_refused(script: Path, arguments: tuple[str, str]) -> None:
     result = call(script, *arguments)
@@ -75,6 +77,7 @@ def test_mistakes_end_in_one_line(script: Path) -> None:
     assert "/not/there" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error(script: Path) -> None:
     endless = script.read_text().replace("derived =", "[print(i, flush=True) for i in range(10**6)]\n    derived =")
     script.write_text(endless)

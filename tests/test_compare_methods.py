@@ -12,6 +12,8 @@ from comparison_report import COLUMNS, Method, Result, draw_methods, draw_ranks,
 
 from lit_llama.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def test_four_methods_are_trained_evaluated_and_asked(
     checkpoint: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,83 +2,19 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import convert_gguf_checkpoint
 import numpy as np
 import pytest
 import torch
-from builders import TINY, random_model
-from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
-from test_tokenizer_formats import bpe_metadata, sentencepiece_metadata, train_sentencepiece
+from builders_gguf import GGUF_CONFIG, bpe_metadata, sentencepiece_metadata, write_gguf
+from builders_tokenizers import train_sentencepiece
 from tokenizers import Tokenizer as HFTokenizer
-from torch import Tensor
 
 from lit_llama.checkpoint import load_model
 from lit_llama.errors import UserError
 from lit_llama.model import RopeScaling
 from lit_llama.tokenizer import Tokenizer
-
-GGUF_CONFIG = replace(TINY, vocab_size=300, n_embd=64, n_hidden=96, norm_eps=1e-5, rope_base=5e5, tie_embeddings=True)
-QUANTISED = GGMLQuantizationType.Q8_0
-
-
-def write_gguf(
-    path: Path,
-    metadata: dict[str, Any],
-    architecture: str = "llama",
-    without: str = "",
-    extra: dict[str, np.ndarray] | None = None,
-) -> dict[str, Tensor]:
-    """A GGUF as llama.cpp writes it, with quantised matrices; returns its weights under llama.cpp's names.
-
-    `metadata` is the tokenizer's and whatever else there shall be; vectors of `extra` are stored as they are.
-    """
-    c, writer = GGUF_CONFIG, GGUFWriter(path, architecture)
-    shape = {
-        "llama.context_length": c.block_size,
-        "llama.embedding_length": c.n_embd,
-        "llama.block_count": c.n_layer,
-        "llama.feed_forward_length": c.n_hidden,
-        "llama.attention.head_count": c.n_head,
-        "llama.attention.head_count_kv": c.n_kv_head,
-        "llama.attention.layer_norm_rms_epsilon": c.norm_eps,
-        "llama.rope.freq_base": c.rope_base,
-    }
-    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-    for key, value in (shape | metadata).items():
-        add.get(type(value), writer.add_array)(key, value)
-    tensors = gguf_tensors()
-    tensors.pop(without, None)
-    for name, tensor in tensors.items():
-        array = tensor.numpy().astype(np.float32)
-        if array.ndim == 1:
-            writer.add_tensor(f"{name}.weight", array)
-        else:
-            array = quantize(array, QUANTISED)
-            tensors[name] = torch.from_numpy(dequantize(array, QUANTISED))
-            writer.add_tensor(f"{name}.weight", array, raw_dtype=QUANTISED)
-    for name, array in (extra or {}).items():
-        writer.add_tensor(f"{name}.weight", array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tensors
-
-
-def gguf_tensors() -> dict[str, Tensor]:
-    """Random weights under llama.cpp's names."""
-    c, state = GGUF_CONFIG, random_model(GGUF_CONFIG).state_dict()
-    tensors = {"token_embd": state["transformer.wte.weight"], "output_norm": state["transformer.ln_f.scale"]}
-    names = {theirs: ours for theirs, ours in convert_gguf_checkpoint.TENSOR_NAMES.items() if "transformer" not in ours}
-    for i in range(c.n_layer):
-        for theirs, ours in names.items():
-            if theirs != "output":
-                tensors[f"blk.{i}.{theirs}"] = state[f"transformer.h.{i}.{ours}"]
-        qkv = state[f"transformer.h.{i}.attn.c_attn.weight"].split(c.qkv_sizes)
-        tensors |= {f"blk.{i}.attn_{x}": part for x, part in zip("qkv", qkv, strict=True)}
-    return tensors
 
 
 def test_a_quantised_gguf_gives_its_dequantised_weights_and_its_config(

@@ -149,13 +149,15 @@ def test_wrong_folders_end_in_one_line_and_leave_nothing(tmp_path: Path) -> None
     assert out.exists()
 
 
+@pytest.mark.slow
 def test_memory_holds_the_output_and_one_shard(tmp_path: Path) -> None:
     config = replace(TINY, n_kv_head=4, n_embd=512, n_hidden=2048, n_layer=12, vocab_size=8000)
+    write_folder(tmp_path / "tiny", VARIANTS["LLaMA 1"], 1)
     write_folder(tmp_path / "meta", config, 4)
     params = json.loads((tmp_path / "meta" / "params.json").read_text())
     (tmp_path / "meta" / "params.json").write_text(json.dumps(params | {"ffn_dim_multiplier": 1.5}))
-    peak = peak_of_conversion("convert_meta_checkpoint", tmp_path / "meta", tmp_path / "out")
+    peak = peak_of_conversion("convert_meta_checkpoint", tmp_path / "tiny", tmp_path / "meta", tmp_path / "out")
     size = (tmp_path / "out" / "lit-llama.pth").stat().st_size
     shard = (tmp_path / "meta" / "consolidated.00.pth").stat().st_size
     assert size > 150e6
-    assert peak < size + shard + 20e6
+    assert 0.9 * size < peak < size + shard + 20e6

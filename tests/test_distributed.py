@@ -11,6 +11,8 @@ from builders import RESULTS, ROOT, run_script
 from lit_llama.checkpoint import load_model
 from lit_llama.log import read_metrics
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "lora": ["--learning_rate", 0.01, "--lora_dropout", 0, "--lora_targets", "query,value,mlp"],
     "adapter": ["--learning_rate", 0.01, "--start_layer", 0, "--warmup_epochs", 1],

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from builders import TINY, random_model, randomize, run_script, save_file
+from builders_tokenizers import TEXTS, train_sentencepiece
 from safetensors.torch import load_file
-from test_tokenizer_formats import TEXTS, train_sentencepiece
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lit_llama import files

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import signal
 import subprocess
 import time
@@ -173,6 +174,7 @@ def test_a_run_stopped_by_a_signal_and_resumed_ends_in_the_same_bits(
     assert_same_run(finished, tmp_path, method)
 
 
+@pytest.mark.slow
 def test_a_run_killed_and_resumed_ends_in_the_same_bits(
     method: str, finished: Path, checkpoint: Path, data_dir: Path, tmp_path: Path
 ) -> None:
@@ -215,10 +217,10 @@ def test_mistakes_end_in_one_line(
 
 
 def test_a_resumed_run_must_be_of_the_same_shape(method: str, finished: Path, checkpoint: Path, data_dir: Path) -> None:
-    other = {"lora": ["--lora_r", 2], "adapter": ["--prompt_length", 3], "full": []}[method]
-    if other:
-        arguments = finetune_arguments(method, checkpoint, data_dir, finished)
-        assert "cannot resume" in run_script(f"finetune_{method}", *arguments, *other, "--resume", "true")
+    other = {"lora": ("lora_r", 2), "adapter": ("prompt_length", 3), "full": ("moments_dtype", "float32")}[method]
+    arguments = [*finetune_arguments(method, checkpoint, data_dir, finished), f"--{other[0]}", other[1]]
+    message = str(run_script(f"finetune_{method}", *arguments, "--resume", "true"))
+    assert re.search(rf"cannot resume: .* has {other[0]} \w+, not {other[1]}$", message)
 
 
 TOY = {
@@ -228,6 +230,7 @@ TOY = {
 }
 
 
+@pytest.mark.slow
 def test_a_toy_task_is_learned_and_generation_stops_by_itself(
     method: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -102,17 +102,18 @@ def test_wrong_folders_are_refused_and_leave_nothing(hf_folder: Path, tmp_path: 
     assert not out.exists()
 
 
-def test_memory_holds_the_output_and_one_shard(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_memory_holds_the_output_and_one_shard(hf_folder: Path, tmp_path: Path) -> None:
     config = replace(TINY, n_embd=512, n_hidden=2048, n_layer=12, vocab_size=8000)
     LlamaForCausalLM(LlamaConfig(**hf_config(config, torch.float32))).save_pretrained(
-        tmp_path / "hf", max_shard_size="40MB"
+        tmp_path / "large", max_shard_size="40MB"
     )
-    peak = peak_of_conversion("convert_hf_checkpoint", tmp_path / "hf", tmp_path / "out")
+    peak = peak_of_conversion("convert_hf_checkpoint", hf_folder, tmp_path / "large", tmp_path / "out")
     size = (tmp_path / "out" / "lit-llama.pth").stat().st_size
-    largest = max(shard.stat().st_size for shard in (tmp_path / "hf").glob("*.safetensors"))
+    largest = max(shard.stat().st_size for shard in (tmp_path / "large").glob("*.safetensors"))
     assert size > 150e6
     assert size / largest > 3
-    assert peak < size + largest + 20e6
+    assert 0.9 * size < peak < size + largest + 20e6
 
 
 def message_for(folder: Path, out: Path) -> str:

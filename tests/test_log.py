@@ -83,6 +83,7 @@ log.close("title")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "bar"), [((40, 120), True), ((0, 0), False)])
 def test_a_terminal_gets_a_bar_and_one_without_a_size_gets_lines(tmp_path: Path, size: tuple, bar: bool) -> None:
     ours, theirs = os.openpty()

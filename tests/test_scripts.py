@@ -11,9 +11,8 @@ import prepare_dolly
 import prepare_json
 import pytest
 from builders import RECORDS
+from builders_gguf import GGUF_CONFIG, bpe_metadata, write_gguf
 from estimate_memory import peak_of_training
-from test_convert_gguf import GGUF_CONFIG, write_gguf
-from test_tokenizer_formats import bpe_metadata
 from tokenizers import Tokenizer as HFTokenizer
 
 from lit_llama import records
@@ -90,6 +89,7 @@ def test_own_records_with_and_without_a_validation_file(checkpoint: Path, tmp_pa
     assert len(responses(tmp_path / "out2", "validation", tokenizer)) == 3
 
 
+@pytest.mark.slow
 def test_a_7b_model_trains_on_24_gb() -> None:
     """The real training step on tensors without data; it must have no shape that depends on data."""
     lora = peak_of_training("7B", "lora", micro_batch_size=4, block_size=512)

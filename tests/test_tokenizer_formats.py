@@ -1,8 +1,6 @@
 """Tokenizers of other formats: SentencePiece and byte-level BPE from GGUF's lists, tiktoken's file of Llama 3."""
 
 import base64
-import io
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -12,8 +10,8 @@ from typing import Any
 
 import pytest
 import regex
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from builders_gguf import bpe_metadata, sentencepiece_metadata
+from builders_tokenizers import CORPUS, TEXTS, train_sentencepiece
 from tokenizers import Tokenizer as HFTokenizer
 
 from lit_llama.errors import UserError
@@ -24,69 +22,6 @@ PATTERN = (  # Llama 3's, as its authors published it
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CORPUS = [
-    "Below is an instruction that describes a task, and it's paired with an input.",
-    "Write a response that appropriately completes the request; don't you think that we'll need 2048 of them?",
-    "def main(path: str) -> None:\n    for i in range(10):\n        print(i, path)\n\n",
-    "Le cœur a ses raisons que la raison ne connaît point. Größe, naïve, señor. 你好, 世界。 Привет, мир.",
-]
-TEXTS = [
-    *CORPUS,
-    *("", " ", "  ", "a", " leading", "   three", "two  spaces", "trailing  ", "\n", "\n\n\tx\r\n", " \n a", "▁low"),
-    *("1", "12", "1234567", "3.14159", "x=10y", "١٢٣", "it's I'M we'LL don't 'tis", "aaaaaaaaa", "ababababab"),
-    *(
-        "🙂",
-        "a🙂b 👩‍👩‍👧 z",
-        "你好世界, こんにちは",
-        "안녕하세요",
-        "e\u0301 ﬁ ① \uff21",
-        "\u00a0x\u3000y",
-        "\x00\x7f\ufeff",
-    ),
-    *("<s>", "</s>", "<unk>", "<0x41>", "a <tool> b<tool>c", "<|im_end|>", "say<|eot_id|>now", "<|begin_of_text|>x"),
-]
-
-
-def train_sentencepiece(path: Path, **settings: Any) -> SentencePieceProcessor:
-    """A SentencePiece model as LLaMA's: BPE, bytes for what is unknown, text as it is."""
-    model = io.BytesIO()
-    defaults = {"model_type": "bpe", "vocab_size": 420, "byte_fallback": True, "normalization_rule_name": "identity"}
-    defaults |= {"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, "split_digits": True}
-    defaults |= {"character_coverage": 0.98, "user_defined_symbols": ["<tool>", "  "], "num_threads": 1}
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(line for text in CORPUS for line in text.splitlines()),
-        model_writer=model,
-        minloglevel=2,
-        **(defaults | settings),
-    )
-    path.write_bytes(model.getvalue())
-    return SentencePieceProcessor(model_proto=model.getvalue())
-
-
-def sentencepiece_metadata(sp: SentencePieceProcessor) -> dict[str, Any]:
-    """What llama.cpp writes of a SentencePiece model into a GGUF."""
-    pieces = ModelProto.FromString(sp.serialized_model_proto()).pieces
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [piece.piece for piece in pieces],
-        "tokenizer.ggml.scores": [piece.score for piece in pieces],
-        "tokenizer.ggml.token_type": [piece.type for piece in pieces],
-    }
-
-
-def bpe_metadata(tokenizer: HFTokenizer, pre: str = "smollm") -> dict[str, Any]:
-    """What llama.cpp writes of the tests' byte-level BPE into a GGUF."""
-    model = json.loads(tokenizer.to_str())["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].get)
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3 if token.startswith("<|") else 1 for token in tokens],
-        "tokenizer.ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
-        "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 1,
-    }
 
 
 def converted(folder: Path, metadata: dict[str, Any]) -> Tokenizer:

@@ -1,0 +1,311 @@
+"""A program that disturbs every writer at each of its file operations, and looks at what it leaves behind.
+
+It reads names of writers from its input. For each it makes an older result and lets a process of its own write a newer
+one over it, again and again, disturbed at the first file operation, at the second and so on. It answers with a line of
+JSON: how many disturbances there were, and whatever was wrong afterwards.
+"""
+
+import errno
+import gc
+import itertools
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import convert_hf_checkpoint
+import export_hf
+import export_peft
+import import_peft
+import merge_lora
+import torch
+from builders import RECORDS, TINY, random_model, randomize, save_file
+from builders_tokenizers import train_byte_tokenizer
+from lightning import Fabric
+from tqdm import tqdm
+
+from lit_llama.checkpoint import save_model_folder
+from lit_llama.errors import UserError
+from lit_llama.files import write_file
+from lit_llama.finetuned import describe, save_finetuned
+from lit_llama.log import TrainingLog, plot_losses
+from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
+from lit_llama.records import prepare
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.training_state import TrainingState
+
+OWN = "notes.txt"  # a file of the user's, in the folder that is written to
+CONFIGS = (replace(TINY, n_layer=1, n_embd=16, n_hidden=24), replace(TINY, n_layer=2, n_embd=16, n_hidden=16))
+LORA = (LoRAConfig(2, 4, 0.0), LoRAConfig(4, 8, 0.0, ("key", "mlp")))
+ROWS = [{"step": i, "records": i, "tokens": i, "train_loss": 3.0, "validation_loss": 3.0, "seconds": i} for i in (1, 2)]
+KILLED, TOLD = 137, 3  # exit statuses of the process that writes
+
+# What a writer writes is the older result of number 0 or the newer of number 1.
+
+
+@cache
+def model_folder(number: int) -> Path:
+    """A model with a tokenizer of other files than the other number's."""
+    folder = Path(tempfile.mkdtemp())
+    tokenizer = train_byte_tokenizer().to_str()
+    files = {"tokenizer.json": tokenizer, "tokenizer_config.json": json.dumps({"eos_token": "<|im_end|>"})}
+    if number == 1:
+        del files["tokenizer_config.json"]
+    save_model_folder(folder, random_model(CONFIGS[number], number).state_dict(), CONFIGS[number], files)
+    return folder
+
+
+@cache
+def checkpoint(number: int) -> Path:
+    return model_folder(number) / "lit-llama.pth"
+
+
+@cache
+def lora_state(number: int) -> dict[str, torch.Tensor]:
+    model = random_model(CONFIGS[number])
+    add_lora(model, LORA[number])
+    state = {name: tensor.detach() for name, tensor in lora_state_dict(model).items()}
+    randomize(state)
+    return state
+
+
+@cache
+def lora_file(number: int) -> Path:
+    path = Path(tempfile.mkdtemp()) / "lora.pth"
+    save_file(path, LORA[number], random_model(CONFIGS[number]), lora_state(number), "plain")
+    return path
+
+
+@cache
+def exported(number: int) -> Path:
+    """What convert_hf_checkpoint.py reads."""
+    folder = Path(tempfile.mkdtemp()) / "hf"
+    export_hf.main(folder, checkpoint(number))
+    return folder
+
+
+@cache
+def peft_folder(number: int) -> Path:
+    folder = Path(tempfile.mkdtemp()) / "peft"
+    export_peft.main(folder, "a model", lora_file(number), checkpoint(number))
+    return folder
+
+
+@cache
+def fabric() -> Fabric:
+    return Fabric(accelerator="cpu", devices=1)
+
+
+@cache
+def optimizer(number: int) -> torch.optim.Optimizer:
+    """One that has taken a step."""
+    parameters = [torch.nn.Parameter(tensor) for tensor in lora_state(number).values()]
+    adamw = torch.optim.AdamW(parameters)
+    sum(parameter.sum() for parameter in parameters).backward()
+    adamw.step()
+    return adamw
+
+
+def write_json(out: Path, number: int) -> None:
+    write_file(out / "result.json", json.dumps({"number": number}))
+
+
+def write_mapping(out: Path, number: int) -> None:
+    write_file(out / "result.pth", {"weight": torch.full((1000,), float(number))})
+
+
+def write_model_folder(out: Path, number: int) -> None:
+    files = {file.name: file.read_bytes() for file in model_folder(number).glob("tokenizer*")}
+    save_model_folder(out, random_model(CONFIGS[number]).state_dict(), CONFIGS[number], files)
+
+
+def write_hf(out: Path, number: int) -> None:
+    export_hf.main(out, checkpoint(number), max_shard_gb=(1e-5, 5.0)[number])
+
+
+def write_peft(out: Path, number: int) -> None:
+    export_peft.main(out, "a model", lora_file(number), checkpoint(number))
+
+
+def write_merged(out: Path, number: int) -> None:
+    merge_lora.main(out, lora_file(number), checkpoint(number))
+
+
+def write_converted(out: Path, number: int) -> None:
+    convert_hf_checkpoint.main(exported(number), out)
+
+
+def write_imported(out: Path, number: int) -> None:
+    import_peft.main(peft_folder(number), out / "lora.pth", checkpoint(number))
+
+
+def write_data(out: Path, number: int) -> None:
+    """The records lie in the folder that is written to, among the files of the user that must stay."""
+    records, tokenizer = RECORDS[: 5 + number], Tokenizer(model_folder(number) / "tokenizer.json")
+    prepare(out, {"train": records[2:], "validation": records[:2]}, tokenizer, [out / OWN], "plain")
+
+
+def write_finetuned(out: Path, number: int) -> None:
+    save_finetuned(out / "lora.pth", describe(LORA[number], CONFIGS[number], "plain", {}), lora_state(number))
+
+
+def write_training_state(out: Path, number: int) -> None:
+    about = describe(LORA[number], CONFIGS[number], "plain", {})
+    TrainingState(fabric(), out, [], {}, resume=number == 1).save(number, about, lora_state(number), optimizer(number))
+
+
+def write_metrics(out: Path, number: int) -> None:
+    """The older file is that of a run which went on for three steps after its last state, the newer one resumes it."""
+    log = TrainingLog(fabric(), out, n_steps=12, first_step=6 * number, interval=1)
+    for step in range(0 if number else 9):
+        log.validation(step + 1, 3.0 - step)
+
+
+def write_picture(out: Path, number: int) -> None:
+    plot_losses(ROWS[: 1 + number], out / "loss.png", "title")
+
+
+WRITERS: dict[str, Callable[[Path, int], None]] = {
+    name.removeprefix("write_"): function
+    for name, function in globals().items()
+    if name.startswith("write_") and name != "write_file"
+}
+
+
+def is_operation(event: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether an event of `sys.addaudithook`, which comes before what it tells of, is of a change to files."""
+    if event == "open":
+        flags = arguments[2]
+        return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    if event == "ctypes.dlsym":  # the system's call that exchanges two folders comes right after
+        return arguments[1] == "renameat2"
+    return event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.chmod", "os.truncate")
+
+
+def takes_space(event: str, arguments: tuple[Any, ...]) -> bool:
+    return event == "os.fsync" or (event in ("open", "os.mkdir", "os.link") and is_operation(event, arguments))
+
+
+def on_each_operation(action: Callable[[str, tuple[Any, ...]], None]) -> None:
+    """Call `action` before every file operation; fsync has no event of its own."""
+    sys.addaudithook(lambda event, arguments: action(event, arguments) if is_operation(event, arguments) else None)
+    os.fsync = lambda descriptor: action("os.fsync", (descriptor,))
+
+
+def kill_at_operation(k: int) -> None:
+    operations = itertools.count()
+    on_each_operation(lambda *_: os._exit(KILLED) if next(operations) == k else None)
+
+
+def fill_disk_at_operation(k: int) -> None:
+    """From the k-th operation that takes space on, the disk is full."""
+    operations = itertools.count()
+
+    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        if takes_space(event, arguments) and next(operations) >= k:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    on_each_operation(refuse)
+
+
+def limit_size(k: int, kill: bool) -> None:
+    """Within a file, after 4**k bytes, writing fails or kills: this is the middle of a file, even in native code."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL if kill else signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4**k, 4**k))
+
+
+def attempt(write: Callable[[Path, int], None], out: Path, disturb: Callable[[], None]) -> tuple[int, str]:
+    """Write the newer result in a process of its own; returns its exit status and the message that it ended with."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        message, status = "", 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what scripts print is not to be limited in size
+        try:
+            disturb()
+            write(out, 1)
+        except UserError as error:
+            message, status = str(error), TOLD
+        except BaseException as error:
+            message, status = repr(error), 1
+        os.write(writing, message.encode()[:4096])
+        os._exit(status)
+    os.close(writing)
+    with open(reading, encoding="utf-8") as pipe:
+        message = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), message
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in out.iterdir() if not file.name.endswith(".part")}
+
+
+def left_over(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if path.name.endswith((".part", ".old"))]
+
+
+def disturbed(write: Callable[[Path, int], None], disturb: Callable[[int], None], kills: bool) -> dict[str, Any]:
+    """Disturb a writer at its first operation, at its second ..., until it is done before."""
+    problems = []
+    with tempfile.TemporaryDirectory() as folder:
+        work, older = Path(folder) / "work", Path(folder) / "older"
+        out = work / "out"  # always the same, since some results name their place
+        out.mkdir(parents=True)
+        (out / OWN).write_text(json.dumps(RECORDS))
+        write(out, 0)
+        shutil.copytree(out, older)
+        write(out, 1)
+        wholes = (contents(older), contents(out))
+        assert wholes[0] != wholes[1]
+        for k in itertools.count():
+            shutil.rmtree(work)
+            shutil.copytree(older, out)
+            status, message = attempt(write, out, partial(disturb, k))
+            found = contents(out) if out.exists() else {}
+            if found not in wholes:
+                problems.append(f"{k}: neither the older nor the newer result is whole: {sorted(found)}")
+            if status not in ((0, KILLED, -signal.SIGXFSZ) if kills else (0, TOLD)) or "\n" in message:
+                problems.append(f"{k}: ended with {status}: {message}")
+            if not kills and left_over(work):
+                problems.append(f"{k}: left {left_over(work)}")
+            if kills:
+                write(out, 1)
+                if contents(out) != wholes[1] or left_over(work):
+                    problems.append(f"{k}: writing once more left {left_over(work) or 'another result'}")
+            if status == 0:
+                break
+    return {"disturbances": k, "problems": problems}
+
+
+DISTURBANCES: dict[str, tuple[Callable[[int], None], bool]] = {
+    "killed": (kill_at_operation, True),
+    "killed within a file": (partial(limit_size, kill=True), True),
+    "disk full": (fill_disk_at_operation, False),
+    "disk full within a file": (partial(limit_size, kill=False), False),
+}
+
+
+def main() -> None:
+    tqdm.monitor_interval = 0  # no thread, which a fork would lose
+    tqdm.set_lock(threading.RLock())  # instead of one that processes share, which a killed one would not give back
+    os.fsync = lambda _: None  # only a machine that goes down loses what was not flushed
+    memory = Path("/dev/shm")  # files on a disk take twice the time
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as tempfile.tempdir:
+        gc.disable()  # it would touch, and so copy, every page in each process
+        for line in sys.stdin:
+            writer, how = json.loads(line)
+            print(json.dumps(disturbed(WRITERS[writer], *DISTURBANCES[how])), flush=True)
+
+
+if __name__ == "__main__":
+    main()
