@@ -1,7 +1,8 @@
 """The device, the precision and the memory that a script computes with."""
 
+import re
 import resource
-import sys
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -32,5 +33,7 @@ def peak_memory(device: torch.device) -> float:
     """The most memory that this process has used so far, in GB: on the GPU if it uses one, else on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux's getrusage would count what the process that started this one used
+        return 1024 * int(re.findall(r"VmHWM:\s*(\d+)", status.read_text())[0]) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9

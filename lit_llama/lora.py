@@ -124,14 +124,15 @@ def merge_lora(model: LLaMA) -> None:
 def remove_lora(model: LLaMA) -> None:
     """Take unmerged LoRA layers out again: the model is the pretrained one, bit for bit, and ready for others."""
     for name, layer in lora_layers(model):
-        put_plain_layer(model, name, nn.Parameter(layer.weight, layer.weight.requires_grad))
+        put_plain_layer(model, name, layer.weight)
 
 
 def lora_layers(model: LLaMA) -> list[tuple[str, LoRALinear]]:
     return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
 
 
-def put_plain_layer(model: LLaMA, name: str, weight: nn.Parameter) -> None:
+def put_plain_layer(model: LLaMA, name: str, weight: Tensor) -> None:
+    assert isinstance(weight, nn.Parameter)  # the very one, which a head may share with the embedding
     with torch.device("meta"):
         layer = Linear(weight.size(1), weight.size(0))
     layer.weight = weight

@@ -1,8 +1,8 @@
 """A program that disturbs every writer at each of its file operations, and looks at what it leaves behind.
 
-It reads names of writers from its input. For each it makes an older result and lets a process of its own write a newer
-one over it, again and again, disturbed at the first file operation, at the second and so on. It answers with a line of
-JSON: how many disturbances there were, and whatever was wrong afterwards.
+It reads names of writers from its input. For each it makes an older result (number 0) and lets a process of its own
+write a newer one (number 1) over it, again and again, disturbed at the first file operation, at the second and so on.
+It answers with a line of JSON: how many disturbances there were, and whatever was wrong afterwards.
 """
 
 import errno
@@ -28,7 +28,7 @@ import export_peft
 import import_peft
 import merge_lora
 import torch
-from builders import RECORDS, TINY, random_model, randomize, save_file
+from builders import RECORDS, TINY, random_model, randomize
 from builders_tokenizers import train_byte_tokenizer
 from lightning import Fabric
 from tqdm import tqdm
@@ -47,26 +47,19 @@ OWN = "notes.txt"  # a file of the user's, in the folder that is written to
 CONFIGS = (replace(TINY, n_layer=1, n_embd=16, n_hidden=24), replace(TINY, n_layer=2, n_embd=16, n_hidden=16))
 LORA = (LoRAConfig(2, 4, 0.0), LoRAConfig(4, 8, 0.0, ("key", "mlp")))
 ROWS = [{"step": i, "records": i, "tokens": i, "train_loss": 3.0, "validation_loss": 3.0, "seconds": i} for i in (1, 2)]
+FABRIC = Fabric(accelerator="cpu", devices=1)
 KILLED, TOLD = 137, 3  # exit statuses of the process that writes
-
-# What a writer writes is the older result of number 0 or the newer of number 1.
-
-
-@cache
-def model_folder(number: int) -> Path:
-    """A model with a tokenizer of other files than the other number's."""
-    folder = Path(tempfile.mkdtemp())
-    tokenizer = train_byte_tokenizer().to_str()
-    files = {"tokenizer.json": tokenizer, "tokenizer_config.json": json.dumps({"eos_token": "<|im_end|>"})}
-    if number == 1:
-        del files["tokenizer_config.json"]
-    save_model_folder(folder, random_model(CONFIGS[number], number).state_dict(), CONFIGS[number], files)
-    return folder
 
 
 @cache
 def checkpoint(number: int) -> Path:
-    return model_folder(number) / "lit-llama.pth"
+    """A model, with a tokenizer of other files than the other number's."""
+    folder = Path(tempfile.mkdtemp())
+    files = {"tokenizer.json": train_byte_tokenizer().to_str()}
+    if number == 0:
+        files["tokenizer_config.json"] = json.dumps({"eos_token": "<|im_end|>"})
+    save_model_folder(folder, random_model(CONFIGS[number], number).state_dict(), CONFIGS[number], files)
+    return folder / "lit-llama.pth"
 
 
 @cache
@@ -80,9 +73,9 @@ def lora_state(number: int) -> dict[str, torch.Tensor]:
 
 @cache
 def lora_file(number: int) -> Path:
-    path = Path(tempfile.mkdtemp()) / "lora.pth"
-    save_file(path, LORA[number], random_model(CONFIGS[number]), lora_state(number), "plain")
-    return path
+    folder = Path(tempfile.mkdtemp())
+    write_finetuned(folder, number)
+    return folder / "lora.pth"
 
 
 @cache
@@ -98,11 +91,6 @@ def peft_folder(number: int) -> Path:
     folder = Path(tempfile.mkdtemp()) / "peft"
     export_peft.main(folder, "a model", lora_file(number), checkpoint(number))
     return folder
-
-
-@cache
-def fabric() -> Fabric:
-    return Fabric(accelerator="cpu", devices=1)
 
 
 @cache
@@ -124,7 +112,7 @@ def write_mapping(out: Path, number: int) -> None:
 
 
 def write_model_folder(out: Path, number: int) -> None:
-    files = {file.name: file.read_bytes() for file in model_folder(number).glob("tokenizer*")}
+    files = {file.name: file.read_bytes() for file in checkpoint(number).parent.glob("tokenizer*")}
     save_model_folder(out, random_model(CONFIGS[number]).state_dict(), CONFIGS[number], files)
 
 
@@ -150,7 +138,7 @@ def write_imported(out: Path, number: int) -> None:
 
 def write_data(out: Path, number: int) -> None:
     """The records lie in the folder that is written to, among the files of the user that must stay."""
-    records, tokenizer = RECORDS[: 5 + number], Tokenizer(model_folder(number) / "tokenizer.json")
+    records, tokenizer = RECORDS[: 5 + number], Tokenizer(checkpoint(number).with_name("tokenizer.json"))
     prepare(out, {"train": records[2:], "validation": records[:2]}, tokenizer, [out / OWN], "plain")
 
 
@@ -160,12 +148,12 @@ def write_finetuned(out: Path, number: int) -> None:
 
 def write_training_state(out: Path, number: int) -> None:
     about = describe(LORA[number], CONFIGS[number], "plain", {})
-    TrainingState(fabric(), out, [], {}, resume=number == 1).save(number, about, lora_state(number), optimizer(number))
+    TrainingState(FABRIC, out, [], {}, resume=number == 1).save(number, about, lora_state(number), optimizer(number))
 
 
 def write_metrics(out: Path, number: int) -> None:
     """The older file is that of a run which went on for three steps after its last state, the newer one resumes it."""
-    log = TrainingLog(fabric(), out, n_steps=12, first_step=6 * number, interval=1)
+    log = TrainingLog(FABRIC, out, n_steps=12, first_step=6 * number, interval=1)
     for step in range(0 if number else 9):
         log.validation(step + 1, 3.0 - step)
 

@@ -44,6 +44,7 @@ def call(script: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_defaults_and_overrides_reach_main_and_are_recorded(script: Path) -> None:
     settings = {"rate": 0.0003, "steps": None, "names": "a,b"}
     assert call(script).stdout == f"0.0003 7 a,b x False {settings}\n"

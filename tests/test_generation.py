@@ -43,6 +43,7 @@ def frequencies(logits: torch.Tensor, **how: float) -> torch.Tensor:
     return torch.bincount(draws, minlength=len(logits)) / 4000
 
 
+@pytest.mark.slow
 def test_samples_follow_temperature_top_k_and_top_p() -> None:
     probs = torch.tensor([0.15, 0.5, 0.05, 0.3])
     logits = probs.log()
