@@ -73,7 +73,9 @@ def quickstart() -> str:
     losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
     memory, tokens = max(row["memory_gb"] for row in steps), steps[-1]["tokens"]
     training = (steps[-1]["seconds"] - rows[0]["seconds"]) / 60
-    wanted = [line for line in printed.splitlines() if re.search("trained parameters|validation loss", line)]
+    wanted = re.findall(
+        r"^(?:[\d,]+ trained parameters|step \d+/\d+: validation loss .*)$", printed, flags=re.MULTILINE
+    )
     answers = re.findall(r"^> (.*?)\n(.*?)\nTime for inference", printed, flags=re.MULTILINE | re.DOTALL)
     n = len(answers) // 2
     lines = ["```", *wanted, "```", "", "| asked | before | after |", "|---|---|---|"]
@@ -149,7 +151,7 @@ def adapter() -> str:
 
 def speed() -> str:
     """Against transformers + PEFT, on equal batches."""
-    table = script("benchmark.py", "--rounds", 2, "--n_records", 64, "--new_tokens", 60)
+    table = script("benchmark.py", "--rounds", 1, "--n_records", 12, "--new_tokens", 40)
     return f"{table}\n({sitting()})"
 
 
