@@ -152,7 +152,7 @@ def adapter() -> str:
 def speed() -> str:
     """Against transformers + PEFT, on equal batches."""
     table = script("benchmark.py", "--rounds", 1, "--n_records", 12, "--new_tokens", 40)
-    return f"{table}\n({sitting()})"
+    return f"{table}\nOne round of 12 records on a machine whose speed drifts: no more than a hint ({sitting()})."
 
 
 def batches() -> str:
