@@ -143,7 +143,7 @@ class Step:
         return self.dataset.n_targets(self.records)
 
     def share(self, rank: int, world_size: int) -> list[Batch]:
-        """The micro-batches that one of several processes computes; all get as many, if need be an empty one."""
+        """The micro-batches that one of several processes computes; all get equally many, padded with empty ones."""
         empty = [np.empty(0, np.int64)] * (-len(self.micro_batches) % world_size)
         batch = self.dataset.padded_batch if self.padded else self.dataset.batch
         return [batch(records) for records in (self.micro_batches + empty)[rank::world_size]]
@@ -202,7 +202,7 @@ def single_step(dataset: Dataset, micro_batch_size: int) -> Step:
 
 
 class GroupedSchedule(BatchSchedule):
-    """The schedule of version 1.0, with which runs that it began are ended, and against which benchmarks compare.
+    """The schedule of version 1.0, kept to finish runs that it began and as a baseline for benchmarks.
 
     Records are sorted by length within windows and cut into padded micro-batches, which are shuffled again. Where a
     step has few micro-batches, its records are of one length, and its gradient is not that of a random sample.

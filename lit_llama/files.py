@@ -31,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.unlink(missing_ok=True)  # of a run that was killed
         part.touch(exist_ok=False)
-        mode = (path if path.exists() else part).stat().st_mode  # safetensors would make the file unreadable for others
+        mode = (path if path.exists() else part).stat().st_mode  # safetensors would make the file unreadable to others
         try:
             yield part
             part.chmod(mode)
@@ -84,9 +84,7 @@ def check_replaceable(folder: Path, target: Path) -> None:
         raise UserError(f"{folder} cannot be replaced as a whole; give a folder inside it")
     for entry in target.iterdir() if target.exists() else ():
         if entry.is_dir():
-            raise UserError(
-                f"{folder} holds a folder, {entry.name}, which that is not part of a result; give another one"
-            )
+            raise UserError(f"{folder} holds a folder, {entry.name}, which is not part of a result; give another one")
 
 
 def remove_folder(folder: Path) -> None:

@@ -28,7 +28,7 @@ def describe(
     prompt_style: PromptStyle,
     hyperparameters: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What a file says of its weights; `method` is None if all weights are finetuned."""
+    """What a file says about its weights; `method` is None if all weights are finetuned."""
     kind = {LoRAConfig: "lora", AdapterConfig: "adapter"}[type(method)] if method else "full"
     about = {"kind": kind, kind: asdict(method) if method else {}, "base": asdict(base)}
     return {**about, "prompt_style": prompt_style, "hyperparameters": dict(hyperparameters)}

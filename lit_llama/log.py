@@ -1,4 +1,4 @@
-"""What a training run tells: a progress bar or plain lines, metrics.csv and loss.png."""
+"""What a training run reports: a progress bar or plain lines, metrics.csv and loss.png."""
 
 import csv
 import io

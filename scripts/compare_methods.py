@@ -73,7 +73,7 @@ def main(
         own_template_dir: The same records in the base model's own template, in which it is evaluated and asked, too.
         new_topics_dir: Data whose validation split is on topics that data_dir does not touch.
         questions: What each model is asked.
-        verdicts: JSON of answers and what an expert says of each, which is shown behind it.
+        verdicts: JSON that maps an exact answer to a verdict on it, which is shown after the answer.
         ranks: LoRA of these ranks instead of the four methods, for example 1,2,4,8,16.
     """
     methods = lora_ranks(data_dir, ranks) if ranks else four_methods(data_dir, own_template_dir)

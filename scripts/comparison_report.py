@@ -1,4 +1,4 @@
-"""What compare_methods.py makes of its figures: a table, pictures, and answers with what is to be said of them."""
+"""What compare_methods.py makes of its figures: a table, pictures, and the answers with verdicts on them."""
 
 import re
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ def table(results: dict[Method, Result], picture: str) -> list[str]:
 
 
 def answers(results: dict[Method, Result], questions: tuple[str, ...], verdicts: dict[str, Any]) -> list[str]:
-    """What each model answered, in Markdown, and what is to be said of it."""
+    """What each model answered, in Markdown, with the verdict on it if there is one."""
     lines = []
     for i, question in enumerate(questions):
         lines += [f"**{question}**", ""]

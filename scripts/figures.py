@@ -1,8 +1,8 @@
 """Measure the figures of README and guides, all in one sitting, and write each between its markers.
 
 A place for a figure is <!-- figures: NAME --> ... <!-- end of NAME -->, and NAME a function below. Each of them runs
-commands that a user could type. What is said of an answer comes from howto/verdicts.json, which judges its very words;
-an answer that is not there is shown with a question mark.
+commands that a user could type. The verdict on an answer comes from howto/verdicts.json, which lists exact answers; the
+quickstart's table marks an answer that is not there with a question mark.
 """
 
 import contextlib
