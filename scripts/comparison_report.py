@@ -104,9 +104,7 @@ def draw_methods(figure: "Figure", results: dict[Method, Result]) -> None:
         smallest, largest = min(filter(None, values), default=1), max(filter(None, values), default=1)
         left, right = (smallest / 10, 10 * largest * (largest / smallest) ** 0.7) if logarithmic else (0, 1.3 * largest)
         widths = [value or left for value in values]
-        bars = axes.barh(
-            names, widths, color=["#9aa5b1"] * (len(names) - 3) + ["#e0a458", "#3a6ea5", "#7d5ba6"], log=logarithmic
-        )
+        bars = axes.barh(names, widths, color=[COLORS[method.kind] for method in results], log=logarithmic)
         labels = [format_number(value, digits) or "none" for value in values]
         axes.bar_label(bars, labels, padding=3, fontsize=9)
         axes.set_title(title, fontsize=10)
@@ -122,11 +120,11 @@ def draw_ranks(figure: "Figure", results: dict[Method, Result]) -> None:
     for axes, key in zip(figure.subplots(2, 2).flat, ("loss", "rouge_l", "file_mb", "minutes"), strict=True):
         title, digits, _ = COLUMNS[key]
         ranks, values = [method.rank for method, _ in trained], [getattr(result, key) for _, result in trained]
-        axes.plot(ranks, values, color="#3a6ea5", marker="o", label="LoRA")
+        axes.plot(ranks, values, color=COLORS["lora"], marker="o", label="LoRA")
         for rank, value in zip(ranks, values, strict=True):
             axes.annotate(format_number(value, digits), (rank, value), (0, 6), textcoords="offset points", ha="center")
         if (level := getattr(base, key)) is not None:
-            axes.axhline(level, color="#9aa5b1", linestyle="--", label="base")
+            axes.axhline(level, color=COLORS["base"], linestyle="--", label="base")
             axes.legend(fontsize=9)
         axes.set_xscale("log", base=2)
         axes.set_xticks(ranks, [str(rank) for rank in ranks])
