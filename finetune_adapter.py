@@ -31,8 +31,8 @@ from lit_llama.training import (
 )
 from lit_llama.training_state import TrainingState, on_first_process, whole_weights
 
-learning_rate = 1.1e-3  # of LLaMA-Adapter's recipe: 9e-3 for 256 records a step, of which it takes 32
-batch_size: PositiveInt = 128  # records an optimizer step, over all devices
+learning_rate = 1.1e-3  # of LLaMA-Adapter's recipe: 9e-3 for 256 records per step, of which it takes 32
+batch_size: PositiveInt = 128  # records per optimizer step, over all devices
 micro_batch_size: PositiveInt = 4  # records that a device computes at once; lower it if memory runs out
 num_epochs: PositiveInt = 5
 max_steps: PositiveInt | None = None  # stop after this many optimizer steps, if sooner than num_epochs
@@ -105,7 +105,7 @@ def main(
     stop = StopSignal()
     if first_step == 0:
         log.validation(0, validation_loss(fabric, model, val_data, micro_batch_size))
-    # A step depends on nothing but its number and the state before it: a resumed run ends like an undisturbed one.
+    # A step depends on nothing but its number and the state before it: a resumed run ends like an uninterrupted one.
     for number in range(first_step, last_step):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * rate_factor(number, last_step, warmup_steps, lr_schedule)

@@ -91,7 +91,7 @@ class Dataset:
         return torch.from_numpy(self.tokens[start : start + self.lengths[i]].astype(np.int64))
 
     def prompt(self, i: int) -> list[int]:
-        """The tokens of a record that are not trained on: its prompt, unless mask_prompt is False."""
+        """The tokens of a record before its first target: its prompt, or one token if prompts are trained on too."""
         return self.record(i)[: self.first_targets[i]].tolist()
 
     def batch(self, records: Sequence[int] | np.ndarray) -> Batch:

@@ -164,7 +164,7 @@ def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def check_apart(source: Path, target: Path) -> None:
     """Raise a UserError if writing `target`, a file or a folder, would replace `source`, which is read."""
     if source.resolve() == target.resolve():
-        raise UserError(f"{target} is what is read; give another place to write to")
+        raise UserError(f"{target} is read by this command; choose another place to write to")
 
 
 def read_file(path: Path) -> dict[str, Any]:

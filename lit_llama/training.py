@@ -52,7 +52,8 @@ def launch(
     except (ValueError, RuntimeError, MisconfigurationException) as error:  # what it says of settings is clear enough
         raise UserError(f"could not launch {n} processes: {str(error).splitlines()[0]}") from None
     if fabric.world_size != n:
-        raise UserError(f"expected {n} processes (devices x nodes), {fabric.world_size} were launched; adapt --devices")
+        launched = fabric.world_size
+        raise UserError(f"expected {n} processes (devices x nodes), {launched} were launched; change --devices")
     return fabric
 
 
@@ -70,7 +71,9 @@ def matching_tokenizer(dataset: Dataset, model: LLaMA, pretrained_path: Path, to
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     tokenizer.check_fits(model.config.vocab_size)
     if tokenizer.fingerprint() != dataset.meta["tokenizer"]:
-        raise UserError(f"{dataset.data_dir} was not prepared with {tokenizer.path}; prepare the data with that")
+        raise UserError(
+            f"{dataset.data_dir} was not prepared with {tokenizer.path}; prepare the data again with that tokenizer"
+        )
     if len(dataset.tokens) and not 0 <= dataset.tokens.min() <= dataset.tokens.max() < tokenizer.vocab_size:
         raise UserError(
             f"{dataset.data_dir} is damaged: it has token ids beyond the vocabulary; prepare the data again"

@@ -48,12 +48,12 @@ def main(
         micro_batch_size: Records in a micro-batch.
         block_size: Tokens after which records are cut.
         epochs: Epochs, each shuffled differently, that the figures are means of.
-        n_seeds: Small models to train in each way, on all records.
+        n_seeds: Small models to train in each way, on all records; with fewer than 2 there is no second table.
     """
     dataset = Dataset(data_dir, "train", block_size, limit=n_records)
     products = gradient_products(dataset, pretrained_path)
     n_targets = dataset.lengths - dataset.first_targets
-    print("| records a step | variance: ours | random | grouped | cosine: ours | random | grouped |")
+    print("| records per step | variance: ours | random | grouped | cosine: ours | random | grouped |")
     print("|---:|---:|---:|---:|---:|---:|---:|")
     for batch_size in (4, 16, 32, 128):
         size = min(micro_batch_size, batch_size)

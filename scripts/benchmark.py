@@ -86,7 +86,7 @@ def main(
         new_tokens: Tokens to generate.
         rounds: How often each side is measured.
     """
-    os.environ.pop("OPENBLAS_CORETYPE", None)  # it slows a current numpy
+    os.environ.pop("OPENBLAS_CORETYPE", None)  # a kernel forced on OpenBLAS for an older machine would slow this one
     sides = {"ours": measure_ours, "peer, padded": measure_padded, "peer, packed": measure_packed}
     print("| batches | training speed | memory | generation speed | tokens/s, ours | padded peer | packed peer |")
     print("|---|---:|---:|---:|---:|---:|---:|")

@@ -27,7 +27,7 @@ from lit_llama.optimizer import LRSchedule
 from lit_llama.training_state import STATE_FILE
 
 num_epochs: PositiveInt = 1
-batch_size: PositiveInt = 4  # records an optimizer step
+batch_size: PositiveInt = 4  # records per optimizer step
 micro_batch_size: PositiveInt = 4  # records computed at once
 block_size: PositiveInt = 512  # tokens; longer records are cut
 lr_schedule: LRSchedule = "linear"  # of all methods
@@ -85,7 +85,7 @@ def main(
     picture = out_dir / ("ranks.png" if ranks else "comparison.png")
     n_train, n_validation = (len(Dataset(data_dir, split, block_size)) for split in ("train", "validation"))
     about = (
-        f"{pretrained_path.parent.name}, {n_train:,} records to train on (epochs: {num_epochs}, records a step: "
+        f"{pretrained_path.parent.name}, {n_train:,} records to train on (epochs: {num_epochs}, records per step: "
         f"{batch_size}), {n_validation:,} to validate on; {datetime.date.today():%d %B %Y}, {machine()}."
     )
     text = "\n".join([about, "", *table(results, picture.name), *answers(results, questions, known)])

@@ -48,7 +48,7 @@ def method(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def finished(method: str, checkpoint: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of an undisturbed run."""
+    """The output of an uninterrupted run."""
     out_dir = tmp_path_factory.mktemp(method)
     base = checkpoint.read_bytes()
     assert run_script(f"finetune_{method}", *finetune_arguments(method, checkpoint, data_dir, out_dir)) is None
@@ -265,7 +265,7 @@ def test_a_model_is_not_written_over(checkpoint: Path, data_dir: Path, tmp_path:
     arguments = finetune_arguments("full", checkpoint, data_dir, checkpoint.parent)
     before = {path.name: path.read_bytes() for path in checkpoint.parent.iterdir()}
     ended = run_script("finetune_full", *arguments)
-    assert "is what is read" in ended
+    assert "is read by this command" in ended
     assert "\n" not in ended
     assert {path.name: path.read_bytes() for path in checkpoint.parent.iterdir()} == before
     for name in ("lit-llama.pth", "config.json"):

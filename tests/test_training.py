@@ -47,7 +47,7 @@ def test_data_of_another_tokenizer_is_refused(
     other = HFTokenizer.from_str(byte_tokenizer.to_str())
     other.add_tokens(["more"])
     other.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="prepare the data with that"):
+    with pytest.raises(UserError, match="prepare the data again with that tokenizer"):
         matching_tokenizer(dataset, model, tmp_path / "lit-llama.pth", None)
 
 

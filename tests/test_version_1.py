@@ -36,8 +36,8 @@ def test_a_run_of_version_1_is_resumed_and_ends_as_it_would_have(method: str, tm
     assert run_script(f"finetune_{method}", *finetune_arguments(method, tmp_path), "--resume", "true") is None
     # Equal to the last bit with as many threads as made it; others round differently, the moments of full in bfloat16.
     atol = 1e-4 if method == "full" else 1e-6
-    resumed, undisturbed = weights(tmp_path / RESULTS[method]), weights(FOLDER / method / "finished.pth")
-    torch.testing.assert_close(resumed, undisturbed, rtol=1e-4, atol=atol)
+    resumed, uninterrupted = weights(tmp_path / RESULTS[method]), weights(FOLDER / method / "finished.pth")
+    torch.testing.assert_close(resumed, uninterrupted, rtol=1e-4, atol=atol)
     rows = read_metrics(tmp_path / "metrics.csv")
     assert [row["step"] for row in rows if "train_loss" in row] == list(range(1, 13))
     assert rows[-1]["records"] == 4 * 11
