@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveInt
-from torch.nn import functional as F
 
 from lit_llama.cli import constants, run
 from lit_llama.data import SCHEDULES, Dataset
@@ -112,15 +111,15 @@ def main(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * rate_factor(number, last_step, warmup_steps, lr_schedule)
 
-        # The loss is the mean over all target tokens of the step, whichever micro-batch and device they are on.
+        # The model sums the cross-entropy of the selected tokens' logits with the targets, the tokens that follow them.
+        # The loss is the mean over all targets of the step, whichever micro-batch and device they are on.
         step = schedule.step(number)
         batches = step.share(fabric.global_rank, fabric.world_size)
         step_loss = torch.zeros((), device=fabric.device)
         for i, batch in enumerate(batches, 1):
             input_ids, lengths, select, targets = fabric.to_device(batch)
             with fabric.no_backward_sync(model, enabled=i < len(batches)):
-                logits = model(input_ids, lengths=lengths, select=select)  # (N, V)
-                loss = F.cross_entropy(logits.float(), targets, reduction="sum") / step.n_targets
+                loss = model(input_ids, lengths=lengths, select=select, targets=targets) / step.n_targets
                 fabric.backward(loss * fabric.world_size)  # gradients are averaged over the devices
             step_loss += loss.detach()
         mean_loss = sum_over_devices(fabric, step_loss)

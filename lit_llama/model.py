@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lit_llama.kernels import SwiGLU, matrix_vector, summed_cross_entropy
+
 Mask = Tensor | list[int] | None  # see `attention_mask`, or the lengths of packed sequences
 
 
@@ -119,19 +121,21 @@ class LLaMA(nn.Module):
         select: Tensor | None = None,
         n_pad: Tensor | None = None,
         lengths: list[int] | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, V) for token ids idx (B, T).
+        """Logits (B, T, V) for token ids idx (B, T), or, with targets, the loss.
 
         Args:
             cache: keys and values of the tokens before `idx`, from `new_cache`; those of `idx` are added in place.
             select: indices (N,) into the B * T tokens; only their logits (N, V) are computed (training needs no more).
             n_pad: how many tokens (B,) at the start of each sequence are padding. (Right padding needs no mask.)
             lengths: of sequences packed one after the other into a single row idx (1, T); none of them sees another.
+            targets: the tokens (N,) that follow the selected ones; the result is their cross-entropy, summed.
         """
         T, start = idx.size(1), cache[0].length if cache else 0
         positions = torch.arange(start, start + T, device=idx.device)  # (T,)
         if lengths is not None:
-            positions = torch.cat([positions[:n] for n in lengths])  # (T,)
+            positions = torch.cat([torch.arange(n, device=idx.device) for n in lengths])  # (T,)
         if n_pad is not None:
             positions = positions - n_pad[:, None, None]  # (B, 1, T)
         rope = rotary_table(self.config, positions)
@@ -143,8 +147,9 @@ class LLaMA(nn.Module):
             else:
                 x = block(x, rope, mask, cache[i] if cache else None)
         if select is not None:
-            x = x.flatten(0, 1)[select]  # (N, C)
-        return self.lm_head(self.transformer.ln_f(x))
+            x = x.flatten(0, 1).index_select(0, select)  # (N, C)
+        x = self.transformer.ln_f(x)
+        return self.lm_head(x) if targets is None else summed_cross_entropy(self.lm_head, x, targets)
 
     def new_cache(self, batch_size: int, length: int) -> "list[KVCache]":
         """An empty cache per layer, for `batch_size` sequences of at most `length` tokens each."""
@@ -195,7 +200,7 @@ class CausalSelfAttention(nn.Module):
         if isinstance(mask, list):  # packed sequences, each by itself
             parts = zip(*(tensor.split(mask, dim=2) for tensor in (q, k, v)), strict=True)
             return torch.cat([CausalSelfAttention.attend(self, *part, mask=None) for part in parts], dim=2)
-        is_causal = mask is None and q.size(2) > 1
+        is_causal = True if mask is None and q.size(2) > 1 else False  # noqa: SIM210 - a bool, also when compiled
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=q.size(1) != k.size(1))
 
 
@@ -209,14 +214,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(config.n_hidden, config.n_embd)  # down
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.c_fc1(x), self.c_fc2(x)  # (B, T, H)
-        if torch.is_grad_enabled():  # the product is cheap to recompute, and large to keep
-            return self.c_proj(checkpoint(swiglu, gate, up, use_reentrant=False, preserve_rng_state=False))
-        return self.c_proj(swiglu(gate, up))
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
+        return self.c_proj(SwiGLU.apply(self.c_fc1(x), self.c_fc2(x)))  # (B, T, C)
 
 
 class Linear(nn.Linear):
@@ -227,14 +225,12 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.numel() == self.in_features and self.out_features % 16 == 0:
-            # A matrix-vector product runs on one core; as a batch of 16 row blocks it runs on all.
-            blocks = self.weight.view(16, -1, self.in_features).mT
-            return torch.bmm(x.expand(16, 1, -1), blocks).view(*x.shape[:-1], -1)
+            return matrix_vector(x, self.weight)
         return super().forward(x)
 
 
 class RMSNorm(nn.Module):
-    """Root mean square layer normalisation (arXiv 1910.07467); torch computes it in float32 whatever the precision."""
+    """Root mean square layer normalisation (arXiv 1910.07467), computed in float32 and returned in the dtype of x."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -242,7 +238,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.scale.shape, self.scale, self.eps)
+        with torch.autocast(x.device.type, enabled=False):  # which would return float32, to be cast back and forth
+            return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), self.eps)
 
 
 class KVCache:
@@ -282,7 +279,7 @@ def rotary_table(config: LLaMAConfig, positions: Tensor) -> Tensor:
     freqs = 1.0 / config.rope_base**exponents  # (hs / 2,)
     if config.rope_scaling is not None:
         freqs = stretch_frequencies(freqs, config.rope_scaling)
-    angles = positions.float()[..., None] * freqs  # (..., T, hs / 2)
+    angles = positions.float().unsqueeze(-1) * freqs  # (..., T, hs / 2)
     return torch.polar(torch.ones_like(angles), angles)
 
 

@@ -26,11 +26,12 @@ def shard(model: LLaMA, mesh: DeviceMesh, compute_dtype: torch.dtype) -> LLaMA:
     """Spread a model over the devices, block by block, so that none of them ever holds all of it.
 
     `mesh` is Fabric's, which also has a dimension for tensor parallelism; given whole, it would mean replication.
-    Parameters are gathered in `compute_dtype`; gradients are summed in float32.
+    Parameters are gathered in `compute_dtype`; gradients are summed in float32. The head belongs to the model's own
+    group, which stays gathered during a step: its gradient is computed together with the loss, chunk by chunk.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    ends = [] if model.config.tie_embeddings else [model.transformer.wte, model.lm_head]  # tied ones stay together
-    for module in (*model.transformer.h, *ends, model):
+    untied = [] if model.config.tie_embeddings else [model.transformer.wte]  # a tied one stays with the head
+    for module in (*model.transformer.h, *untied, model):
         store_as(module, compute_dtype)
         fully_shard(module, mesh=mesh["data_parallel"], mp_policy=policy)
     return model

@@ -13,7 +13,6 @@ from lightning.fabric.loggers import Logger
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.nn import functional as F
 
 from lit_llama.checkpoint import load_model
 from lit_llama.data import Batch, Dataset, single_step
@@ -104,8 +103,7 @@ def sum_over_devices(fabric: Fabric, value: torch.Tensor) -> float:
 
 def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy of a batch, summed over its targets; 0 if it has none."""
-    logits = model(batch.input_ids, lengths=batch.lengths, select=batch.select)  # (N, V)
-    return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+    return model(batch.input_ids, lengths=batch.lengths, select=batch.select, targets=batch.targets)
 
 
 class StopSignal:

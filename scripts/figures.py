@@ -151,8 +151,8 @@ def adapter() -> str:
 
 def speed() -> str:
     """Against transformers + PEFT, on equal batches."""
-    table = script("benchmark.py", "--rounds", 1, "--n_records", 12, "--new_tokens", 40)
-    return f"{table}\nOne round of 12 records on a machine whose speed drifts: no more than a hint ({sitting()})."
+    table = script("benchmark.py", "--rounds", 3, "--n_records", 24, "--new_tokens", 60)
+    return f"{table}\nMedians of 3 rounds of 24 records, each side in turn ({sitting()})."
 
 
 def batches() -> str:

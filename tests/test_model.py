@@ -126,6 +126,8 @@ def test_rms_norm_is_exact_for_tiny_and_bfloat16_inputs() -> None:
         torch.testing.assert_close(norm(x).double(), expected, rtol=1e-5, atol=0)
         low = norm.to(torch.bfloat16)(x.bfloat16())
         assert low.dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(norm(x.bfloat16()), low)
         x = x.bfloat16().double()
         expected = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
         torch.testing.assert_close(low.double(), expected, rtol=2**-8, atol=0)  # no worse than rounding the result
