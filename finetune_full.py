@@ -134,13 +134,12 @@ def main(
             raise UserError(f"stopped after step {done} as requested; continue with --resume true")
 
     weights = whole_weights(fabric, llama.state_dict(), storage_dtype(numerics))
-    path = out_dir / WEIGHTS
-    on_first_process(fabric, write_model, out_dir, weights, llama.config, tokenizer.files())
+    path, style = out_dir / WEIGHTS, train_data.prompt_style
+    on_first_process(fabric, write_model, out_dir, weights, llama.config, tokenizer.files(), style)
     log.close(f"{pretrained_path.parent.name}, all weights")
     if fabric.is_global_zero:
         log.say(f"Saved {path} ({path.stat().st_size / 1e6:.1f} MB). Ask it something:")
-        style = train_data.prompt_style
-        log.say(f'python generate.py --checkpoint_path {path} --prompt_style {style} --prompt "..."')
+        log.say(f'python generate.py --checkpoint_path {path} --prompt "..."')
 
 
 if __name__ == "__main__":

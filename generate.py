@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lit_llama.checkpoint import load_model
+from lit_llama.checkpoint import load_model, own_prompt_style
 from lit_llama.cli import run
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
 from lit_llama.generation import Sampling, read_prompts, respond
@@ -14,7 +14,7 @@ def main(
     prompt: str = "Hello, my name is",
     input: str = "",
     prompt_file: Path | None = None,
-    prompt_style: PromptStyle = "plain",
+    prompt_style: PromptStyle | None = None,
     checkpoint_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
     tokenizer_path: Path | None = None,
     num_samples: int = 1,
@@ -31,7 +31,8 @@ def main(
         prompt: The text to continue.
         input: What an instruction works on, if anything.
         prompt_file: Several prompts, one a line, instead.
-        prompt_style: plain for a text to continue, or the template of an instruction (see lit_llama/prompt.py).
+        prompt_style: plain for a text to continue, or the template of an instruction (see lit_llama/prompt.py). By
+            default the one that the model's config.json names, or plain.
         checkpoint_path: The model.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         num_samples: Continuations per prompt.
@@ -45,10 +46,11 @@ def main(
     dtype = storage_dtype(precision or default_precision())
     prompts = read_prompts(prompt, prompt_file)
     tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
+    style = prompt_style or own_prompt_style(checkpoint_path) or "plain"
     model = load_model(checkpoint_path, dtype, default_device())
     for i in range(num_samples):
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed + i)
-        respond(model, tokenizer, prompts, prompt_style, input, sampling)
+        respond(model, tokenizer, prompts, style, input, sampling)
 
 
 if __name__ == "__main__":

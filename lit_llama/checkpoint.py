@@ -1,4 +1,4 @@
-"""Model folders: `lit-llama.pth` (the weights), `config.json` (the fields of LLaMAConfig) and the tokenizer."""
+"""Model folders: `lit-llama.pth` (weights), `config.json` (LLaMAConfig's fields, the prompt style), the tokenizer."""
 
 import json
 from collections.abc import Mapping
@@ -10,29 +10,44 @@ import torch
 from torch import Tensor
 
 from lit_llama.errors import UserError
-from lit_llama.files import check_finite, read_file, replacing_folder, write_file
+from lit_llama.files import check_finite, read_file, read_json, replacing_folder, write_file
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
+from lit_llama.prompt import TEMPLATES, PromptStyle
 
 WEIGHTS = "lit-llama.pth"
 MODEL_FILES = r"(lit-llama\.pth|config\.json|tokenizer\.model|tokenizer\.json|tokenizer_config\.json)(\.part)?"
 
 
 def save_model_folder(
-    folder: Path, state: Mapping[str, Tensor], config: LLaMAConfig, files: Mapping[str, bytes | str]
+    folder: Path,
+    state: Mapping[str, Tensor],
+    config: LLaMAConfig,
+    files: Mapping[str, bytes | str],
+    prompt_style: PromptStyle | None = None,
 ) -> None:
-    """Write a model folder; `files` are the tokenizer's. An older model there is replaced as a whole."""
+    """Write a model folder, in place of an older one as a whole.
+
+    Args:
+        files: the tokenizer's.
+        prompt_style: the template that the model was trained with, if any.
+    """
     with replacing_folder(folder, MODEL_FILES) as part:
-        write_model(part, state, config, files)
+        write_model(part, state, config, files, prompt_style)
 
 
 def write_model(
-    folder: Path, state: Mapping[str, Tensor], config: LLaMAConfig, files: Mapping[str, bytes | str]
+    folder: Path,
+    state: Mapping[str, Tensor],
+    config: LLaMAConfig,
+    files: Mapping[str, bytes | str],
+    prompt_style: PromptStyle | None = None,
 ) -> None:
     """Write the files of a model one by one, the weights last, into a folder that holds no other model."""
     check_finite(folder / WEIGHTS, state)
     if config.tie_embeddings:  # one tensor under two names is stored once
         state = {**state, "lm_head.weight": state["transformer.wte.weight"]}
-    for name, text in {**files, "config.json": json.dumps(asdict(config), indent=2)}.items():
+    fields = {**asdict(config), "prompt_style": prompt_style}
+    for name, text in {**files, "config.json": json.dumps(fields, indent=2)}.items():
         write_file(folder / name, text)
     write_file(folder / WEIGHTS, state)
 
@@ -61,7 +76,8 @@ def read_config(path: Path, state: Mapping[str, Any]) -> LLaMAConfig:
     file = path.with_name("config.json")
     if file.is_file():
         try:
-            return LLaMAConfig(**json.loads(file.read_text(encoding="utf-8")))
+            fields = json.loads(file.read_text(encoding="utf-8"))
+            return LLaMAConfig(**{name: value for name, value in fields.items() if name != "prompt_style"})
         except (ValueError, TypeError) as error:
             raise UserError(f"{file} does not describe a LLaMA ({error})") from None
     wte, n_layer = state.get("transformer.wte.weight"), sum(name.endswith("attn.c_attn.weight") for name in state)
@@ -69,6 +85,13 @@ def read_config(path: Path, state: Mapping[str, Any]) -> LLaMAConfig:
         if n_layer == config.n_layer and wte is not None and wte.shape == (config.vocab_size, config.n_embd):
             return config
     raise UserError(f"{path} has no config.json next to it, and its tensors are of no known LLaMA size{hint(state)}")
+
+
+def own_prompt_style(path: Path) -> PromptStyle | None:
+    """The template that the model of a checkpoint was trained with, as the config.json next to it says."""
+    file = path.with_name("config.json")
+    style = read_json(file).get("prompt_style") if file.is_file() else None
+    return style if style in TEMPLATES else None
 
 
 def check_state(path: Path, state: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:

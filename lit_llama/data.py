@@ -1,6 +1,6 @@
 """Prepared records as a training run sees them: read from their folder, and drawn from it in optimizer steps.
 
-`lit_llama/records.py` says what such a folder holds. Length limit and prompt masking are choices of the training, so
+`lit_llama/prepared.py` says what such a folder holds. Length limit and prompt masking are choices of the training, so
 changing them needs no new preparation.
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lit_llama.errors import UserError
 from lit_llama.files import read_json
+from lit_llama.prepared import ARRAYS
 from lit_llama.prompt import PromptStyle
-from lit_llama.records import ARRAYS
 
 
 class Batch(NamedTuple):
@@ -35,7 +35,8 @@ class Dataset:
     """One split of a prepared folder.
 
     Records are cut at `block_size` tokens (a response that was cut has no end of sequence); one whose prompt leaves no
-    room for a response is dropped and counted in `n_dropped`. `limit` takes the first so many of those that are left.
+    room for a response is dropped and counted in `n_dropped`. Documents are cut into blocks, each a record of its own.
+    With `mask_prompt` False, all tokens are trained on. `limit` takes the first so many of the records that are left.
     """
 
     def __init__(
@@ -44,33 +45,45 @@ class Dataset:
         self.data_dir, self.block_size = data_dir, block_size
         try:
             self.meta = read_json(data_dir / "meta.json")
-            self.tokens, self.offsets, prompt_lengths = (
+            if (data_dir / f"{split}_prompt_lengths.npy").is_file():
+                raise UserError("it is of version 1.0")
+            self.tokens, self.offsets, spans = (
                 np.load(data_dir / f"{split}_{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS
             )
         except (UserError, OSError, ValueError) as error:
             raise UserError(f"{data_dir} holds no prepared data ({error}); run one of scripts/prepare_*.py") from None
-        self._check(split, prompt_lengths)
+        self._check(split, spans)
         self.prompt_style: PromptStyle = self.meta["prompt_style"]
         origin = {name: self.meta[name] for name in ("sources", "tokenizer", "prompt_style", "split_seed", "records")}
         self.fingerprint = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
-        lengths = np.minimum(np.diff(self.offsets), block_size)
-        first_targets = prompt_lengths if mask_prompt else np.ones_like(prompt_lengths)
-        self.index = np.flatnonzero(lengths > prompt_lengths)[:limit]  # places of the records in the files
-        self.n_dropped = int((lengths <= prompt_lengths).sum())
-        self.lengths = lengths[self.index]
-        self.first_targets = first_targets[self.index]
+        starts, ends = self.offsets[:-1], self.offsets[1:]
+        if self.meta.get("documents"):
+            blocks = [np.arange(*edges, block_size) for edges in zip(starts, ends, strict=True)]
+            starts, ends = np.concatenate(blocks), np.repeat(ends, list(map(len, blocks)))
+        lengths = np.minimum(ends - starts, block_size)
+        self.targets = spans if mask_prompt else np.stack([self.offsets[:-1], self.offsets[1:]], axis=1)
+        counts = self._targets_before(starts + lengths) - self._targets_before(starts + 1)  # nothing predicts the first
+        self.index = np.flatnonzero(counts)[:limit]  # of the records that are left
+        self.n_dropped = int((counts == 0).sum())
+        self.n_cut = int((lengths < ends - starts)[self.index].sum()) if not self.meta.get("documents") else 0
+        self.starts, self.lengths, self.target_counts = (a[self.index] for a in (starts, lengths, counts))
 
-    def _check(self, split: str, prompt_lengths: np.ndarray) -> None:
-        """Raise a UserError unless the arrays are those that meta.json was written for (version 1.0 did not say)."""
-        arrays = dict(zip(ARRAYS, (self.tokens, self.offsets, prompt_lengths), strict=True))
-        wrong = [name for name in ("tokenizer", "prompt_style", "records") if name not in self.meta]
+    def _targets_before(self, places: np.ndarray) -> np.ndarray:
+        """How many of all tokens before each of some places in the file are trained on."""
+        starts, ends = self.targets.T
+        before = np.searchsorted(ends, places, side="right")  # spans that end there or earlier
+        whole = np.concatenate([[0], np.cumsum(ends - starts)])[before]
+        begun = np.append(starts, np.iinfo(np.int64).max)[before]  # the span that a place may be in
+        return whole + np.maximum(places - begun, 0)
+
+    def _check(self, split: str, spans: np.ndarray) -> None:
+        """Raise a UserError unless the arrays are those that meta.json was written for."""
+        arrays = dict(zip(ARRAYS, (self.tokens, self.offsets, spans), strict=True))
+        wrong = [name for name in ("tokenizer", "prompt_style", "records", "sha256") if name not in self.meta]
         for name, expected in self.meta.get("sha256", {}).items():
             kind = name.removeprefix(f"{split}_")
             if kind in arrays and hashlib.sha256(arrays[kind].data).hexdigest() != expected:
                 wrong.append(f"{name}.npy")
-        n = len(prompt_lengths)
-        if len(self.offsets) != n + 1 or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens):
-            wrong.append(f"{split}_offsets.npy")
         if wrong:
             raise UserError(f"{self.data_dir} is damaged: {wrong[0]} does not fit the rest; prepare the data again")
 
@@ -83,26 +96,36 @@ class Dataset:
 
     def n_targets(self, records: Sequence[int] | np.ndarray) -> int:
         """How many tokens of these records are trained on."""
-        return int((self.lengths[records] - self.first_targets[records]).sum())
+        return int(self.target_counts[records].sum())
 
     def record(self, i: int) -> Tensor:
         """The tokens of a record: its prompt, then its response."""
-        start = self.offsets[self.index[i]]
+        start = self.starts[i]
         return torch.from_numpy(self.tokens[start : start + self.lengths[i]].astype(np.int64))
 
-    def prompt(self, i: int) -> list[int]:
-        """The tokens of a record before its first target: its prompt, or one token if prompts are trained on too."""
-        return self.record(i)[: self.first_targets[i]].tolist()
+    def spans(self, i: int) -> np.ndarray:
+        """The spans (n, 2) of a record's tokens that are trained on, as places in the record."""
+        start, end = self.starts[i], self.starts[i] + self.lengths[i]
+        first, last = np.searchsorted(self.targets[:, 1], start, side="right"), np.searchsorted(self.targets[:, 0], end)
+        return np.clip(self.targets[first:last], start, end) - start
+
+    def last_answer(self, i: int) -> tuple[list[int], list[int]]:
+        """The tokens before the last span of a record that is trained on, and those in it."""
+        start, end = self.spans(i)[-1]
+        tokens = self.record(i).tolist()
+        return tokens[:start], tokens[start:end]
 
     def batch(self, records: Sequence[int] | np.ndarray) -> Batch:
         """These records, packed; no records make a batch of one token without targets."""
         empty = torch.empty(0, dtype=torch.int64)
         inputs, lengths, select, targets = [], [], [empty], [empty]
         for i in records:
-            tokens, first = self.record(i), int(self.first_targets[i])
+            tokens = self.record(i)
             # The token at position t predicts the one at t + 1: the last is no input, the first is no target.
-            select.append(torch.arange(first - 1, len(tokens) - 1) + sum(lengths))
-            targets.append(tokens[first:])
+            for start, end in self.spans(i):
+                places = torch.arange(max(start, 1), end)
+                select.append(places - 1 + sum(lengths))
+                targets.append(tokens[places])
             inputs.append(tokens[:-1])
             lengths.append(len(tokens) - 1)
         row = torch.cat(inputs) if inputs else torch.zeros(1, dtype=torch.int64)

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_llama.device import peak_memory
 from lit_llama.errors import UserError
 from lit_llama.model import LLaMA
-from lit_llama.prompt import PromptStyle, format_prompt
+from lit_llama.prompt import Message, PromptStyle, encode_prompt, stop_ids, with_input
 from lit_llama.tokenizer import Tokenizer
 
 
@@ -75,23 +75,24 @@ def next_tokens(model: LLaMA, prompts: list[list[int]], sampling: Sampling) -> I
         idx = tokens[:, None]  # (B, 1)
 
 
-def generate(model: LLaMA, prompt: list[int], sampling: Sampling, eos_id: int | None = None) -> Iterator[int]:
-    """Yield the ids that continue the token ids of `prompt`, up to `eos_id` (which is not yielded)."""
-    for (token,) in next_tokens(model, [prompt], sampling):
-        if token == eos_id:
+def generate(model: LLaMA, prompt: list[int], sampling: Sampling, stop: Collection[int] = ()) -> Iterator[int]:
+    """Yield the ids that continue the token ids of `prompt`, up to one of `stop` (which is not yielded)."""
+    for tokens in next_tokens(model, [prompt], sampling):
+        token = int(tokens)
+        if token in stop:
             return
-        yield int(token)
+        yield token
 
 
 def generate_batch(
-    model: LLaMA, prompts: list[list[int]], sampling: Sampling, eos_id: int | None = None
+    model: LLaMA, prompts: list[list[int]], sampling: Sampling, stop: Collection[int] = ()
 ) -> list[list[int]]:
     """What `generate` yields for each of several prompts, computed at once."""
     answers: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
     for tokens in next_tokens(model, prompts, sampling):
         for row, token in enumerate(tokens.tolist()):
-            if token == eos_id:
+            if token in stop:
                 running.discard(row)
             elif row in running:
                 answers[row].append(token)
@@ -119,15 +120,14 @@ def respond(
     model.eval()
     for prompt in prompts:
         torch.manual_seed(sampling.seed)
-        text = format_prompt(prompt_style, prompt, context)
-        ids = tokenizer.encode(text)
+        ids = encode_prompt(prompt_style, prompt, context, tokenizer)
         if prompt_style == "plain":
-            print(text, end="", flush=True)
+            print(with_input(Message("user", prompt, context)), end="", flush=True)
         elif len(prompts) > 1:
             print(f"> {prompt}", file=sys.stderr)
         answer: list[int] = []
         start = time.perf_counter()
-        tokens = kept(generate(model, ids, sampling, tokenizer.eos_id), answer)
+        tokens = kept(generate(model, ids, sampling, stop_ids(prompt_style, tokenizer)), answer)
         for piece in tokenizer.stream(tokens, after=ids if prompt_style == "plain" else []):
             print(piece, end="", flush=True)
         print(flush=True)

@@ -1,29 +1,171 @@
-"""Instruction records: read from JSON, split, and tokenised once into a folder.
+"""Records to learn from, read from files of many forms: each is a conversation, or a document.
 
-A prepared folder holds for each split flat arrays (`train_tokens.npy`, `train_offsets.npy`, `train_prompt_lengths.npy`)
-and one `meta.json`. Record i is tokens[offsets[i]:offsets[i + 1]]: its prompt, then its response, then the end of
-sequence. `lit_llama/data.py` draws batches from it.
+A record is an object with "instruction", "output" and perhaps "input" (Alpaca), with "messages" of "role" and "content"
+(OpenAI, Hugging Face) or "conversations" of "from" and "value" (ShareGPT), or with "text", a document to be trained on
+as a whole. What a file calls these fields can be said with `Fields`.
 """
 
-import hashlib
-import io
+import csv
 import json
-import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any, get_args
 from urllib.request import urlopen
 
 import numpy as np
-from tqdm import tqdm
 
 from lit_llama.errors import UserError
-from lit_llama.files import replacing_folder, write_file
-from lit_llama.prompt import PromptStyle, format_prompt
-from lit_llama.tokenizer import Tokenizer
+from lit_llama.files import write_file
+from lit_llama.prompt import Message, Role, check_order
 
-Record = dict[str, str]  # "instruction", "input" (may be empty), "output"
-ARRAYS = ("tokens", "offsets", "prompt_lengths")
-DATA_FILES = rf"(meta\.json|(train|validation)_({'|'.join(ARRAYS)})\.npy)(\.part)?"
+Conversation = list[Message]  # of a document: the answer alone
+Rows = Iterable[tuple[str, object]]  # each with its place, such as "line 3"
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What the fields of a record are called in its file."""
+
+    instruction: str = "instruction"
+    input: str = "input"  # the only one that a record may lack
+    output: str = "output"
+    messages: str = "messages"
+    text: str = "text"
+
+
+def read_records(source: Path, fields: Fields | None = None) -> list[Conversation]:
+    """The records of a .json, .jsonl, .csv, .parquet or .txt file, or of a data set's folder or name on the hub."""
+    records, problems, fields = [], [], fields or Fields()
+    for place, row in read_rows(source):
+        try:
+            records.append(conversation(row, fields))
+        except (ValueError, UserError) as error:
+            problems.append(f"{place} {error}")
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise UserError(
+            f"{source}: {len(problems)} of {len(problems) + len(records)} records cannot be used: "
+            f"{'; '.join(problems[:3])}{more}; fix or remove them, or name the fields, as in --instruction_key question"
+        )
+    return records
+
+
+def conversation(row: object, fields: Fields) -> Conversation:
+    """The messages of a record; a ValueError says what is wrong with it."""
+    if not isinstance(row, dict):
+        raise ValueError(f"is of type {type(row).__name__}, not an object with fields")
+    turns = row.get(fields.messages, row.get("conversations"))
+    if turns is not None:
+        messages = [message(turn) for turn in turns] if isinstance(turns, list) else []
+    elif fields.text in row and fields.instruction not in row:
+        messages = [Message("assistant", text_of(row, fields.text))]
+    else:
+        context = text_of(row, fields.input) if row.get(fields.input) else ""
+        question = Message("user", text_of(row, fields.instruction), context)
+        messages = [question, Message("assistant", text_of(row, fields.output))]
+    check_order(messages)
+    if messages[-1].role != "assistant":
+        raise ValueError("ends in a question, not in an answer to learn from")
+    return messages
+
+
+def message(turn: object) -> Message:
+    if not isinstance(turn, dict):
+        raise ValueError("has a message that is not an object with role and content")
+    name = str(turn.get("role", turn.get("from")))
+    role: Any = ROLES.get(name, name)
+    if role not in get_args(Role):
+        raise ValueError(f"has a message of role {name!r}, not one of {', '.join(get_args(Role))}")
+    return Message(role, text_of(turn, "content" if "content" in turn else "value"))
+
+
+def text_of(row: dict[str, Any], name: str) -> str:
+    text = row.get(name)
+    if not isinstance(text, str) or not text.strip():
+        what = f"has no {name!r} but {', '.join(map(repr, row))}" if name not in row else f"has no text in {name!r}"
+        raise ValueError(what)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"has half a character (a lone surrogate) in {name!r}") from None
+    return text
+
+
+def read_rows(source: Path) -> Rows:
+    """The rows of a file or data set, each with its place."""
+    readers = {".csv": csv_rows, ".txt": document, ".json": json_rows, ".jsonl": json_rows}
+    if source.is_dir() or source.suffix == ".parquet" or (not source.exists() and len(source.parts) == 2):
+        return dataset_rows(source)
+    if not source.is_file():
+        raise UserError(f"{source} does not exist")
+    try:
+        text = source.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{source} is not encoded in UTF-8; convert it") from None
+    return readers.get(source.suffix, json_rows)(source, text)
+
+
+def document(_source: Path, text: str) -> Rows:
+    return [("it", {"text": text})]
+
+
+def csv_rows(source: Path, text: str) -> Rows:
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    try:
+        return [(f"line {reader.line_num}", {str(name): value for name, value in row.items()}) for row in reader]
+    except csv.Error as error:
+        raise UserError(f"{source}, line {reader.line_num}: not valid CSV ({error})") from None
+
+
+def json_rows(source: Path, text: str) -> Rows:
+    """The values of a JSON list, of the one list in a JSON object, or of the lines of a JSONL file."""
+    try:
+        content = json.loads(text)
+        if isinstance(content, dict) and len(content) == 1:
+            ((name, value),) = content.items()
+            content = value if isinstance(value, list) and name not in ("messages", "conversations") else content
+        return [(f"record {i}", row) for i, row in enumerate(content if isinstance(content, list) else [content], 1)]
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+    rows: list[tuple[str, object]] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            rows += [(f"line {number}", json.loads(line))] if line.strip() else []
+        except (ValueError, RecursionError):
+            what = f"line {number} is not valid JSON" if rows else reason
+            raise UserError(f"{source} is neither a JSON list nor JSON lines: {what}") from None
+    return rows
+
+
+def dataset_rows(source: Path) -> Rows:
+    """The training split of a data set, by the library `datasets`: a parquet file, a folder, or a name on the hub."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(f"to read {source}, run: pip install -e '.[data]'; or give a JSON, JSONL or CSV file") from None
+    try:
+        if source.suffix == ".parquet":
+            rows = load_dataset("parquet", data_files=str(source), split="train")
+        else:
+            rows = load_dataset(str(source), split="train")
+    except Exception as error:  # of the library, or of one of the many beneath it
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"{source} is not a file, and could not be read as a data set ({reason})") from None
+    return ((f"row {i}", row) for i, row in enumerate(rows, 1))
+
+
+def split_records(records: list[Conversation], n_validation: int | None, seed: int) -> dict[str, list[Conversation]]:
+    """Shuffle and hold out `n_validation` records (None: 2,000, or a tenth if that is less)."""
+    if n_validation is None:
+        n_validation = min(2000, len(records) // 10)
+    if not 0 <= n_validation < len(records):
+        raise UserError(f"cannot hold out {n_validation} of {len(records)} records for validation")
+    order = np.random.default_rng(seed).permutation(len(records))
+    shuffled = [records[i] for i in order]
+    return {"train": shuffled[n_validation:], "validation": shuffled[:n_validation]}
 
 
 def download(url: str, path: Path) -> None:
@@ -39,110 +181,3 @@ def download(url: str, path: Path) -> None:
     if expected and int(expected) != len(content):
         raise UserError(f"the download of {url} broke off after {len(content)} of {expected} bytes; run this again")
     write_file(path, content)
-
-
-def read_records(path: Path, keys: Record | None = None) -> list[Record]:
-    """The records of a JSON list or of a JSONL file, each with "instruction", "input" and "output".
-
-    Args:
-        keys: what those three are called in the file, if not by those names; only the input may be missing.
-    """
-    rows = read_rows(path)
-    records = []
-    for number, row in enumerate(rows, 1):
-        record = {"input": ""}
-        for name in ("instruction", "input", "output"):
-            key = (keys or {}).get(name, name)
-            value = row.get(key, record.get(name)) if isinstance(row, dict) else None
-            if not isinstance(value, str) or (name != "input" and not value.strip()):
-                raise UserError(
-                    f"{path}, record {number}: {key!r} is missing, empty or not text; fix or remove the record"
-                )
-            record[name] = value
-        records.append(record)
-    return records
-
-
-def read_rows(path: Path) -> list[object]:
-    """The values of a JSON list, or of the lines of a JSONL file."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not encoded in UTF-8; convert it") from None
-    try:
-        content = json.loads(text)
-        return content if isinstance(content, list) else [content]
-    except ValueError as error:
-        reason = str(error)
-    rows: list[object] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError:
-            what = f"line {number} is not valid JSON" if rows else reason
-            raise UserError(f"{path} is neither a JSON list nor JSON lines: {what}") from None
-    return rows
-
-
-def split_records(records: list[Record], n_validation: int | None, seed: int) -> dict[str, list[Record]]:
-    """Shuffle and hold out `n_validation` records (None: 2,000, or a tenth if that is less)."""
-    if n_validation is None:
-        n_validation = min(2000, len(records) // 10)
-    if not 0 <= n_validation < len(records):
-        raise UserError(f"cannot hold out {n_validation} of {len(records)} records for validation")
-    order = np.random.default_rng(seed).permutation(len(records))
-    shuffled = [records[i] for i in order]
-    return {"train": shuffled[n_validation:], "validation": shuffled[:n_validation]}
-
-
-def prepare(
-    data_dir: Path,
-    splits: dict[str, list[Record]],
-    tokenizer: Tokenizer,
-    sources: list[Path],
-    prompt_style: PromptStyle,
-    seed: int | None = None,
-) -> None:
-    """Tokenise the records of all splits into `data_dir`, whose earlier arrays are replaced as a whole.
-
-    Args:
-        sources: the files that the records were read from.
-        seed: of the split, if they were split here.
-    """
-    if not splits["train"]:
-        raise UserError(f"no training records in {sources[0]}")
-    for source in sources:
-        if source.resolve().parent == data_dir.resolve() and re.fullmatch(DATA_FILES, source.name):
-            raise UserError(f"{source} would be replaced; give another --data_dir")
-    meta = {
-        "sources": [{"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in sources],
-        "tokenizer": tokenizer.fingerprint(),
-        "prompt_style": prompt_style,
-        "split_seed": seed,
-        "records": {name: len(records) for name, records in splits.items()},
-    }
-    checksums = {}
-    with replacing_folder(data_dir, DATA_FILES) as part:
-        for split, records in splits.items():
-            for name, array in zip(ARRAYS, tokenise(split, records, tokenizer, prompt_style), strict=True):
-                buffer = io.BytesIO()
-                np.save(buffer, array, allow_pickle=False)
-                write_file(part / f"{split}_{name}.npy", buffer.getvalue())
-                checksums[f"{split}_{name}"] = hashlib.sha256(array.data).hexdigest()
-        write_file(part / "meta.json", json.dumps({**meta, "sha256": checksums}, indent=2))
-
-
-def tokenise(
-    split: str, records: list[Record], tokenizer: Tokenizer, prompt_style: PromptStyle
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The arrays of a split, in the order of ARRAYS."""
-    tokens: list[int] = []
-    offsets, prompt_lengths = [0], []
-    for record in tqdm(records, desc=f"Tokenising {split}", unit="record"):
-        prompt = tokenizer.encode(format_prompt(prompt_style, record["instruction"], record["input"]))
-        tokens += prompt + tokenizer.encode(record["output"], bos=False, eos=True)
-        offsets.append(len(tokens))
-        prompt_lengths.append(len(prompt))
-    return np.array(tokens, np.int32), np.array(offsets, np.int64), np.array(prompt_lengths, np.int32)

@@ -31,6 +31,7 @@ class Tokenizer:
                 self._hf = HFTokenizer.from_file(str(path))
                 self._hf.no_truncation()
                 self._hf.no_padding()
+                self._hf.encode_special_tokens = True  # text is text: what users write never becomes a control token
                 self._sp = None
             else:
                 self._sp = SentencePieceProcessor(model_file=str(path))
@@ -64,6 +65,17 @@ class Tokenizer:
         if bos and self.bos_id is not None:
             ids = [self.bos_id, *ids]
         return [*ids, self.eos_id] if eos else ids
+
+    def control_id(self, name: str) -> int | None:
+        """The id of a control token, which no text is encoded to. None for "bos" if the model has none."""
+        if name in ("bos", "eos"):
+            return self.bos_id if name == "bos" else self.eos_id
+        token_id = self._sp.piece_to_id(name) if self._sp else self._hf.token_to_id(name)
+        if token_id is None or (self._sp and token_id == self._sp.unk_id()):
+            raise UserError(
+                f"{self.path} has no token {name}; choose the --prompt_style that its model was trained with"
+            )
+        return token_id
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids; without bos and eos."""

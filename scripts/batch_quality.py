@@ -52,7 +52,7 @@ def main(
     """
     dataset = Dataset(data_dir, "train", block_size, limit=n_records)
     products = gradient_products(dataset, pretrained_path)
-    n_targets = dataset.lengths - dataset.first_targets
+    n_targets = dataset.target_counts
     print("| records per step | variance: ours | random | grouped | cosine: ours | random | grouped |")
     print("|---:|---:|---:|---:|---:|---:|---:|")
     for batch_size in (4, 16, 32, 128):

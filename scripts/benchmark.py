@@ -185,7 +185,10 @@ def labelled(dataset: Dataset, records: np.ndarray) -> tuple[list[Tensor], list[
     ids = [dataset.record(i) for i in records]
     labels = [tokens.clone() for tokens in ids]
     for label, i in zip(labels, records, strict=True):
-        label[: dataset.first_targets[i]] = IGNORED
+        trained = torch.zeros(len(label), dtype=torch.bool)
+        for start, end in dataset.spans(i):
+            trained[start:end] = True
+        label[~trained] = IGNORED
     return ids, labels
 
 

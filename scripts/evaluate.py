@@ -22,6 +22,7 @@ from lit_llama.finetuned import load_adapter, load_lora
 from lit_llama.generation import Sampling, generate_batch
 from lit_llama.lora import merge_lora
 from lit_llama.model import LLaMA
+from lit_llama.prompt import stop_ids
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 from lit_llama.training import matching_tokenizer
 
@@ -181,15 +182,17 @@ def answer_scores(
     n = min(n, len(dataset))
     answers, start, count = [""] * n, time.perf_counter(), 0
     sampling = Sampling(max_new_tokens, temperature=0)
-    by_length = sorted(range(n), key=lambda i: len(dataset.prompt(i)))
+    prompts, references = zip(*(dataset.last_answer(i) for i in range(n)), strict=True)
+    stop = stop_ids(dataset.prompt_style, tokenizer)
+    by_length = sorted(range(n), key=lambda i: len(prompts[i]))
     for first in tqdm(range(0, n, batch_size), desc="Answers", unit="batch"):
         records = by_length[first : first + batch_size]
-        new = generate_batch(model, [dataset.prompt(i) for i in records], sampling, tokenizer.eos_id)
+        new = generate_batch(model, [prompts[i] for i in records], sampling, stop)
         for i, ids in zip(records, new, strict=True):
             answers[i], count = tokenizer.decode(ids), count + len(ids)
     speed = count / (time.perf_counter() - start)
-    references = [tokenizer.decode(dataset.batch([i]).targets.tolist()) for i in range(n)]
-    return {**rouge_and_bleu(answers, references), "records": n, "tokens_per_second": speed}
+    wanted = [tokenizer.decode(reference) for reference in references]
+    return {**rouge_and_bleu(answers, wanted), "records": n, "tokens_per_second": speed}
 
 
 def rouge_and_bleu(answers: list[str], references: list[str]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from lit_llama.files import check_apart
 from lit_llama.finetuned import load_lora
 from lit_llama.lora import merge_lora
 from lit_llama.model import LLaMA
-from lit_llama.prompt import format_prompt
+from lit_llama.prompt import encode_prompt
 from lit_llama.tokenizer import find_tokenizer
 
 
@@ -27,7 +27,7 @@ def main(
     """Merge in float32, and save in the dtype of the base model.
 
     Args:
-        out_dir: The model folder to write: lit-llama.pth, config.json and the tokenizer.
+        out_dir: The model folder to write: lit-llama.pth, config.json (with the prompt style) and the tokenizer.
         lora_path: The file that finetune_lora.py wrote.
         pretrained_path: The checkpoint of the base model.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
@@ -39,11 +39,11 @@ def main(
     model = load_model(pretrained_path).eval()
     tokenizer.check_fits(model.config.vocab_size)
     prompt_style = load_lora(model, lora_path, lora_alpha)
-    idx = torch.tensor([tokenizer.encode(format_prompt(prompt_style, prompt))])
+    idx = torch.tensor([encode_prompt(prompt_style, prompt, "", tokenizer)])
     apart = logits(model, idx)
     merge_lora(model)
     merged = logits(model, idx)
-    save_model_folder(out_dir, model.state_dict(), model.config, tokenizer.files())
+    save_model_folder(out_dir, model.state_dict(), model.config, tokenizer.files(), prompt_style)
     change = (merged - apart).abs().max()
     print(f"Saved {out_dir}. Merging changed the logits of a prompt by up to {change:.1e}", file=sys.stderr)
 

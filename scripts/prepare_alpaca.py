@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from lit_llama.cli import run
-from lit_llama.records import download, prepare, read_records, split_records
+from lit_llama.prepared import prepare
+from lit_llama.prompt import PromptStyle
+from lit_llama.records import download, read_records, split_records
 from lit_llama.tokenizer import find_tokenizer
 
 URL = "https://raw.githubusercontent.com/tloen/alpaca-lora/main/alpaca_data_cleaned_archive.json"
@@ -13,6 +15,7 @@ def main(
     data_dir: Path = Path("data/alpaca"),
     pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
     tokenizer_path: Path | None = None,
+    prompt_style: PromptStyle = "alpaca",
     data_file: Path | None = None,
     val_split_size: int | None = None,
     seed: int = 42,
@@ -23,6 +26,7 @@ def main(
         data_dir: The folder to write.
         pretrained_path: The checkpoint that will be finetuned; its tokenizer is used.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
+        prompt_style: The template of the conversations (see lit_llama/prompt.py).
         data_file: Records in the Alpaca format on the disk, instead of the download.
         val_split_size: Records to hold out for validation. By default 2000, or a tenth if that is less.
         seed: Of the split.
@@ -32,7 +36,7 @@ def main(
     if data_file is None:
         download(URL, source)
     splits = split_records(read_records(source), val_split_size, seed)
-    prepare(data_dir, splits, tokenizer, [source], "alpaca", seed)
+    prepare(data_dir, splits, tokenizer, [source], prompt_style, seed)
 
 
 if __name__ == "__main__":

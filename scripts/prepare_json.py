@@ -1,10 +1,16 @@
-"""Prepare your own records, a JSON list or JSON lines with "instruction", "input" (optional) and "output"."""
+"""Prepare your own records: questions and answers, conversations or documents.
+
+They are read from .json, .jsonl, .csv, .parquet or .txt files, or from a data set on the Hugging Face hub. A record has
+the fields "instruction", "output" and perhaps "input"; or "messages", each with a role and content; or "text", all of
+which is trained on.
+"""
 
 from pathlib import Path
 
 from lit_llama.cli import run
+from lit_llama.prepared import prepare
 from lit_llama.prompt import PromptStyle
-from lit_llama.records import prepare, read_records, split_records
+from lit_llama.records import Fields, read_records, split_records
 from lit_llama.tokenizer import find_tokenizer
 
 
@@ -15,27 +21,38 @@ def main(
     pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
     tokenizer_path: Path | None = None,
     prompt_style: PromptStyle = "alpaca",
+    instruction_key: str = "instruction",
+    input_key: str = "input",
+    output_key: str = "output",
+    messages_key: str = "messages",
+    text_key: str = "text",
     val_split_size: int | None = None,
     seed: int = 42,
 ) -> None:
     """Split and tokenise.
 
     Args:
-        train_file: The records to train on.
+        train_file: The records to train on: a file, or a data set's folder or name on the hub.
         data_dir: The folder to write.
         validation_file: The records to validate on. By default, some of train_file are held out.
         pretrained_path: The checkpoint that will be finetuned; its tokenizer is used.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
-        prompt_style: The template of the prompts (see lit_llama/prompt.py).
+        prompt_style: The template of the conversations (see lit_llama/prompt.py); plain for documents.
+        instruction_key: What the file calls the instruction of a record,
+        input_key: what the instruction works on,
+        output_key: and the answer;
+        messages_key: or the list of messages;
+        text_key: or the text of a document.
         val_split_size: Records to hold out if there is no validation_file. By default 2000, or a tenth if less.
         seed: Of the split.
     """
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
-    records = read_records(train_file)
+    fields = Fields(instruction_key, input_key, output_key, messages_key, text_key)
+    records = read_records(train_file, fields)
     if validation_file is None:
         prepare(data_dir, split_records(records, val_split_size, seed), tokenizer, [train_file], prompt_style, seed)
     else:
-        splits = {"train": records, "validation": read_records(validation_file)}
+        splits = {"train": records, "validation": read_records(validation_file, fields)}
         prepare(data_dir, splits, tokenizer, [train_file, validation_file], prompt_style)
 
 

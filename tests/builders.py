@@ -18,6 +18,7 @@ from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.lora import LoRAConfig
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prompt import PromptStyle
+from lit_llama.records import Fields, conversation
 
 TINY = LLaMAConfig(block_size=128, vocab_size=320, n_layer=2, n_head=4, n_embd=32, n_kv_head=2, n_hidden=48)
 
@@ -48,7 +49,7 @@ class Lengths(Dataset):
     """A data set of which only the lengths of the records matter; their prompts have one token."""
 
     def __init__(self, lengths: np.ndarray) -> None:
-        self.lengths, self.first_targets = lengths, np.ones_like(lengths)
+        self.lengths, self.target_counts = lengths, lengths - 1
         self.index = np.arange(len(lengths))
 
 
@@ -58,6 +59,7 @@ RECORDS = [
 ]
 
 
+CONVERSATIONS = [conversation(record, Fields()) for record in RECORDS]
 ROOT = Path(__file__).parent.parent
 RESULTS = {  # what the finetune scripts write
     "lora": "lit-llama-lora-finetuned.pth",

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import RECORDS, TINY, random_model
+from builders import CONVERSATIONS, RECORDS, TINY, random_model
 from builders_tokenizers import train_byte_tokenizer
 from tokenizers import Tokenizer as HFTokenizer
 
 from lit_llama.checkpoint import save_model_folder
-from lit_llama.records import prepare
+from lit_llama.prepared import prepare
 from lit_llama.tokenizer import Tokenizer
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for scripts in processes of their own: tiny tensors are slower on several threads
@@ -50,6 +50,6 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Pa
     folder = tmp_path_factory.mktemp("data")
     source = folder / "records.json"
     source.write_text(json.dumps(RECORDS))
-    splits = {"train": RECORDS[:11], "validation": RECORDS[11:]}
+    splits = {"train": CONVERSATIONS[:11], "validation": CONVERSATIONS[11:]}
     prepare(folder, splits, Tokenizer(model_folder / "tokenizer.json"), [source], "plain")
     return folder

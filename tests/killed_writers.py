@@ -28,7 +28,7 @@ import export_peft
 import import_peft
 import merge_lora
 import torch
-from builders import RECORDS, TINY, random_model, randomize
+from builders import CONVERSATIONS, RECORDS, TINY, random_model, randomize
 from builders_tokenizers import train_byte_tokenizer
 from lightning import Fabric
 from tqdm import tqdm
@@ -39,7 +39,7 @@ from lit_llama.files import write_file
 from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.log import TrainingLog, plot_losses
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
-from lit_llama.records import prepare
+from lit_llama.prepared import prepare
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training_state import TrainingState
 
@@ -138,7 +138,7 @@ def write_imported(out: Path, number: int) -> None:
 
 def write_data(out: Path, number: int) -> None:
     """The records lie in the folder that is written to, among the files of the user that must stay."""
-    records, tokenizer = RECORDS[: 5 + number], Tokenizer(checkpoint(number).with_name("tokenizer.json"))
+    records, tokenizer = CONVERSATIONS[: 5 + number], Tokenizer(checkpoint(number).with_name("tokenizer.json"))
     prepare(out, {"train": records[2:], "validation": records[:2]}, tokenizer, [out / OWN], "plain")
 
 

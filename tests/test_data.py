@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -5,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import RECORDS, TINY, Lengths, random_model
+from builders import CONVERSATIONS, RECORDS, TINY, Lengths, random_model
 from torch.nn import functional as F
 
 from lit_llama.data import BatchSchedule, Dataset, GroupedSchedule
 from lit_llama.errors import UserError
-from lit_llama.prompt import format_prompt
-from lit_llama.records import prepare, read_records, split_records
+from lit_llama.prepared import prepare
+from lit_llama.prompt import Message, encode, encode_prompt
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training import loss_sum
 
@@ -32,7 +33,7 @@ def test_unmasked_targets_are_the_response_and_eos_exactly(data_dir: Path, token
 def test_the_prompt_at_training_is_the_prompt_at_generation(data_dir: Path, tokenizer: Tokenizer) -> None:
     dataset = Dataset(data_dir, "train", block_size=128)
     for i, record in enumerate(RECORDS[:11]):
-        prompt = tokenizer.encode(format_prompt("plain", record["instruction"], record["input"]))
+        prompt = encode_prompt("plain", record["instruction"], record["input"], tokenizer)
         ids, _, select, _ = dataset.batch([i])
         assert ids[0, : len(prompt)].tolist() == prompt
         assert select[0] == len(prompt) - 1  # the last prompt token predicts the first of the response
@@ -64,7 +65,7 @@ def test_packed_records_give_what_each_gives_alone_and_what_padded_rows_give(dat
 def test_a_truncated_response_has_no_eos_and_a_prompt_without_room_is_dropped(
     data_dir: Path, tokenizer: Tokenizer
 ) -> None:
-    longest = len(tokenizer.encode(format_prompt("plain", RECORDS[8]["instruction"], RECORDS[8]["input"])))
+    longest = len(encode_prompt("plain", RECORDS[8]["instruction"], RECORDS[8]["input"], tokenizer))
     dataset = Dataset(data_dir, "train", block_size=longest)
     assert dataset.n_dropped > 0
     assert len(dataset) + dataset.n_dropped == 11
@@ -104,7 +105,7 @@ def test_the_loss_is_the_mean_over_target_tokens(data_dir: Path) -> None:
     model, dataset = random_model(TINY), Dataset(data_dir, "train", 128)
     losses = []
     for i in range(3):
-        start, length, first = dataset.offsets[i], dataset.lengths[i], dataset.first_targets[i]
+        start, length, first = dataset.offsets[i], dataset.lengths[i], dataset.spans(i)[0, 0]
         ids = torch.from_numpy(dataset.tokens[start : start + length].astype(np.int64))
         logits = model(ids[None, :-1])[0]
         losses += [F.cross_entropy(logits[t - 1], ids[t]) for t in range(first, length)]
@@ -177,7 +178,7 @@ def test_processes_share_a_step_without_overlap_and_in_equal_numbers(data_dir: P
 
 
 def test_changed_or_exchanged_arrays_are_noticed(data_dir: Path, tmp_path: Path) -> None:
-    for name in ("train_tokens.npy", "train_offsets.npy", "train_prompt_lengths.npy"):
+    for name in ("train_tokens.npy", "train_offsets.npy", "train_spans.npy"):
         folder = tmp_path / name
         shutil.copytree(data_dir, folder)
         array = np.load(folder / name)
@@ -192,62 +193,8 @@ def test_a_source_is_not_written_over(tmp_path: Path, tokenizer: Tokenizer) -> N
     source = tmp_path / "meta.json"
     source.write_text(json.dumps(RECORDS))
     with pytest.raises(UserError, match="would be replaced"):
-        prepare(tmp_path, {"train": RECORDS}, tokenizer, [source], "plain")
+        prepare(tmp_path, {"train": CONVERSATIONS}, tokenizer, [source], "plain")
     assert json.loads(source.read_text()) == RECORDS
-
-
-def test_json_and_jsonl_are_read_alike(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps(RECORDS))
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({k: v for k, v in r.items() if v}) for r in RECORDS))
-    assert read_records(tmp_path / "a.json") == read_records(tmp_path / "a.jsonl") == RECORDS
-
-
-def test_other_names_of_the_fields(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"instruction": "i", "context": "c", "response": "r", "category": "x"}')
-    keys = {"input": "context", "output": "response"}
-    assert read_records(tmp_path / "a.jsonl", keys) == [{"instruction": "i", "input": "c", "output": "r"}]
-
-
-def test_unicode_line_separators_do_not_end_a_record(tmp_path: Path) -> None:
-    record = {"instruction": "i", "input": "", "output": "a\u2028b\u0085c"}
-    (tmp_path / "a.jsonl").write_text((json.dumps(record, ensure_ascii=False) + "\n") * 2)
-    assert read_records(tmp_path / "a.jsonl") == [record, record]
-
-
-def test_another_encoding_is_told(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_bytes('[{"instruction": "é"}]'.encode("latin-1"))
-    with pytest.raises(UserError, match="UTF-8"):
-        read_records(tmp_path / "a.json")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('[{"instruction": "i", "output": "o"}, {"instruction": "i"}]', "record 2: 'output'"),
-        ('[{"instruction": "i", "output": ""}]', "record 1: 'output'"),
-        ('[{"instruction": 3, "output": "o"}]', "record 1: 'instruction'"),
-        ('["text"]', "record 1"),
-        ('{"a": {}}', "record 1: 'instruction'"),
-        ('[{"instruction": "i", ', "neither"),
-        ('{"instruction": "i", "output": "o"}\n{"instruction"', "line 2"),
-    ],
-)
-def test_malformed_records_are_named(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "a.json").write_text(text)
-    with pytest.raises(UserError, match=message) as error:
-        read_records(tmp_path / "a.json")
-    assert "\n" not in str(error.value)
-
-
-def test_splits_are_disjoint_and_depend_on_the_seed_alone() -> None:
-    records = [{"instruction": str(i), "input": "", "output": "o"} for i in range(100)]
-    split = split_records(records, None, seed=1)
-    assert (len(split["train"]), len(split["validation"])) == (90, 10)
-    assert not {r["instruction"] for r in split["train"]} & {r["instruction"] for r in split["validation"]}
-    assert split == split_records(records, None, seed=1) != split_records(records, None, seed=2)
-    assert len(split_records(records, 25, seed=1)["validation"]) == 25
-    with pytest.raises(UserError):
-        split_records(records, 100, seed=1)
 
 
 def test_preparing_no_records_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -259,3 +206,52 @@ def test_preparing_no_records_is_refused(tmp_path: Path, tokenizer: Tokenizer) -
 def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="prepare_"):
         Dataset(tmp_path, "train", 128)
+
+
+def test_data_of_version_1_is_to_be_prepared_again(data_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "train_spans.npy").rename(tmp_path / "train_prompt_lengths.npy")
+    with pytest.raises(UserError, match=r"version 1\.0.*run one of scripts/prepare_"):
+        Dataset(tmp_path, "train", 128)
+
+
+def long_conversation(n_turns: int) -> list[Message]:
+    return [Message("user" if i % 2 == 0 else "assistant", f"words {i}") for i in range(2 * n_turns)]
+
+
+@pytest.mark.parametrize("block_size", [10, 37, 60, 1000])
+def test_all_answers_of_a_conversation_are_trained_on_up_to_the_limit(
+    tmp_path: Path, tokenizer: Tokenizer, block_size: int
+) -> None:
+    records = [long_conversation(n) for n in (1, 4, 2)]
+    prepare(tmp_path / "data", {"train": records}, tokenizer, [tmp_path], "zephyr")
+    dataset = Dataset(tmp_path / "data", "train", block_size)
+    used = []
+    for record in records:
+        ids, trained = encode("zephyr", record, tokenizer)
+        expected = [token for token, is_trained in zip(ids[:block_size], trained, strict=False) if is_trained]
+        used += [expected] if expected else []
+    assert [dataset.batch([i]).targets.tolist() for i in range(len(dataset))] == used
+    assert [dataset.n_targets([i]) for i in range(len(dataset))] == list(map(len, used))
+    assert dataset.n_dropped == len(records) - len(used)
+    for i in range(len(dataset)):
+        ids, _, select, targets = dataset.batch([i])
+        assert torch.equal(dataset.record(i)[select + 1], targets)
+        assert torch.equal(ids[0], dataset.record(i)[:-1])
+    if block_size == 1000:
+        prompt, answer = dataset.last_answer(1)
+        assert tokenizer.decode(answer[:-1]) == "words 7"
+        assert prompt == encode("zephyr", records[1][:-1], tokenizer).ids
+
+
+def test_documents_are_cut_into_blocks_and_trained_on_as_a_whole(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    records = [[Message("assistant", "a b c d e f g h i j k")], [Message("assistant", "short")]]
+    prepare(tmp_path / "data", {"train": records}, tokenizer, [tmp_path], "plain")
+    dataset = Dataset(tmp_path / "data", "train", block_size=8)
+    blocks = [dataset.record(i).tolist() for i in range(len(dataset))]
+    whole = [encode("plain", record, tokenizer).ids for record in records]
+    assert [*itertools.chain(*blocks)] == [*itertools.chain(*whole)]
+    assert max(map(len, blocks)) == 8
+    assert (dataset.n_dropped, dataset.n_cut) == (0, 0)
+    for i, block in enumerate(blocks):
+        assert dataset.batch([i]).targets.tolist() == block[1:]

@@ -24,7 +24,7 @@ def test_it_stops_at_eos_and_a_second_prompt_is_not_affected_by_the_first() -> N
     tokens = list(generate(model, [5, 6, 7], Sampling(20, 0)))
     assert list(generate(model, [9, 3], Sampling(20, 0))) != tokens
     stop = next(i for i, token in enumerate(tokens) if token not in tokens[:i] and i > 2)
-    assert list(generate(model, [5, 6, 7], Sampling(20, 0), tokens[stop])) == tokens[:stop]
+    assert list(generate(model, [5, 6, 7], Sampling(20, 0), {tokens[stop]})) == tokens[:stop]
 
 
 def test_sampling_is_a_function_of_the_seed() -> None:
@@ -75,9 +75,9 @@ def test_batched_greedy_answers_equal_one_by_one() -> None:
     alone = [list(generate(model, prompt, Sampling(30, 0))) for prompt in prompts]
     assert generate_batch(model, prompts, Sampling(30, 0)) == alone
     eos = alone[2][7]  # some stop early, each at its own place
-    stopped = [list(generate(model, prompt, Sampling(30, 0), eos)) for prompt in prompts]
+    stopped = [list(generate(model, prompt, Sampling(30, 0), {eos})) for prompt in prompts]
     assert len({len(answer) for answer in stopped}) > 1
-    assert generate_batch(model, prompts, Sampling(30, 0), eos) == stopped
+    assert generate_batch(model, prompts, Sampling(30, 0), {eos}) == stopped
 
 
 def test_rows_of_a_batch_are_sampled_by_their_own_probabilities() -> None:

@@ -20,12 +20,12 @@ def test_there_are_enough_records_and_none_is_in_two_files() -> None:
     assert len(new_topics) == 20
     assert len(train) >= 300
     assert len(validation) >= 30
-    questions = [normalised(f"{r['instruction']} {r['input']}") for r in train + validation + new_topics]
+    questions = [normalised(f"{asked.content} {asked.input}") for asked, _ in train + validation + new_topics]
     assert len(set(questions)) == len(questions)
-    assert "Please explain how weight decay works" in [r["instruction"] for r in validation]
+    assert "Please explain how weight decay works" in [asked.content for asked, _ in validation]
 
 
 @pytest.mark.parametrize("name", ["train", "validation", "validation_new_topics"])
 def test_answers_are_short(name: str) -> None:
     for record in read_records(FOLDER / f"{name}.json"):
-        assert 15 <= len(record["output"].split()) <= 80, record
+        assert 15 <= len(record[1].content.split()) <= 80, record

@@ -9,7 +9,8 @@ from builders import RESULTS, run_script
 
 from lit_llama.log import read_metrics
 
-FOLDER = Path(__file__).parent / "version_1"  # each run was stopped after step 6 of 12; finished.pth was not
+# Each run was stopped after step 6 of 12; finished.pth was not. The data is prepared again, as users' must be.
+FOLDER = Path(__file__).parent / "version_1"
 CHECKPOINT = FOLDER / "model" / "lit-llama.pth"
 SETTINGS = {
     "lora": ["--learning_rate", 0.01, "--lora_r", 4, "--lora_alpha", 32, "--lora_dropout", 0.2, "--warmup_steps", 2],

@@ -1,0 +1,91 @@
+"""The templates of `lit_llama/prompt.py` in Jinja, which transformers, llama.cpp and vLLM render; how to tell theirs.
+
+Jinja knows no input apart from the content, as Alpaca's records have it: write both into the content.
+"""
+
+from lit_llama.prompt import Message, PromptStyle, alpaca_text
+
+CHATML = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SMOLLM2_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    "{% endif %}"
+)
+LLAMA_2 = (
+    "{% set found = namespace(system='') %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}"
+    "{% set found.system = '<<SYS>>\n' + message['content'] + '\n<</SYS>>\n\n' %}"
+    "{% elif message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + (found.system + message['content']) | trim + ' [/INST]' }}"
+    "{% set found.system = '' %}"
+    "{% else %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+LLAMA_3 = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{{ '\n\n' }}{% endif %}"
+)
+ZEPHYR = (
+    "{% for message in messages %}"
+    "<|{{ message['role'] }}|>{{ '\n' + message['content'] + eos_token + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{{ '\n' }}{% endif %}"
+)
+
+
+def one_exchange(question: str) -> str:
+    """A template of one question, which becomes `question`, and its answer."""
+    return (
+        "{{ bos_token }}"
+        "{% for message in messages %}"
+        "{% if message['role'] == 'user' and loop.first %}{{ QUESTION }}"
+        "{% elif message['role'] == 'assistant' and loop.index0 < 2 %}{{ message['content'] + eos_token }}"
+        "{% else %}{{ raise_exception('This model was trained on one question and its answer.') }}{% endif %}"
+        "{% endfor %}"
+    ).replace("QUESTION", question)
+
+
+def around(text: str) -> str:
+    """The Jinja expression that puts the content where `text` has "{}"."""
+    before, after = (part.replace("\n", "\\n") for part in text.split("{}"))
+    return f"'{before}' + message['content'] + '{after}'"
+
+
+ALPACA = alpaca_text(Message("user", "{}"))
+
+CHAT_TEMPLATES: dict[PromptStyle, str] = {
+    "plain": one_exchange("message['content']"),
+    "alpaca": one_exchange(around(f"{ALPACA}\n")),
+    "alpaca-stanford": one_exchange(around(ALPACA)),
+    "chatml": CHATML,
+    "smollm2": SMOLLM2_SYSTEM + CHATML,
+    "llama2": LLAMA_2,
+    "llama3": LLAMA_3,
+    "zephyr": ZEPHYR,
+}
+
+SIGNS: dict[str, PromptStyle] = {  # what only the templates of a style have, the rarer before the more common
+    "named SmolLM": "smollm2",
+    "<|im_start|>": "chatml",
+    "<|start_header_id|>": "llama3",
+    "[INST]": "llama2",
+    "<|assistant|>": "zephyr",
+}
+
+
+def recognise(chat_template: object) -> PromptStyle | None:
+    """The style of a chat template, as tokenizer_config.json and GGUF files carry it; None if it is not one of ours."""
+    for style, ours in CHAT_TEMPLATES.items():
+        if chat_template == ours:
+            return style
+    found = (style for sign, style in SIGNS.items() if sign in str(chat_template))
+    return next(found, None)
