@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_llama.device import peak_memory
 from lit_llama.errors import UserError
-from lit_llama.model import LLaMA
+from lit_llama.model import KVCache, LLaMA
 from lit_llama.prompt import Message, PromptStyle, encode_prompt, stop_ids, with_input
 from lit_llama.tokenizer import Tokenizer
 
@@ -53,21 +53,28 @@ def sample(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 @torch.inference_mode()
-def next_tokens(model: LLaMA, prompts: list[list[int]], sampling: Sampling) -> Iterator[Tensor]:
-    """Yield, token by token, the ids (B,) that continue B prompts."""
+def next_tokens(
+    model: LLaMA, prompts: list[list[int]], sampling: Sampling, cache: list[KVCache] | None = None
+) -> Iterator[Tensor]:
+    """Yield, token by token, the ids (B,) that continue B prompts.
+
+    Args:
+        cache: of what comes before a single prompt, with room for the prompt and all new tokens but the last.
+    """
     longest = max(map(len, prompts), default=0)
     if not prompts or not all(prompts):
         raise UserError("a prompt is empty; expected one token at least")
-    if longest + sampling.max_new_tokens > model.config.block_size:
+    before = cache[0].length if cache else 0
+    if before + longest + sampling.max_new_tokens > model.config.block_size:
         raise UserError(
-            f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones are more than the "
+            f"a prompt of {before + longest} tokens and {sampling.max_new_tokens} new ones are more than the "
             f"{model.config.block_size} that the model takes; shorten the prompt or lower --max_new_tokens"
         )
     device = model.lm_head.weight.device
     padding = [longest - len(prompt) for prompt in prompts]
     n_pad = torch.tensor(padding, device=device) if any(padding) else None
     idx = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=device)  # (B, T)
-    cache = model.new_cache(len(prompts), longest + sampling.max_new_tokens)
+    cache = cache or model.new_cache(len(prompts), longest + sampling.max_new_tokens)
     for _ in range(sampling.max_new_tokens):
         last = torch.arange(1, len(prompts) + 1, device=device) * idx.size(1) - 1
         tokens = sample(model(idx, cache, last, n_pad), sampling)  # (B,)

@@ -152,6 +152,7 @@ TEMPLATES: dict[PromptStyle, Callable[[Sequence[Message]], Parts]] = {
     "llama3": llama3,
     "zephyr": zephyr,
 }
+ONE_QUESTION = ("plain", "alpaca", "alpaca-stanford")  # the styles without turns and system messages
 TURN_ENDS = {"chatml": "<|im_end|>", "smollm2": "<|im_end|>", "llama3": "<|eot_id|>"}  # elsewhere it is the eos
 
 

@@ -1,0 +1,108 @@
+"""A conversation with a model, in which a turn computes only the tokens that are new."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import takewhile
+
+import torch
+
+from lit_llama.errors import UserError
+from lit_llama.generation import Sampling, next_tokens
+from lit_llama.model import KVCache, LLaMA
+from lit_llama.prompt import ONE_QUESTION, Message, PromptStyle, encode, stop_ids
+from lit_llama.tokenizer import Tokenizer
+
+
+class Conversation:
+    """The messages so far, and the keys and values of their tokens.
+
+    Each turn is the model's answer to the whole conversation in its template. Of its tokens, those that the cache
+    begins with are not computed again.
+
+    Attributes:
+        messages: questions and answers in turn, perhaps after a system message.
+        style: the template. One that takes a single question begins a new conversation with each.
+        ended: whether the last answer came to its end.
+    """
+
+    def __init__(self, model: LLaMA, tokenizer: Tokenizer, style: PromptStyle) -> None:
+        self.model, self.tokenizer, self.style = model, tokenizer, style
+        self.messages: list[Message] = []
+        self.ended = False
+        self.cached: list[int] = []  # the tokens that the cache holds
+        self.cache: list[KVCache] = []
+
+    def ask(self, question: str, sampling: Sampling) -> Iterator[str]:
+        """Yield the answer in pieces. A reader may stop at any of them: that much of it is in the conversation.
+
+        Raises:
+            UserError: if the model's context has no room for an answer.
+        """
+        if self.style in ONE_QUESTION:
+            self.messages = []
+        if self.messages and not self.messages[-1].content:
+            del self.messages[-2:]  # a question without an answer
+        asked = [*self.messages, Message("user", question)]
+        prompt = encode(self.style, asked, self.tokenizer).ids
+        context = self.model.config.block_size
+        if len(prompt) >= context:
+            raise UserError(f"no room for an answer: the context has {context} tokens, the messages {len(prompt)}")
+        tokens = self._answer(
+            prompt, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context - len(prompt)))
+        )
+        self.messages = [*asked, Message("assistant", "")]
+        for piece in self.tokenizer.stream(tokens):
+            self.messages[-1] = Message("assistant", self.messages[-1].content + piece)
+            yield piece
+
+    def _answer(self, prompt: list[int], sampling: Sampling) -> Iterator[int]:
+        """Yield the ids that continue the token ids of `prompt`, up to the end of the answer."""
+        new = prompt[self._reuse(prompt, len(prompt) + sampling.max_new_tokens) :]
+        stop, self.ended = stop_ids(self.style, self.tokenizer), False
+        for tokens in next_tokens(self.model, [new], sampling, self.cache):
+            self.cached += new  # not before: an answer may end at any moment, with only some of the layers filled
+            new = tokens.tolist()
+            self.ended = new[0] in stop
+            if self.ended:
+                return
+            yield new[0]
+
+    def _reuse(self, prompt: list[int], length: int) -> int:
+        """Cut the cache to what `prompt` begins with, its last token aside, with room for `length` tokens."""
+        pairs = zip(self.cached, prompt[:-1], strict=False)
+        n = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        del self.cached[n:]
+        for layer in self.cache:
+            layer.length = n
+        if not self.cache or length > self.cache[0].k.size(2):
+            roomy = min(2 * length, self.model.config.block_size)
+            self.cache = grown(self.cache, self.model.new_cache(1, roomy))
+        return n
+
+    def forget(self) -> None:
+        """Drop what was computed, after a change of the model."""
+        self.cached, self.cache = [], []
+
+    def set_system(self, text: str) -> None:
+        """What the model is told before the first question from now on, or nothing."""
+        if self.style in ONE_QUESTION:
+            raise UserError(f"the prompt style {self.style} takes no system message")
+        turns = [message for message in self.messages if message.role != "system"]
+        self.messages = [Message("system", text), *turns] if text else turns
+
+    def reset(self) -> None:
+        """Begin anew, with the same system message."""
+        self.messages = [message for message in self.messages if message.role == "system"]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the last answer has reached the end of the model's context."""
+        return len(self.cached) + 1 >= self.model.config.block_size
+
+
+@torch.inference_mode()
+def grown(cache: list[KVCache], into: list[KVCache]) -> list[KVCache]:
+    """A larger cache that begins with what another one holds."""
+    for old, new in zip(cache, into, strict=False):
+        new.append(old.k[:, :, : old.length], old.v[:, :, : old.length])
+    return into

@@ -1,0 +1,194 @@
+"""Talk with a base, LoRA, adapter or fully finetuned model in the terminal."""
+
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from lit_llama.adapter import cache_prefix
+from lit_llama.checkpoint import load_model, own_prompt_style
+from lit_llama.cli import run
+from lit_llama.conversation import Conversation
+from lit_llama.device import Precision, default_device, default_precision, storage_dtype
+from lit_llama.errors import UserError
+from lit_llama.finetuned import load_adapter, load_lora
+from lit_llama.generation import Sampling
+from lit_llama.lora import remove_lora
+from lit_llama.prompt import ONE_QUESTION, PromptStyle
+from lit_llama.tokenizer import find_tokenizer
+
+HELP = """\
+/reset         start a new conversation, with the same system message
+/system TEXT   tell the model how to answer; without TEXT, take that back
+/lora PATH     go on with another LoRA file; without PATH, with none
+/help          show this
+/quit          leave, as Ctrl-D does
+Ctrl-C ends an answer. A line that starts with a space is never a command."""
+
+
+def main(
+    checkpoint_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    lora_path: Path | None = None,
+    adapter_path: Path | None = None,
+    tokenizer_path: Path | None = None,
+    prompt_style: PromptStyle | None = None,
+    system: str = "",
+    lora_alpha: float | None = None,
+    max_new_tokens: int = 500,
+    temperature: float = 0.8,
+    top_k: int | None = 200,
+    top_p: float | None = None,
+    seed: int = 1234,
+    precision: Precision | None = None,
+) -> None:
+    """Answer the lines of the terminal or of a pipe, as one conversation. /help lists the commands.
+
+    Args:
+        checkpoint_path: The base model, or what finetune_full.py or merge_lora.py wrote.
+        lora_path: The file that finetune_lora.py wrote, if that is to answer. It is not merged, so it can be swapped.
+        adapter_path: The file that finetune_adapter.py wrote, if that is to answer.
+        tokenizer_path: The tokenizer, if it is not next to the checkpoint.
+        prompt_style: The template (see lit_llama/prompt.py). By default that of the LoRA or adapter file, or else the
+            one that the model's config.json names.
+        system: A system message, if the template has one.
+        lora_alpha: Only for LoRA files of the archived Lit-LLaMA, which did not store it.
+        max_new_tokens: The longest answer, in tokens.
+        temperature: Below 1 for likelier text, above for more varied; 0 always takes the likeliest token.
+        top_k: Draw from this many of the likeliest tokens only; 0 for all.
+        top_p: Draw from the likeliest tokens that make up this probability only.
+        seed: Of the sampling.
+        precision: By default the weights are bfloat16 on a GPU that has it, else float32.
+    """
+    dtype = storage_dtype(precision or default_precision())
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
+    model = load_model(checkpoint_path, dtype, default_device()).eval()
+    tokenizer.check_fits(model.config.vocab_size)
+    own_style = own_prompt_style(checkpoint_path)
+    if adapter_path:
+        own_style = load_adapter(model, adapter_path)
+        model.to(dtype)
+    chat = Chat(Conversation(model, tokenizer, "plain"), sampling, own_style, prompt_style, lora_alpha)
+    chat.use(lora_path)
+    if system:
+        chat.conversation.set_system(system)
+    torch.manual_seed(seed)
+    print(f"Prompt style {chat.conversation.style}. /help lists the commands.", file=sys.stderr)
+    for line in typed_lines():
+        if line.strip() == "/quit":
+            break
+        try:
+            chat.take(line)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print(flush=True)  # after what has come of the answer
+
+
+class Chat:
+    """A conversation, and the commands that change it.
+
+    Args:
+        own_style: the template of the model without LoRA, if it is known.
+        given_style: the one to use instead of any other.
+        lora_alpha: of LoRA files that do not hold it.
+    """
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        sampling: Sampling,
+        own_style: PromptStyle | None,
+        given_style: PromptStyle | None,
+        lora_alpha: float | None,
+    ) -> None:
+        self.conversation, self.sampling = conversation, sampling
+        self.own_style, self.given_style, self.lora_alpha = own_style, given_style, lora_alpha
+        self.lora_path: Path | None = None
+        self.has_told = False  # that each question is a conversation of its own
+
+    def take(self, line: str) -> None:
+        """Answer a line, or do what it commands."""
+        command, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if not line.startswith("/"):
+            self.answer(line.strip())
+        elif command == "/reset":
+            self.conversation.reset()
+        elif command == "/system":
+            self.conversation.set_system(rest)
+        elif command == "/lora":
+            self.swap(Path(rest) if rest else None)
+        elif command == "/help":
+            print(HELP, file=sys.stderr)
+        else:
+            raise UserError(f"there is no command {command}; /help lists them")
+
+    def answer(self, question: str) -> None:
+        """Print the answer as it comes, and why it ends if that is not its own end."""
+        if not question:
+            return
+        if not sys.stdin.isatty():
+            print(f"> {question}", file=sys.stderr)
+        style = self.conversation.style
+        if style in ONE_QUESTION and self.conversation.messages and not self.has_told:
+            print(
+                f"(The prompt style {style} is for one question, so each starts a new conversation.)", file=sys.stderr
+            )
+            self.has_told = True
+        for piece in self.conversation.ask(question, self.sampling):
+            print(piece, end="", flush=True)
+        print(flush=True)
+        if self.conversation.is_full:
+            print("(The context is full; /reset starts a new conversation.)", file=sys.stderr)
+        elif not self.conversation.ended:
+            limit = self.sampling.max_new_tokens
+            print(f"(Cut after {limit} tokens, the most that --max_new_tokens allows.)", file=sys.stderr)
+
+    def swap(self, path: Path | None) -> None:
+        """Go on with another LoRA file, or with the one there is if the other cannot be used."""
+        before = self.lora_path
+        try:
+            self.use(path)
+        except (UserError, KeyboardInterrupt):
+            self.use(before)
+            raise
+        print(f"{path or 'No LoRA file'}, prompt style {self.conversation.style}", file=sys.stderr)
+
+    def use(self, path: Path | None) -> None:
+        """Put the LoRA layers of a file onto the base model, in place of others."""
+        model = self.conversation.model
+        dtype = model.lm_head.weight.dtype
+        self.conversation.forget()
+        remove_lora(model)
+        style = load_lora(model, path, self.lora_alpha) if path else self.own_style
+        model.to(dtype).eval()
+        cache_prefix(model)
+        self.lora_path = path
+        style = self.given_style or style
+        if style is None:
+            raise UserError("the model does not say which template it was trained with; give one by --prompt_style")
+        self.conversation.style = style
+
+
+def typed_lines() -> Iterator[str]:
+    """The lines of the terminal, edited and recalled by arrow keys where Python can, or those of a pipe."""
+    in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    with suppress(ImportError):
+        import readline  # noqa: F401 - input() uses it
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    while True:
+        try:
+            yield input("> " if in_terminal else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print("\n/quit or Ctrl-D ends the conversation", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)
