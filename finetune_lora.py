@@ -17,7 +17,7 @@ from lit_llama.device import TrainingPrecision, default_precision, storage_dtype
 from lit_llama.errors import UserError
 from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.log import TrainingLog, make_logger
-from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable
+from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable, parse_targets
 from lit_llama.optimizer import LRSchedule, rate_factor
 from lit_llama.training import (
     StopSignal,
@@ -43,7 +43,7 @@ mask_prompt = True  # train on the responses alone
 lora_r: PositiveInt = 8
 lora_alpha = 16
 lora_dropout = 0.05
-lora_targets = "query,value"  # of query, key, value, projection, mlp, head
+lora_targets = "query,value"  # of query, key, value, projection, mlp, head; all: all of them but the head
 eval_interval: PositiveInt = 100  # optimizer steps
 eval_records: PositiveInt | None = 400  # the first ones of the validation split. None: all (null on the command line)
 save_interval: PositiveInt = 100  # optimizer steps
@@ -86,7 +86,7 @@ def main(
     torch.manual_seed(seed)
     llama = load_base(fabric, pretrained_path, storage_dtype(numerics))
     matching_tokenizer(train_data, llama, pretrained_path, tokenizer_path)
-    config = LoRAConfig(lora_r, lora_alpha, lora_dropout, tuple(lora_targets.split(",")))
+    config = LoRAConfig(lora_r, lora_alpha, lora_dropout, parse_targets(lora_targets))
     add_lora(llama, config)
     mark_only_lora_as_trainable(llama)
     llama.recompute_blocks = activation_checkpointing

@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_llama.errors import UserError
 from lit_llama.files import check_finite, read_file, read_json, replacing_folder, write_file
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
+from lit_llama.progress import say
 from lit_llama.prompt import TEMPLATES, PromptStyle
 
 WEIGHTS = "lit-llama.pth"
@@ -59,6 +60,7 @@ def load_model(path: Path, dtype: torch.dtype | None = None, device: torch.devic
     """
     state = read_file(path)
     config = read_config(path, state)
+    say(f"Loading {path} ({path.stat().st_size / 1e9:.1f} GB)")
     with torch.device("meta"):
         model = LLaMA(config)
     if config.tie_embeddings:
@@ -69,6 +71,23 @@ def load_model(path: Path, dtype: torch.dtype | None = None, device: torch.devic
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
     return model
+
+
+def file_in(path: Path, name: str = WEIGHTS) -> Path:
+    """The file that is meant by a path: that of this name if it is a folder."""
+    if path.is_dir() and not (path / name).is_file():
+        raise UserError(f"{path} has no {name}; give the folder that has it, or a file")
+    return path / name if path.is_dir() else path
+
+
+def default_model(path: Path) -> Path:
+    """`path`, or if it does not exist the model that was written last among the folders of models there."""
+    models = [] if path.exists() else list(path.parents[1].glob(f"[!.]*/{WEIGHTS}"))
+    if not models:
+        return path
+    last = max(models, key=lambda model: model.stat().st_mtime)
+    say(f"{path} does not exist; the model is {last}")
+    return last
 
 
 def read_config(path: Path, state: Mapping[str, Any]) -> LLaMAConfig:

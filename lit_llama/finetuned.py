@@ -19,6 +19,7 @@ from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prompt import PromptStyle
 
+FILE_NAMES = {"lora": "lit-llama-lora-finetuned.pth", "adapter": "lit-llama-adapter-finetuned.pth"}
 ARCHIVED_STYLE: PromptStyle = "alpaca-stanford"
 
 

@@ -152,6 +152,8 @@ def kept(tokens: Iterator[int], into: list[int]) -> Iterator[int]:
 
 def read_prompts(prompt: str, prompt_file: Path | None) -> list[str]:
     """The prompts of a file, one a line, or the one that is given."""
+    if prompt_file is None and not prompt.strip():
+        raise UserError("the prompt is empty; give a text by --prompt")
     if prompt_file is None:
         return [prompt]
     if not prompt_file.is_file():

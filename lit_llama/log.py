@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from lit_llama.data import Step
 from lit_llama.device import peak_memory
 from lit_llama.errors import UserError
 from lit_llama.files import replacing, write_file
+from lit_llama.progress import on_terminal
 
 COLUMNS = (
     "step", "records", "tokens", "train_loss", "validation_loss",
@@ -65,7 +65,7 @@ class TrainingLog:
         last = self.rows[-1] if self.rows else {}
         self.records, self.tokens = int(last.get("records", 0)), int(last.get("tokens", 0))
         self.seconds = last.get("seconds", 0.0)
-        terminal = sys.stderr.isatty() and min(os.get_terminal_size(sys.stderr.fileno())) > 0 and fabric.is_global_zero
+        terminal = on_terminal() and fabric.is_global_zero
         self.bar = tqdm(total=n_steps, initial=first_step, unit="step", disable=not terminal, dynamic_ncols=True)
         self.started = self.last = time.perf_counter()
         self.training_seconds = 0.0

@@ -12,6 +12,7 @@ of inputs, here usually (batch, tokens, in). B is always LoRA's matrix.
 """
 
 import math
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,6 +43,12 @@ class LoRAConfig:
             raise UserError(
                 f"LoRA needs a rank of at least 1 and a dropout from 0 to below 1, not {self.r}, {self.dropout}"
             )
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """Targets as users write them: `query,value`, `["query", "value"]`, or `all`, which is all but the head."""
+    names = tuple(re.findall(r"[^\s,\[\]\"']+", text))
+    return tuple(name for name in TARGETS if name != "head") if names == ("all",) else names
 
 
 class LoRALinear(Linear):

@@ -12,10 +12,10 @@ import re
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from lit_llama.errors import UserError
 from lit_llama.files import replacing_folder, write_file
+from lit_llama.progress import progress, say
 from lit_llama.prompt import PromptStyle, encode
 from lit_llama.records import Conversation
 from lit_llama.tokenizer import Tokenizer
@@ -60,6 +60,9 @@ def prepare(
                 write_file(part / f"{split}_{name}.npy", buffer.getvalue())
                 checksums[f"{split}_{name}"] = hashlib.sha256(array.data).hexdigest()
         write_file(part / "meta.json", json.dumps({**meta, "sha256": checksums}, indent=2))
+    if (n := len(splits.get("validation", []))) < 2:
+        what = "one record to validate on: its loss says little" if n else "no records to validate on"
+        say(f"warning: {what}; hold out more, or give a --validation_file")
 
 
 def digest(source: Path, splits: dict[str, list[Conversation]]) -> str:
@@ -74,7 +77,7 @@ def tokenise(
     """The arrays of a split, in the order of ARRAYS. What comes after a record's last trained token is left out."""
     tokens: list[int] = []
     offsets, spans = [0], []
-    for i, record in enumerate(tqdm(records, desc=f"Tokenising {split}", unit="record"), 1):
+    for i, record in enumerate(progress(records, f"Tokenising {split}", "record"), 1):
         try:
             ids, trained = encode(prompt_style, record, tokenizer)
         except UserError as error:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
-from tqdm import tqdm
 
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import run
@@ -27,6 +26,7 @@ from lit_llama.data import BatchSchedule, Dataset, GroupedSchedule, single_step
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable
 from lit_llama.model import CONFIGS, LLaMA
 from lit_llama.optimizer import rate_factor
+from lit_llama.progress import progress
 from lit_llama.training import loss_sum
 
 
@@ -80,7 +80,7 @@ def gradient_products(dataset: Dataset, pretrained_path: Path) -> np.ndarray:
     add_lora(model, LoRAConfig(dropout=0.0))
     mark_only_lora_as_trainable(model)
     gradients: list[Tensor] = []
-    for i in tqdm(range(len(dataset)), desc="Gradients", unit="record"):
+    for i in progress(range(len(dataset)), "Gradients", "record"):
         model.zero_grad()
         loss_sum(model, dataset.batch([i])).backward()
         parts = [parameter.grad for name, parameter in model.named_parameters() if name.endswith("lora_B")]
@@ -142,7 +142,7 @@ def loss_after_an_epoch(way: str, data_dir: Path, block_size: int, seed: int) ->
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.02)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
-    for i, records in enumerate(tqdm(steps, desc=f"{way}, seed {seed}", unit="step")):
+    for i, records in enumerate(progress(steps, f"{way}, seed {seed}", "step")):
         optimizer.param_groups[0]["lr"] = 1e-3 * rate_factor(i, len(steps), 20, "linear")
         batch = dataset.batch(records) if way == "ours" else dataset.padded_batch(records)
         (loss_sum(model, batch) / len(batch.targets)).backward()

@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from comparison_report import Method, Result, answers, draw_methods, draw_ranks, new_figure, table
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
+from lit_llama.checkpoint import WEIGHTS
 from lit_llama.cli import run
 from lit_llama.data import Dataset
 from lit_llama.errors import UserError
 from lit_llama.files import read_file, read_json, replacing, write_file
+from lit_llama.finetuned import FILE_NAMES
 from lit_llama.log import read_metrics
 from lit_llama.optimizer import LRSchedule
 from lit_llama.training_state import STATE_FILE
@@ -31,9 +33,9 @@ batch_size: PositiveInt = 4  # records per optimizer step
 micro_batch_size: PositiveInt = 4  # records computed at once
 block_size: PositiveInt = 512  # tokens; longer records are cut
 lr_schedule: LRSchedule = "linear"  # of all methods
-adapter_learning_rate = 9e-3
-lora_learning_rate = 2e-3
-full_learning_rate = 2e-4
+adapter_learning_rate: PositiveFloat = 9e-3
+lora_learning_rate: PositiveFloat = 2e-3
+full_learning_rate: PositiveFloat = 2e-4
 lora_r: PositiveInt = 8
 lora_alpha_over_r: PositiveInt = 2  # the same for all ranks, so that the update is scaled the same way
 lora_targets = "query,key,value,projection,mlp"
@@ -41,11 +43,7 @@ n_answers: PositiveInt = 39  # validation records that are answered, for ROUGE-L
 max_new_tokens: PositiveInt = 100
 
 ROOT = Path(__file__).parent.parent
-RESULTS = {  # what the training scripts write
-    "lora": "lit-llama-lora-finetuned.pth",
-    "adapter": "lit-llama-adapter-finetuned.pth",
-    "full": "lit-llama.pth",
-}
+RESULTS = {**FILE_NAMES, "full": WEIGHTS}  # what the training scripts write
 
 
 def main(

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lit_llama.checkpoint import check_complete, save_model_folder
 from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling, stretch_frequencies
+from lit_llama.progress import progress
 from lit_llama.tokenizer_formats import from_gguf
 
 try:
@@ -133,7 +133,7 @@ def read_weights(path: Path, tensors: dict[str, ReaderTensor], config: LLaMAConf
     """The state dict of LLaMA, dequantised to float32."""
     state: dict[str, Tensor] = {}
     qkv: dict[str, list[Tensor]] = {}
-    for tensor in tqdm(tensors.values(), desc="Dequantising", unit="tensor"):
+    for tensor in progress(tensors.values(), "Dequantising", "tensor"):
         if tensor.name == ROPE_FREQS:  # is in the config
             continue
         weight = dequantise(path, tensor)

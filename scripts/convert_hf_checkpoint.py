@@ -7,13 +7,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lit_llama.checkpoint import check_complete, save_model_folder
 from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.files import check_apart, read_file, read_json, read_safetensors
 from lit_llama.huggingface import config_from_hf, from_hf
+from lit_llama.progress import progress
 from lit_llama.tokenizer import FILE_NAMES, find_tokenizer
 
 
@@ -57,7 +57,7 @@ def read_shards(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for shard in shards:
         if not shard.is_file():
             raise UserError(f"{shard} is missing; download it")
-    for shard in tqdm(shards, desc="Converting", unit="shard"):
+    for shard in progress(shards, "Converting", "shard"):
         yield from read_file(shard).items() if shard.suffix == ".bin" else read_safetensors(shard)
 
 

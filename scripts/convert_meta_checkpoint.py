@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lit_llama.checkpoint import check_complete, save_model_folder
 from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.files import check_apart, read_file, read_json
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig, RopeScaling
+from lit_llama.progress import progress
 from lit_llama.tokenizer import FILE_NAMES, Tokenizer
 from lit_llama.tokenizer_formats import from_tiktoken, is_tiktoken
 
@@ -107,7 +107,7 @@ def join_shards(shards: list[Path], config: LLaMAConfig) -> dict[str, Tensor]:
         shapes = {name: tensor.shape for name, tensor in LLaMA(config).state_dict().items()}
     state: dict[str, Tensor] = {}
     names = read_file(shards[0]).keys()
-    for rank, path in enumerate(tqdm(shards, desc="Converting", unit="shard")):
+    for rank, path in enumerate(progress(shards, "Converting", "shard")):
         shard = read_file(path)
         if shard.keys() != names:
             raise UserError(f"{path} does not have the tensors that {shards[0].name} has; download both again")

@@ -10,7 +10,6 @@ import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from lit_llama.adapter import cache_prefix
 from lit_llama.checkpoint import load_model
@@ -22,6 +21,7 @@ from lit_llama.finetuned import load_adapter, load_lora
 from lit_llama.generation import Sampling, generate_batch
 from lit_llama.lora import merge_lora
 from lit_llama.model import LLaMA
+from lit_llama.progress import progress
 from lit_llama.prompt import stop_ids
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 from lit_llama.training import matching_tokenizer
@@ -149,7 +149,7 @@ def text_loss(
         raise UserError("perplexity needs a text, and blocks, of two tokens at least")
     blocks = torch.tensor(ids).split(block_size)[:max_blocks]
     device, total, count = model.lm_head.weight.device, 0.0, 0
-    for block in tqdm(blocks, desc="Perplexity", unit="block"):
+    for block in progress(blocks, "Perplexity", "block"):
         logits = model(block[None].to(device))[0, :-1]  # (T - 1, V)
         total += cross_entropy(logits, block[1:].to(device))
         count += len(block) - 1
@@ -168,7 +168,7 @@ def response_loss(model: LLaMA, dataset: Dataset, batch_size: int) -> dict[str, 
     if not len(dataset):
         raise UserError(f"{dataset.data_dir} has no such records, or none with room for a response in --block_size")
     total, device = 0.0, model.lm_head.weight.device
-    for records in tqdm(single_step(dataset, batch_size).micro_batches, desc="Loss of responses", unit="batch"):
+    for records in progress(single_step(dataset, batch_size).micro_batches, "Loss of responses", "batch"):
         ids, lengths, select, targets = dataset.batch(records)
         total += cross_entropy(model(ids.to(device), lengths=lengths, select=select.to(device)), targets.to(device))
     count = dataset.n_targets(range(len(dataset)))
@@ -185,7 +185,7 @@ def answer_scores(
     prompts, references = zip(*(dataset.last_answer(i) for i in range(n)), strict=True)
     stop = stop_ids(dataset.prompt_style, tokenizer)
     by_length = sorted(range(n), key=lambda i: len(prompts[i]))
-    for first in tqdm(range(0, n, batch_size), desc="Answers", unit="batch"):
+    for first in progress(range(0, n, batch_size), "Answers", "batch"):
         records = by_length[first : first + batch_size]
         new = generate_batch(model, [prompts[i] for i in records], sampling, stop)
         for i, ids in zip(records, new, strict=True):

@@ -23,6 +23,7 @@ from lit_llama.lora import (
     lora_state_dict,
     mark_only_lora_as_trainable,
     merge_lora,
+    parse_targets,
     remove_lora,
 )
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
@@ -306,3 +307,14 @@ def test_several_files_take_turns_on_one_base(tied: bool, tmp_path: Path) -> Non
         assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
         assert (base.lm_head.weight is base.transformer.wte.weight) == tied
     assert not torch.allclose(*expected, atol=0.1)
+
+
+@pytest.mark.parametrize("text", ["query,mlp", "query, mlp", "query mlp", '["query", "mlp"]', "[query,mlp]"])
+def test_targets_are_read_in_the_forms_that_users_write(text: str) -> None:
+    assert parse_targets(text) == ("query", "mlp")
+
+
+def test_all_targets_are_all_but_the_head() -> None:
+    assert parse_targets("all") == ("query", "key", "value", "projection", "mlp")
+    with pytest.raises(UserError, match="not none"):
+        LoRAConfig(targets=parse_targets(","))

@@ -89,6 +89,19 @@ def test_own_records_with_and_without_a_validation_file(checkpoint: Path, tmp_pa
     assert len(responses(tmp_path / "out2", "validation", tokenizer)) == 3
 
 
+@pytest.mark.parametrize(
+    ("held_out", "message"), [(0, "no records to validate on"), (1, "its loss says little"), (2, "")]
+)
+def test_too_few_records_to_validate_on_are_told(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture, held_out: int, message: str
+) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(RECORDS))
+    prepare_json.main(tmp_path / "a.json", tmp_path / "out", pretrained_path=checkpoint, val_split_size=held_out)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("warning") == bool(message)
+
+
 @pytest.mark.slow
 def test_a_7b_model_trains_on_24_gb() -> None:
     """The real training step on tensors without data; it must have no shape that depends on data."""
