@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from jsonargparse.typing import PositiveInt
+
 from lit_llama.checkpoint import load_model, own_prompt_style
 from lit_llama.cli import run
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
@@ -17,7 +19,7 @@ def main(
     prompt_style: PromptStyle | None = None,
     checkpoint_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
     tokenizer_path: Path | None = None,
-    num_samples: int = 1,
+    num_samples: PositiveInt = 1,
     max_new_tokens: int = 50,
     temperature: float = 0.8,
     top_k: int | None = 200,

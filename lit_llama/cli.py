@@ -6,43 +6,71 @@ import json
 import os
 import re
 import sys
-from argparse import ArgumentError
+from argparse import Action, ArgumentError
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from lit_llama.checkpoint import WEIGHTS, default_model, file_in
 from lit_llama.errors import UserError
+from lit_llama.finetuned import FILE_NAMES
+
+FILES = {  # what a folder stands for, by the names of flags
+    "pretrained_path": WEIGHTS,
+    "checkpoint_path": WEIGHTS,
+    "lora_path": FILE_NAMES["lora"],
+    "adapter_path": FILE_NAMES["adapter"],
+}
+
+
+KINDS: dict[Any, tuple[str, str]] = {  # of values: in --help, and in a message
+    bool: ("{true,false}", "true or false"),
+    int: ("INT", "a whole number"),
+    NonNegativeInt: ("INT", "a whole number from 0 on"),
+    PositiveInt: ("INT", "a whole number from 1 on"),
+    float: ("NUMBER", "a number"),
+    NonNegativeFloat: ("NUMBER", "a number from 0 on"),
+    PositiveFloat: ("NUMBER", "a number above 0"),
+    str: ("TEXT", "a text"),
+    Path: ("PATH", "a path"),
+}
+
+
+class Constant(NamedTuple):
+    """What the source says of a constant: the comment after it, and the one above it or above those before it."""
+
+    help: str
+    group: str
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """Help with a kind instead of a type: --max_steps INT."""
+
+    def _get_default_metavar_for_optional(self, action: Action) -> str:
+        return kind(getattr(action, "_typehint", action.type))[0]
+
+    def _get_type_str(self, action: Action) -> None:
+        """None, so that no type is added to the help."""
 
 
 def run(main: Callable[..., None]) -> None:
     """Run a script's `main` with the command line's values for its arguments and for its module's constants.
 
     A constant is a lowercase name that the module assigns at its top level. Its type is its annotation or that of its
-    value, its help is the comment after it.
+    value, its help is the comment after it. A comment of its own, right above a constant, heads a group in --help.
     """
     module = sys.modules[main.__module__]
-    parser = ArgumentParser(description=module.__doc__, exit_on_error=False)
-    parser.add_function_arguments(main, fail_untyped=True)
-    comments = find_constants(module)
-    for name, comment in comments.items():
-        default = getattr(module, name)
-        kind = inspect.get_annotations(module).get(name, type(default))
-        parser.add_argument(f"--{name}", type=kind, default=default, help=comment or name.replace("_", " "))
-    annotations = inspect.get_annotations(main).items()
-    lists = {f"--{name}" for name, annotation in annotations if get_origin(annotation) is tuple}
     try:
-        arguments = vars(parser.parse_args(join_lists(sys.argv[1:], lists)))
-    except ArgumentError as error:
-        sys.exit(f"error: {' '.join(str(error).split())}; see --help")
-    for name in comments:
-        value = arguments.pop(name)
-        is_whole = isinstance(value, int) and not isinstance(value, bool)
-        setattr(module, name, int(value) if is_whole else value)  # a checkpoint may not hold a PositiveInt
-    try:
+        arguments = parse(main, module)
+        for name in find_constants(module):
+            value = arguments.pop(name)
+            plain = next((number for number in (bool, int, float) if isinstance(value, number)), None)
+            setattr(module, name, plain(value) if plain else value)  # a checkpoint may not hold a PositiveInt
         main(**arguments)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -53,6 +81,64 @@ def run(main: Callable[..., None]) -> None:
         sys.exit(f"error: out of memory; {remedy} ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def parse(main: Callable[..., None], module: ModuleType) -> dict[str, Any]:
+    """The command line's values, or the defaults, for the arguments of `main` and the constants of its module."""
+    parser = ArgumentParser(
+        description=module.__doc__,
+        usage="%(prog)s [--FLAG VALUE ...]",
+        formatter_class=HelpFormatter,
+        exit_on_error=False,
+    )
+    parser.add_function_arguments(main, fail_untyped=True)
+    types = dict(inspect.get_annotations(main))
+    groups: dict[str, Any] = {}
+    for name, (comment, heading) in find_constants(module).items():
+        default = getattr(module, name)
+        types[name] = inspect.get_annotations(module).get(name, type(default))
+        group = groups.get(heading) or groups.setdefault(heading, parser.add_argument_group(heading))
+        group.add_argument(f"--{name}", type=types[name], default=default, help=comment or name.replace("_", " "))
+    lists = {f"--{name}" for name, annotation in types.items() if get_origin(annotation) is tuple}
+    given = join_lists(sys.argv[1:], lists)
+    try:
+        values = vars(parser.parse_args(given))
+    except ArgumentError as error:
+        raise UserError(f"{mistake(str(error), types, given)}; see --help") from None
+    flags = {word.partition("=")[0] for word in given}
+    return {name: meant(name, value, f"--{name}" in flags) for name, value in values.items()}
+
+
+def kind(annotation: Any) -> tuple[str, str]:
+    """What a value of this type is called in --help, and in a message."""
+    choices = [choice for choice in get_args(annotation) if choice not in (type(None), ...)]
+    if get_origin(annotation) is Literal:
+        return f"{{{','.join(choices)}}}", f"one of {', '.join(choices)}"
+    if get_origin(annotation) is tuple:
+        metavar, words = kind(choices[0])
+        return f"{metavar} ...", f"{words}, or several"
+    return kind(choices[0]) if choices else KINDS.get(annotation, ("VALUE", "a value"))
+
+
+def mistake(message: str, types: dict[str, Any], given: list[str]) -> str:
+    """What jsonargparse says of a value, in words for users."""
+    message = " ".join(message.split())
+    key = re.match(r'Parser key "(\w+)"', message)
+    if key is None or key[1] not in types:
+        return message
+    flag = f"--{key[1]}"
+    words = [pair for pair in zip(given, [*given[1:], ""], strict=True) if pair[0].partition("=")[0] == flag]
+    found = words[-1][0].partition("=")[2] or words[-1][1] if words else ""
+    return f"{flag} takes {kind(types[key[1]])[1]}, not {found!r}"
+
+
+def meant(name: str, value: Any, is_given: bool) -> Any:
+    """The files that a flag of this name means: a folder is the file in it, a default that is missing another model."""
+    if isinstance(value, tuple):
+        return tuple(meant(name, item, is_given) for item in value)
+    if not isinstance(value, Path) or name not in FILES:
+        return value
+    return file_in(value if is_given or FILES[name] != WEIGHTS else default_model(value), FILES[name])
 
 
 def join_lists(arguments: list[str], flags: set[str]) -> list[str]:
@@ -77,15 +163,17 @@ def constants(module: ModuleType) -> dict[str, Any]:
     return {name: getattr(module, name) for name in find_constants(module)}
 
 
-def find_constants(module: ModuleType) -> dict[str, str]:
-    """The names of a module's constants, each with the comment after it."""
+def find_constants(module: ModuleType) -> dict[str, Constant]:
+    """The names of a module's constants, each with what its source says of it."""
     source = Path(str(module.__file__)).read_text(encoding="utf-8")
-    lines = source.splitlines()
+    lines, heading = source.splitlines(), "settings"
     found = {}
     for node in ast.parse(source).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         for target in targets:
             if isinstance(target, ast.Name) and target.id.islower() and not target.id.startswith("_"):
                 comment = re.search(r"#\s*(.*)$", lines[node.lineno - 1])
-                found[target.id] = comment[1] if comment else ""
+                above = re.match(r"#\s*(.*)$", lines[node.lineno - 2])
+                heading = above[1] if above else heading
+                found[target.id] = Constant(comment[1] if comment else "", heading)
     return found

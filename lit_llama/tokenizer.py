@@ -121,5 +121,7 @@ def find_tokenizer(checkpoint_path: Path, tokenizer_path: Path | None = None) ->
     for place in places:
         if place.is_file():
             return Tokenizer(place)
+    if tokenizer_path is None and not checkpoint_path.exists():
+        raise UserError(f"{checkpoint_path} does not exist; name a model, or get one: see howto/download_weights.md")
     where = tokenizer_path or checkpoint_path.parent
-    raise UserError(f"no tokenizer.model or tokenizer.json at {where}; name it with --tokenizer_path")
+    raise UserError(f"no {' or '.join(FILE_NAMES)} in {where}; copy the model's there, or name it by --tokenizer_path")

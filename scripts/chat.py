@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from lit_llama.adapter import cache_prefix
-from lit_llama.checkpoint import load_model, own_prompt_style
+from lit_llama.checkpoint import file_in, load_model, own_prompt_style
 from lit_llama.cli import run
 from lit_llama.conversation import Conversation
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
 from lit_llama.errors import UserError
-from lit_llama.finetuned import load_adapter, load_lora
+from lit_llama.finetuned import FILE_NAMES, load_adapter, load_lora
 from lit_llama.generation import Sampling
 from lit_llama.lora import remove_lora
 from lit_llama.prompt import ONE_QUESTION, PromptStyle
@@ -121,7 +121,7 @@ class Chat:
         elif command == "/system":
             self.conversation.set_system(rest)
         elif command == "/lora":
-            self.swap(Path(rest) if rest else None)
+            self.swap(file_in(Path(rest), FILE_NAMES["lora"]) if rest else None)
         elif command == "/help":
             print(HELP, file=sys.stderr)
         else:

@@ -8,6 +8,7 @@ import weakref
 from typing import Any, Literal
 
 import torch
+from jsonargparse.typing import PositiveInt
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -94,10 +95,10 @@ def peak_of_training(
 def main(
     model: str = "7B",
     method: Literal["lora", "adapter", "full"] = "lora",
-    micro_batch_size: int = 4,
-    block_size: int = 512,
+    micro_batch_size: PositiveInt = 4,
+    block_size: PositiveInt = 512,
     activation_checkpointing: bool = False,
-    lora_r: int = 8,
+    lora_r: PositiveInt = 8,
 ) -> None:
     """Print the memory that a training step takes on one device.
 

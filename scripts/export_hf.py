@@ -4,13 +4,14 @@ import json
 import sys
 from pathlib import Path
 
+from jsonargparse.typing import PositiveFloat
 from torch import Tensor
-from tqdm import tqdm
 
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import run
 from lit_llama.files import check_apart, replacing_folder, write_file, write_safetensors
 from lit_llama.huggingface import hf_config, to_hf
+from lit_llama.progress import progress
 from lit_llama.tokenizer import CONFIG_NAME, Tokenizer, find_tokenizer
 from lit_llama.tokenizer_formats import from_sentencepiece
 
@@ -24,7 +25,7 @@ def main(
     out_dir: Path,
     checkpoint_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
     tokenizer_path: Path | None = None,
-    max_shard_gb: float = 5.0,
+    max_shard_gb: PositiveFloat = 5.0,
 ) -> None:
     """Write config.json, generation_config.json, the weights as .safetensors, and the tokenizer.
 
@@ -60,7 +61,7 @@ def save_weights(state: dict[str, Tensor], out_dir: Path, max_bytes: int) -> Non
             shards.append({})
         shards[-1][name] = tensor
     weight_map = {}
-    for i, shard in enumerate(tqdm(shards, desc="Exporting", unit="shard"), 1):
+    for i, shard in enumerate(progress(shards, "Exporting", "shard"), 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
         write_safetensors(out_dir / name, shard)
         weight_map |= dict.fromkeys(shard, name)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from jsonargparse.typing import NonNegativeInt
+
 from lit_llama.cli import run
 from lit_llama.prepared import prepare
 from lit_llama.prompt import PromptStyle
@@ -17,8 +19,8 @@ def main(
     tokenizer_path: Path | None = None,
     prompt_style: PromptStyle = "alpaca",
     data_file: Path | None = None,
-    val_split_size: int | None = None,
-    seed: int = 42,
+    val_split_size: NonNegativeInt | None = None,
+    seed: NonNegativeInt = 42,
 ) -> None:
     """Download, split and tokenise.
 

@@ -7,6 +7,8 @@ which is trained on.
 
 from pathlib import Path
 
+from jsonargparse.typing import NonNegativeInt
+
 from lit_llama.cli import run
 from lit_llama.prepared import prepare
 from lit_llama.prompt import PromptStyle
@@ -26,8 +28,8 @@ def main(
     output_key: str = "output",
     messages_key: str = "messages",
     text_key: str = "text",
-    val_split_size: int | None = None,
-    seed: int = 42,
+    val_split_size: NonNegativeInt | None = None,
+    seed: NonNegativeInt = 42,
 ) -> None:
     """Split and tokenise.
 

@@ -1,19 +1,27 @@
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from builders import RESULTS, TINY, random_model, run_script, save_file
 
-from lit_llama.cli import join_lists
+from lit_llama.cli import join_lists, kind
+from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
+from lit_llama.progress import progress
 
 SCRIPT = '''
 """A script."""
 from pathlib import Path
+from jsonargparse.typing import PositiveInt
 from lit_llama.cli import constants, run
 from lit_llama.errors import UserError
 
 rate = 3e-4  # how fast # really
-steps: int | None = None  # how many
+# how long
+steps: PositiveInt | None = None  # how many
 names = "a,b"
 FIXED = 1
 _private = 2
@@ -55,18 +63,36 @@ def test_defaults_and_overrides_reach_main_and_are_recorded(script: Path) -> Non
 @pytest.mark.slow
 def test_help_lists_each_constant_with_its_comment_type_and_default(script: Path) -> None:
     text = " ".join(call(script, "--help").stdout.split())
-    assert "--rate RATE how fast # really (type: float, default: 0.0003)" in text
-    assert "--steps STEPS how many (type: int | null, default: null)" in text
+    assert "settings: --rate NUMBER how fast # really (default: 0.0003)" in text
+    assert "how long: --steps INT how many (default: null) --names TEXT names (default: a,b)" in text
+    assert "--path PATH (default: x) --resume {true,false} (default: False)" in text
     assert "FIXED" not in text
     assert "private" not in text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [("--steps", "many"), ("--unknown", "1"), ("--rate", "x")])
-def test_wrong_values_are_refused(script: Path, arguments: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rate", "1", "--steps", "many"), "--steps takes a whole number from 1 on, not 'many'"),
+        (("--steps=0",), "--steps takes a whole number from 1 on, not '0'"),
+        (("--unknown", "1"), "--unknown"),
+        (("--rate", "x"), "--rate takes a number, not 'x'"),
+        (("--resume", "perhaps"), "--resume takes true or false, not 'perhaps'"),
+    ],
+)
+def test_wrong_values_are_refused(script: Path, arguments: tuple[str, ...], message: str) -> None:
     result = call(script, *arguments)
-    assert result.returncode != 0
-    assert "Traceback" not in result.stderr
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_kind_of_value_is_said_in_plain_words() -> None:
+    assert kind(Path | None) == ("PATH", "a path")
+    assert kind(tuple[Path, ...]) == ("PATH ...", "a path, or several")
+    assert kind(Literal["a", "b"] | None) == ("{a,b}", "one of a, b")
 
 
 def test_mistakes_end_in_one_line(script: Path) -> None:
@@ -92,3 +118,52 @@ def test_a_flag_for_several_values_is_given_once_or_often() -> None:
     assert join_lists(["--x", "a b", "c", "--y", "1", "z"], flags) == expected
     assert join_lists(["--x", "a b", "--y", "1", "z", "--x=c"], flags) == expected
     assert join_lists(["--y", "1"], flags) == ["--y", "1"]
+
+
+@pytest.fixture
+def project(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with two models, neither of them the default."""
+    models = tmp_path / "checkpoints" / "lit-llama"
+    for age, name in enumerate(("new", "old", ".broken.part")):
+        shutil.copytree(model_folder, models / name)
+        os.utime(models / name / "lit-llama.pth", (1e9 - age, 1e9 - age))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_without_the_default_model_the_last_one_is_taken_and_named(
+    project: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run_script("generate", "--max_new_tokens", 1) is None
+    error = capsys.readouterr().err
+    assert "7B/lit-llama.pth does not exist; the model is checkpoints/lit-llama/new/lit-llama.pth\n" in error
+    default = project / "checkpoints" / "lit-llama" / "7B" / "lit-llama.pth"
+    ended = run_script("generate", "--checkpoint_path", default)
+    assert f"{default} does not exist" in str(ended)
+    shutil.copytree(project / "checkpoints" / "lit-llama" / "old", default.parent)
+    assert run_script("generate", "--max_new_tokens", 1) is None
+    assert "does not exist" not in capsys.readouterr().err
+
+
+def test_a_folder_is_the_file_in_it(project: Path, tmp_path: Path) -> None:
+    model, config = random_model(TINY), LoRAConfig(r=2)
+    add_lora(model, config)
+    save_file(tmp_path / "run" / RESULTS["lora"], config, model, lora_state_dict(model), "plain")
+    base = ("--pretrained_path", project / "checkpoints" / "lit-llama" / "old")
+    assert run_script("generate_lora", *base, "--lora_path", tmp_path / "run", "--max_new_tokens", 1) is None
+    assert run_script("merge_lora", *base, "--lora_path", tmp_path / "run", "--out_dir", tmp_path / "merged") is None
+    assert run_script("export_hf", "--checkpoint_path", tmp_path / "merged", "--out_dir", tmp_path / "hf") is None
+    ended = run_script("generate_lora", *base, "--lora_path", tmp_path)
+    assert ended == f"error: {tmp_path} has no {RESULTS['lora']}; give the folder that has it, or a file"
+
+
+def test_an_empty_prompt_is_refused(project: Path) -> None:
+    assert run_script("generate", "--prompt", " ") == "error: the prompt is empty; give a text by --prompt"
+    assert project.is_dir()
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture) -> None:
+    assert list(progress([5, 6, 7], "Counting", "number", interval=0)) == [5, 6, 7]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["Counting: number 1 of 3", "Counting: number 2 of 3"]
+    assert lines[2].startswith("Counting: number 3 of 3, ")

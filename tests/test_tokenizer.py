@@ -95,7 +95,10 @@ def test_eos_is_what_the_tokenizer_config_says(tmp_path: Path, byte_tokenizer: H
 def test_it_is_found_beside_the_checkpoint_or_one_folder_up(tmp_path: Path, byte_tokenizer: HFTokenizer) -> None:
     checkpoint = tmp_path / "models" / "7B" / "lit-llama.pth"
     checkpoint.parent.mkdir(parents=True)
-    with pytest.raises(UserError, match="--tokenizer_path"):
+    with pytest.raises(UserError, match=r"7B/lit-llama\.pth does not exist"):
+        find_tokenizer(checkpoint)
+    checkpoint.touch()
+    with pytest.raises(UserError, match=r"in .*/models/7B; .* --tokenizer_path"):
         find_tokenizer(checkpoint)
     up = tmp_path / "models" / "tokenizer.json"
     up.write_text(byte_tokenizer.to_str())
