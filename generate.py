@@ -1,8 +1,9 @@
 """Let a LLaMA continue a text."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from lit_llama.checkpoint import load_model, own_prompt_style
 from lit_llama.cli import run
@@ -20,10 +21,10 @@ def main(
     checkpoint_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
     tokenizer_path: Path | None = None,
     num_samples: PositiveInt = 1,
-    max_new_tokens: int = 50,
-    temperature: float = 0.8,
-    top_k: int | None = 200,
-    top_p: float | None = None,
+    max_new_tokens: PositiveInt = 50,
+    temperature: NonNegativeFloat = 0.8,
+    top_k: NonNegativeInt | None = 200,
+    top_p: NonNegativeFloat | None = None,
     seed: int = 1234,
     precision: Precision | None = None,
 ) -> None:
@@ -46,13 +47,13 @@ def main(
         precision: By default the weights are bfloat16 on a GPU that has it, else float32.
     """
     dtype = storage_dtype(precision or default_precision())
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     prompts = read_prompts(prompt, prompt_file)
     tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
     style = prompt_style or own_prompt_style(checkpoint_path) or "plain"
     model = load_model(checkpoint_path, dtype, default_device())
     for i in range(num_samples):
-        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed + i)
-        respond(model, tokenizer, prompts, style, input, sampling)
+        respond(model, tokenizer, prompts, style, input, replace(sampling, seed=seed + i))
 
 
 if __name__ == "__main__":

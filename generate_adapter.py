@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+
 from lit_llama.adapter import cache_prefix
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import run
@@ -18,10 +20,10 @@ def main(
     adapter_path: Path = Path("out/adapter/alpaca/lit-llama-adapter-finetuned.pth"),
     pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
     tokenizer_path: Path | None = None,
-    max_new_tokens: int = 100,
-    temperature: float = 0.8,
-    top_k: int | None = 200,
-    top_p: float | None = None,
+    max_new_tokens: PositiveInt = 100,
+    temperature: NonNegativeFloat = 0.8,
+    top_k: NonNegativeInt | None = 200,
+    top_p: NonNegativeFloat | None = None,
     seed: int = 1234,
     precision: Precision | None = None,
 ) -> None:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from lit_llama.adapter import cache_prefix
 from lit_llama.checkpoint import file_in, load_model, own_prompt_style
@@ -37,10 +38,10 @@ def main(
     prompt_style: PromptStyle | None = None,
     system: str = "",
     lora_alpha: float | None = None,
-    max_new_tokens: int = 500,
-    temperature: float = 0.8,
-    top_k: int | None = 200,
-    top_p: float | None = None,
+    max_new_tokens: PositiveInt = 500,
+    temperature: NonNegativeFloat = 0.8,
+    top_k: NonNegativeInt | None = 200,
+    top_p: NonNegativeFloat | None = None,
     seed: int = 1234,
     precision: Precision | None = None,
 ) -> None:
