@@ -23,7 +23,7 @@ from lit_llama.files import replacing, write_file
 
 COLUMNS = (
     "step", "records", "tokens", "train_loss", "validation_loss",
-    "learning_rate", "tokens_per_second", "memory_gb", "seconds",
+    "learning_rate", "gradient_norm", "tokens_per_second", "memory_gb", "seconds",
 )  # fmt: skip
 
 
@@ -77,8 +77,8 @@ class TrainingLog:
         if self.fabric.is_global_zero:
             tqdm.write(text, file=sys.stderr)
 
-    def step(self, step: int, loss: float, learning_rate: float, data: Step) -> None:
-        """Report optimizer step `step` (counted from 1): its mean loss per target, and what it learned from."""
+    def step(self, step: int, data: Step, loss: float, learning_rate: float, gradient_norm: float) -> None:
+        """Report optimizer step `step` (counted from 1): what it learned from, and its mean loss per target."""
         now = time.perf_counter()
         speed = data.n_tokens / (now - self.last)
         self.training_seconds += now - self.last
@@ -86,7 +86,8 @@ class TrainingLog:
         self.records, self.tokens = self.records + data.n_records, self.tokens + data.n_tokens
         memory = peak_memory(self.fabric.device)
         left = self.training_seconds / (step - self.first_step) * (self.n_steps - step)
-        self._row(step, train_loss=loss, learning_rate=learning_rate, tokens_per_second=speed, memory_gb=memory)
+        values = {"train_loss": loss, "learning_rate": learning_rate, "gradient_norm": gradient_norm}
+        self._row(step, **values, tokens_per_second=speed, memory_gb=memory)
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s, {memory:.1f} GB", refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and (step % self.interval == 0 or step == self.n_steps):
@@ -140,11 +141,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    reader = csv.reader(path.read_text(encoding="utf-8", errors="replace").replace("\0", "").splitlines())
-    for cells in reader:
-        with suppress(ValueError, OverflowError):  # the header, and what is damaged
-            row: dict[str, Any] = {name: float(cell) for name, cell in zip(COLUMNS, cells, strict=True) if cell}
-            if row.keys() >= {*COLUMNS[:3], "seconds"}:
+    text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
+    header, *lines = csv.reader(text.splitlines() or [""])  # version 1.0 had fewer columns
+    for cells in lines:
+        with suppress(ValueError, OverflowError):
+            row: dict[str, Any] = {name: float(cell) for name, cell in zip(header, cells, strict=True) if cell}
+            if {*COLUMNS[:3], "seconds"} <= row.keys() <= {*COLUMNS}:
                 rows.append({**row, **{name: int(row[name]) for name in COLUMNS[:3]}})
     return rows
 

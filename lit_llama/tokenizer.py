@@ -82,6 +82,12 @@ class Tokenizer:
         ids = [i for i in ids if i < self.vocab_size]  # a model may have more rows than the tokenizer has tokens
         return self._sp.decode(ids) if self._sp else self._hf.decode(ids)
 
+    def show(self, ids: list[int]) -> str:
+        """The text of token ids, control tokens included."""
+        if self._sp is None:
+            return self._hf.decode(ids, skip_special_tokens=False)
+        return "".join(self._sp.id_to_piece(i) if self._sp.is_control(i) else self._sp.decode([i]) for i in ids)
+
     def stream(self, ids: Iterable[int], after: list[int] | None = None) -> Iterator[str]:
         """The text of token ids as they come, in pieces of whole characters; `after` are ids whose text they continue.
 

@@ -74,7 +74,7 @@ def quickstart() -> str:
     memory, tokens = max(row["memory_gb"] for row in steps), steps[-1]["tokens"]
     training = (steps[-1]["seconds"] - rows[0]["seconds"]) / 60
     wanted = re.findall(
-        r"^(?:[\d,]+ trained parameters|step \d+/\d+: validation loss .*)$", printed, flags=re.MULTILINE
+        r"^(?:[\d,]+ trained parameters of [\d,]+|step \d+/\d+: validation loss .*)$", printed, flags=re.MULTILINE
     )
     answers = re.findall(r"^> (.*?)\n(.*?)\nTime for inference", printed, flags=re.MULTILINE | re.DOTALL)
     n = len(answers) // 2
