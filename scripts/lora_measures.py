@@ -79,10 +79,11 @@ def amplification(W: Tensor, update: SVD, r: int) -> tuple[float, float, float]:
     return of_update, of_W, of_update / of_W
 
 
-def intruders(W: Tensor, updated: Tensor, k: int = 10, threshold: float = 0.5) -> list[int]:
-    """Which of the top k left singular vectors of the updated matrix are unlike all of W's (arXiv 2410.21228).
+def intruders(U: Tensor, updated: Tensor, k: int = 10, threshold: float = 0.5) -> list[int]:
+    """Which of the top k left singular vectors of an updated matrix are unlike all of the original's, U.
 
-    Unlike means that the cosine with each of them is below the threshold, whatever its sign.
+    The intruder dimensions of arXiv 2410.21228. Unlike means that the cosine with each of them, whatever its sign, is
+    below the threshold. This measure, alone here, takes an SVD of the whole matrix.
     """
-    cosines = (svd(updated).U[:, :k].mT @ svd(W).U).abs()  # (k, d)
+    cosines = (svd(updated).U[:, :k].mT @ U).abs()  # (k, d)
     return torch.nonzero(cosines.amax(1) < threshold).flatten().tolist()
