@@ -38,7 +38,9 @@ def draw_low_rank(
     """Singular values of the change by full finetuning, and the loss that a part of them reaches."""
     left, right = figure.subplots(1, 2)
     for (title, S), color in zip(spectra.items(), (*KIND_COLORS, "black"), strict=True):
-        left.plot(range(1, len(S) + 1), S, label=title, color=color, linestyle="--" if "random" in title else "-")
+        left.plot(
+            range(1, len(S) + 1), S.tolist(), label=title, color=color, linestyle="--" if "random" in title else "-"
+        )
     left.set(
         xscale="log", yscale="log", ylim=(1e-3, 1.3), xlabel="singular value, the largest first",
         title="Change of each matrix by full finetuning", ylabel="size, relative to the largest",
@@ -67,7 +69,7 @@ def draw_subspaces(figure: "Figure", grids: dict[str, Tensor], factors: dict[int
     panels = figure.subplots(2, 4)
     for axes, (title, grid) in zip(panels[:, :3].flat, grids.items(), strict=True):
         axes.imshow(
-            grid,
+            grid.numpy(),
             vmin=0,
             vmax=1,
             cmap="viridis",

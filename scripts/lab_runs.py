@@ -76,6 +76,9 @@ class Lab:
 
     @cached_property
     def base(self) -> LLaMA:
+        return self.load_base()
+
+    def load_base(self) -> LLaMA:
         return load_model(self.pretrained_path, torch.float32).eval()
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Six experiments on LoRA, each a table and a picture in out_dir; howto/understand_lora.md says what they show.
+"""Experiments on LoRA, each a table and a picture in out_dir; howto/understand_lora.md says what they show.
 
 They share their trainings, which the scripts that users run do once. A lab that was cut off goes on where it was.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from comparison_report import new_figure
+from lab_merging import merging
 from lab_report import (
     draw_forgetting,
     draw_low_rank,
@@ -64,7 +65,7 @@ def main(
     out_dir: Path = Path("out/lab"),
     only: tuple[str, ...] = (),
 ) -> None:
-    """Run the experiments: low_rank, subspaces, targets, settings, forgetting, overfitting.
+    """Run the experiments: low_rank, subspaces, targets, settings, forgetting, overfitting, merging.
 
     Args:
         data_dir: What one of scripts/prepare_*.py wrote, with a validation split.
@@ -283,6 +284,7 @@ EXPERIMENTS: dict[str, Callable[[Lab, "Figure"], str]] = {
     "settings": settings,
     "forgetting": forgetting,
     "overfitting": overfitting,
+    "merging": merging,
 }
 
 

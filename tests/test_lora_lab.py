@@ -1,8 +1,9 @@
-"""The lab's six experiments on a tiny model: their tables and pictures, and what must be equal in them."""
+"""The lab's experiments on a tiny model: their tables and pictures, and what must be equal in them."""
 
 import json
 from pathlib import Path
 
+import lab_merging
 import lab_runs
 import lora_lab
 import pytest
@@ -26,6 +27,7 @@ def lab(checkpoint: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(lab_runs, "N_STEPS", 2)
     monkeypatch.setattr(lab_runs, "N_FEW", 3)
     monkeypatch.setattr(lab_runs, "BLOCK_SIZE", 100)
+    monkeypatch.setattr(lab_merging, "BLOCK_SIZE", 100)
     return Lab(checkpoint, data_dir, tmp_path)
 
 
