@@ -55,7 +55,7 @@ def loss_with(lab: Lab, added: dict[str, torch.Tensor]) -> float:
 
 def measure_speed(lab: Lab) -> dict[str, float]:
     """Milliseconds and megabytes of an update, and tokens/s with it: the median of a few rounds, taken in turn."""
-    path, prompt = lab.train(RUN), Dataset(lab.data_dir, "validation", BLOCK_SIZE).prompt(0)
+    path, (prompt, _) = lab.train(RUN), Dataset(lab.data_dir, "validation", BLOCK_SIZE).last_answer(0)
     found: dict[str, list[float]] = {}
     for _ in range(ROUNDS):
         model = lab.load_base()

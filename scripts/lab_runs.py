@@ -23,11 +23,11 @@ from lit_llama.finetuned import load_lora
 from lit_llama.lora import LoRAConfig, lora_shapes, remove_lora
 from lit_llama.model import LLaMA
 from lit_llama.peft_format import parts
-from lit_llama.records import Record, read_records
 from lit_llama.tokenizer import find_tokenizer
 from lit_llama.training_state import STATE_FILE
 
 Split = Literal["train", "validation"]
+Record = dict[str, str]  # instruction, input and output
 BLOCK_SIZE = 512
 ATTENTION, MLP = "query,key,value,projection", "mlp"
 ALL = f"{ATTENTION},{MLP}"
@@ -209,7 +209,9 @@ class Lab:
         """A folder of data: a few records to train on, and to validate on either their twins or new topics."""
         folder = self.out_dir / "data" / name
         if not (folder / "meta.json").is_file():
-            train, validation, new_topics = (read_records(RECORDS / f"{split}.json") for split in SPLITS)
+            train, validation, new_topics = (
+                json.loads((RECORDS / f"{split}.json").read_text(encoding="utf-8")) for split in SPLITS
+            )
             few, twins = closest(train, validation, N_FEW)
             for split, records in (("train", few), ("validation", twins if name == "few" else new_topics)):
                 write_file(folder.with_name(f"{name}-{split}.json"), json.dumps(records, indent=2))
