@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from compare_methods import machine
+from lora_lab import EXPERIMENTS
 
 from lit_llama.cli import run
 from lit_llama.errors import UserError
@@ -169,6 +170,23 @@ def memory() -> str:
     return "\n".join(rows)
 
 
+def ledger() -> str:
+    """What a step holds in memory, method by method."""
+    return f"{script('memory_ledger.py').strip()}\n\n(`python scripts/memory_ledger.py`)"
+
+
+def experiment(name: str) -> Callable[[], str]:
+    """An experiment of the lab: its table and its picture."""
+
+    def figure() -> str:
+        text = script("lora_lab.py", "--only", name).strip()
+        shutil.copy(f"out/lab/{name}.png", IMAGES / f"lab_{name}.png")
+        picture = f"![the figures of the table as a picture](images/lab_{name}.png)"
+        return f"{text}\n\n{picture}\n\n(`python scripts/lora_lab.py --only {name}`, {sitting()})"
+
+    return figure
+
+
 def sitting() -> str:
     """When and on what this was measured."""
     return f"{datetime.date.today():%d %B %Y}, {machine()}"
@@ -204,6 +222,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "adapter": adapter,
     "ranks": ranks,
+    "ledger": ledger,
+    **{f"lab-{name}": experiment(name) for name in EXPERIMENTS},
 }
 
 
