@@ -3,10 +3,11 @@
 Every setting below is also a command-line flag.
 """
 
-import math
 import sys
 from pathlib import Path
 from typing import Any
+
+import lit_llama.start  # noqa: F401 - before torch, which takes seconds to load
 
 import torch
 from jsonargparse.typing import PositiveInt
@@ -16,11 +17,13 @@ from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, ma
 from lit_llama.cli import constants, run
 from lit_llama.data import SCHEDULES, Dataset
 from lit_llama.device import TrainingPrecision, default_precision, storage_dtype
-from lit_llama.errors import UserError
+from lit_llama.errors import Stopped
 from lit_llama.finetuned import describe, save_finetuned
+from lit_llama.integrity import identity
 from lit_llama.log import TrainingLog, make_logger
 from lit_llama.optimizer import LRSchedule, rate_factor
 from lit_llama.training import (
+    StepCheck,
     StopSignal,
     Strategy,
     launch,
@@ -78,7 +81,7 @@ def main(
     fabric = launch(devices, num_nodes, strategy, numerics, make_logger(logger, out_dir))
     train_data = Dataset(data_dir, "train", block_size, mask_prompt)
     val_data = Dataset(data_dir, "validation", block_size, mask_prompt, limit=eval_records)
-    settings = {**constants(sys.modules[__name__]), "data": train_data.fingerprint}
+    settings = {**constants(sys.modules[__name__]), "data": train_data.fingerprint, **identity(pretrained_path)}
     state = TrainingState(fabric, out_dir, [ADAPTER_FILE], settings, resume)
     schedule = SCHEDULES[state.version](train_data, batch_size, micro_batch_size, seed)
 
@@ -102,7 +105,7 @@ def main(
     log.say(f"{sum(parameter.numel() for parameter in trained):,} trained parameters")
     if warmup_steps > last_step / 2:
         log.say(f"warning: the warm-up takes {warmup_steps} of the {last_step} steps; shorten it for such a short run")
-    stop = StopSignal()
+    stop, check_step = StopSignal(), StepCheck(log)
     if first_step == 0:
         log.validation(0, validation_loss(fabric, model, val_data, micro_batch_size))
     # A step depends on nothing but its number and the state before it: a resumed run ends like an uninterrupted one.
@@ -122,8 +125,7 @@ def main(
                 fabric.backward(loss * fabric.world_size)  # gradients are averaged over the devices
             step_loss += loss.detach()
         mean_loss = sum_over_devices(fabric, step_loss)
-        if not math.isfinite(mean_loss):
-            raise UserError(f"the loss of step {number + 1} is {mean_loss}; try a lower --learning_rate")
+        check_step(number, mean_loss, llama, step)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -135,7 +137,7 @@ def main(
         if done % save_interval == 0 or done == last_step or stopping:
             state.save(done, about, adapter_state_dict(llama), optimizer)
         if stopping:
-            raise UserError(f"stopped after step {done} as requested; continue with --resume true")
+            raise Stopped(f"stopped after step {done} as requested; continue with --resume true", stop.status)
 
     weights = whole_weights(fabric, adapter_state_dict(llama), storage_dtype(numerics))
     path = out_dir / ADAPTER_FILE

@@ -7,7 +7,7 @@ changing them needs no new preparation.
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +18,18 @@ from torch import Tensor
 
 from lit_llama.errors import UserError
 from lit_llama.files import read_json
-from lit_llama.prompt import PromptStyle
+from lit_llama.integrity import unsealed
+from lit_llama.prompt import STYLES, PromptStyle
 from lit_llama.records import ARRAYS
+from lit_llama.schema import check_types
+
+META = {
+    "sources": list,
+    "tokenizer": str,
+    "prompt_style": str,
+    "records": Mapping,
+    "split_seed": int | None,
+}  # what meta.json tells at least
 
 
 class Batch(NamedTuple):
@@ -43,12 +53,14 @@ class Dataset:
     ) -> None:
         self.data_dir, self.block_size = data_dir, block_size
         try:
-            self.meta = read_json(data_dir / "meta.json")
+            self.meta = unsealed(data_dir / "meta.json", read_json(data_dir / "meta.json"))
+            check_types(self.meta, META, {"sha256": Mapping})
             self.tokens, self.offsets, prompt_lengths = (
                 np.load(data_dir / f"{split}_{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS
             )
-        except (UserError, OSError, ValueError) as error:
-            raise UserError(f"{data_dir} holds no prepared data ({error}); run one of scripts/prepare_*.py") from None
+        except Exception as error:  # NumPy raises many kinds
+            reason = " ".join(str(error).split())
+            raise UserError(f"{data_dir} holds no prepared data ({reason}); run one of scripts/prepare_*.py") from None
         self._check(split, prompt_lengths)
         self.prompt_style: PromptStyle = self.meta["prompt_style"]
         origin = {name: self.meta[name] for name in ("sources", "tokenizer", "prompt_style", "split_seed", "records")}
@@ -63,14 +75,12 @@ class Dataset:
     def _check(self, split: str, prompt_lengths: np.ndarray) -> None:
         """Raise a UserError unless the arrays are those that meta.json was written for (version 1.0 did not say)."""
         arrays = dict(zip(ARRAYS, (self.tokens, self.offsets, prompt_lengths), strict=True))
-        wrong = [name for name in ("tokenizer", "prompt_style", "records") if name not in self.meta]
+        wrong = [] if self.meta["prompt_style"] in STYLES else ["the prompt_style of meta.json"]
         for name, expected in self.meta.get("sha256", {}).items():
             kind = name.removeprefix(f"{split}_")
             if kind in arrays and hashlib.sha256(arrays[kind].data).hexdigest() != expected:
                 wrong.append(f"{name}.npy")
-        n = len(prompt_lengths)
-        if len(self.offsets) != n + 1 or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens):
-            wrong.append(f"{split}_offsets.npy")
+        wrong += [f"{split}_{name}.npy" for name in impossible(self.tokens, self.offsets, prompt_lengths)]
         if wrong:
             raise UserError(f"{self.data_dir} is damaged: {wrong[0]} does not fit the rest; prepare the data again")
 
@@ -116,6 +126,25 @@ class Dataset:
         places = torch.arange(rows.numel()).view(rows.shape)
         places = torch.cat([line[:n] for line, n in zip(places, lengths, strict=True)])  # (T,)
         return Batch(rows, None, places[select], targets)
+
+
+def impossible(tokens: np.ndarray, offsets: np.ndarray, prompt_lengths: np.ndarray) -> Iterator[str]:
+    """The names of arrays that cannot be right, whatever the records were."""
+    for name, array in zip(ARRAYS, (tokens, offsets, prompt_lengths), strict=True):
+        if array.ndim != 1 or array.dtype.kind != "i":
+            yield name
+            return
+    lengths = np.diff(offsets)
+    if (
+        not len(offsets)
+        or len(lengths) != len(prompt_lengths)
+        or offsets[0] != 0
+        or offsets[-1] != len(tokens)
+        or (lengths < 1).any()
+    ):
+        yield "offsets"
+    elif ((prompt_lengths < 0) | (prompt_lengths > lengths)).any():
+        yield "prompt_lengths"
 
 
 @dataclass(frozen=True)

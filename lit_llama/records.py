@@ -7,7 +7,6 @@ sequence. `lit_llama/data.py` draws batches from it.
 
 import hashlib
 import io
-import json
 import re
 from http.client import HTTPException
 from pathlib import Path
@@ -17,7 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from lit_llama.errors import UserError
-from lit_llama.files import replacing_folder, write_file
+from lit_llama.files import parse_json, read_text, replacing_folder, write_file
+from lit_llama.integrity import sealed
 from lit_llama.prompt import PromptStyle, format_prompt
 from lit_llama.tokenizer import Tokenizer
 
@@ -65,21 +65,16 @@ def read_records(path: Path, keys: Record | None = None) -> list[Record]:
 
 def read_rows(path: Path) -> list[object]:
     """The values of a JSON list, or of the lines of a JSONL file."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not encoded in UTF-8; convert it") from None
-    try:
-        content = json.loads(text)
+        content = parse_json(text)
         return content if isinstance(content, list) else [content]
     except ValueError as error:
         reason = str(error)
     rows: list[object] = []
     for number, line in enumerate(text.split("\n"), 1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            rows += [parse_json(line)] if line.strip() else []
         except ValueError:
             what = f"line {number} is not valid JSON" if rows else reason
             raise UserError(f"{path} is neither a JSON list nor JSON lines: {what}") from None
@@ -131,7 +126,7 @@ def prepare(
                 np.save(buffer, array, allow_pickle=False)
                 write_file(part / f"{split}_{name}.npy", buffer.getvalue())
                 checksums[f"{split}_{name}"] = hashlib.sha256(array.data).hexdigest()
-        write_file(part / "meta.json", json.dumps({**meta, "sha256": checksums}, indent=2))
+        write_file(part / "meta.json", sealed({**meta, "sha256": checksums}))
 
 
 def tokenise(

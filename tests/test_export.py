@@ -202,9 +202,9 @@ def test_no_script_writes_over_what_it_reads(base: Path) -> None:
         ("convert_hf_checkpoint", "--checkpoint_dir", base.parent),
         ("convert_meta_checkpoint", "--checkpoint_dir", base.parent),
     ):
-        assert "give another place" in str(run_script(script, *flags, "--out_dir", base.parent))
+        assert "choose another place" in str(run_script(script, *flags, "--out_dir", base.parent))
     out_path = ("--out_path", base, "--peft_dir", base.parent)
-    assert "give another place" in str(run_script("import_peft", *out_path, "--pretrained_path", base))
+    assert "choose another place" in str(run_script("import_peft", *out_path, "--pretrained_path", base))
     assert contents(base.parent) == before
 
 

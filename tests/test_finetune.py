@@ -167,7 +167,7 @@ def test_a_run_stopped_by_a_signal_and_resumed_ends_in_the_same_bits(
     monkeypatch.setattr(os, "replace", interrupt_at_step_4)
     message = run_script(f"finetune_{method}", *arguments)
     monkeypatch.undo()
-    assert message == "error: stopped after step 5 as requested; continue with --resume true"
+    assert message == "stopped after step 5 as requested; continue with --resume true"
     assert not (tmp_path / RESULTS[method]).exists()
     assert "--resume true" in run_script(f"finetune_{method}", *arguments)  # it is not written over
     assert run_script(f"finetune_{method}", *arguments, "--resume", "true") is None
