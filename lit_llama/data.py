@@ -23,13 +23,7 @@ from lit_llama.prompt import STYLES, PromptStyle
 from lit_llama.records import ARRAYS
 from lit_llama.schema import check_types
 
-META = {
-    "sources": list,
-    "tokenizer": str,
-    "prompt_style": str,
-    "records": Mapping,
-    "split_seed": int | None,
-}  # what meta.json tells at least
+META = {"sources": list, "tokenizer": str, "prompt_style": str, "records": Mapping, "split_seed": int | None}
 
 
 class Batch(NamedTuple):
@@ -135,13 +129,7 @@ def impossible(tokens: np.ndarray, offsets: np.ndarray, prompt_lengths: np.ndarr
             yield name
             return
     lengths = np.diff(offsets)
-    if (
-        not len(offsets)
-        or len(lengths) != len(prompt_lengths)
-        or offsets[0] != 0
-        or offsets[-1] != len(tokens)
-        or (lengths < 1).any()
-    ):
+    if len(offsets) != len(prompt_lengths) + 1 or (offsets[0], offsets[-1]) != (0, len(tokens)) or (lengths < 1).any():
         yield "offsets"
     elif ((prompt_lengths < 0) | (prompt_lengths > lengths)).any():
         yield "prompt_lengths"

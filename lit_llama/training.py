@@ -128,8 +128,8 @@ class StepCheck:
             damaged = [name for name, tensor in model.named_parameters() if not whole_tensor(tensor).isfinite().all()]
             why = f"{damaged[0]} is not finite either" if damaged else f"look at {records}"
             raise UserError(
-                f"the loss of step {number + 1} is {loss:.4g}, its gradient's norm {norm:.4g}, so it was not taken; what "
-                f"was saved stays: resume with a lower --learning_rate, or {why}"
+                f"the loss of step {number + 1} is {loss:.4g}, its gradient's norm {norm:.4g}, so it was not taken; "
+                f"what was saved stays: resume with a lower --learning_rate, or {why}"
             )
         if self.mean is not None and loss > 10 * self.mean:
             self.log.say(
