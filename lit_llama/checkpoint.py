@@ -58,6 +58,9 @@ def load_model(path: Path, dtype: torch.dtype | None = None, device: torch.devic
         state.setdefault("lm_head.weight", state.get("transformer.wte.weight"))
     check_state(path, state, model.state_dict())
     check_listed(path)
+    stored = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
+    if dtype is None and len(stored) > 1:
+        raise UserError(f"{path} mixes {' and '.join(sorted(stored))}; convert the model again, to one of them")
     for name in state:
         state[name] = state[name].to(device, dtype)
     model.load_state_dict(state, strict=True, assign=True)

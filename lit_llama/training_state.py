@@ -127,8 +127,10 @@ def check_moments(saved: Mapping[str, Any], optimizer: Optimizer) -> None:
     if len(saved["param_groups"]) != len(optimizer.param_groups):
         raise UserError(f"it has {len(saved['param_groups'])} groups of parameters")
     for group, theirs in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        if not isinstance(theirs, Mapping):
+            raise UserError(f"a group of parameters is {short(theirs)}, expected named values")
         for name, value in group.items():
-            if name != "params" and not isinstance(dict(theirs).get(name, value), type(value)):
+            if name != "params" and not isinstance(theirs.get(name, value), type(value)):
                 raise UserError(f"{name} of the optimizer is {short(theirs[name])}")
 
 
