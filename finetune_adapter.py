@@ -3,10 +3,11 @@
 Every setting below is also a command-line flag.
 """
 
-import math
 import sys
 from pathlib import Path
 from typing import Any
+
+import lit_llama.start  # noqa: F401 - before torch, which takes seconds to load
 
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
@@ -15,12 +16,14 @@ from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, ma
 from lit_llama.cli import constants, run
 from lit_llama.data import SCHEDULES, Dataset
 from lit_llama.device import TrainingPrecision, default_precision, storage_dtype
-from lit_llama.errors import UserError
+from lit_llama.errors import Stopped
 from lit_llama.finetuned import describe
+from lit_llama.integrity import identity
 from lit_llama.log import TrainingLog, make_logger
 from lit_llama.optimizer import LearningRate, LRSchedule, clip_gradients
 from lit_llama.preview import expected_memory, plan, show_records
 from lit_llama.training import (
+    StepCheck,
     StopSignal,
     Strategy,
     launch,
@@ -83,8 +86,8 @@ def main(
     fabric = launch(devices, num_nodes, strategy, numerics, make_logger(logger, out_dir))
     train_data = Dataset(data_dir, "train", block_size, mask_prompt)
     val_data = Dataset(data_dir, "validation", block_size, mask_prompt, limit=eval_records)
-    settings = {**constants(sys.modules[__name__]), "data": train_data.fingerprint}
-    state = TrainingState(fabric, out_dir, [ADAPTER_FILE, BEST_FILE], settings, resume)
+    settings = {**constants(sys.modules[__name__]), "data": train_data.fingerprint, **identity(pretrained_path)}
+    state = TrainingState(fabric, out_dir, [ADAPTER_FILE, BEST_FILE], settings, resume, dry_run)
     schedule = SCHEDULES[state.version](train_data, batch_size, micro_batch_size, seed)
 
     torch.manual_seed(seed)
@@ -108,7 +111,7 @@ def main(
         fabric.print(show_records(train_data, tokenizer))
         return
     log = TrainingLog(fabric, out_dir, last_step, first_step, log_interval)
-    stop = StopSignal()
+    stop, check_step = StopSignal(), StepCheck(log, llama)
     if first_step == 0:
         log.validation(0, validation_loss(fabric, model, val_data, micro_batch_size))
     # A step depends on nothing but its number and the state before it: a resumed run ends like an uninterrupted one.
@@ -130,9 +133,8 @@ def main(
                 fabric.backward(loss * fabric.world_size)  # gradients are averaged over the devices
             step_loss += loss.detach()
         mean_loss = sum_over_devices(fabric, step_loss)
-        if not math.isfinite(mean_loss):
-            raise UserError(f"the loss of step {number + 1} is {mean_loss}; try a lower --learning_rate")
         gradient_norm = clip_gradients(trained, max_grad_norm)
+        check_step(step, number, mean_loss, gradient_norm)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -147,7 +149,7 @@ def main(
         if done % save_interval == 0 or done == last_step or stopping or state.is_patience_over(patience):
             state.save(done, about, adapter_state_dict(llama), optimizer)
         if stopping:
-            raise UserError(f"stopped after step {done} as requested; continue with --resume true")
+            raise Stopped(f"stopped after step {done} as requested; continue with --resume true", stop.status)
 
     path = out_dir / ADAPTER_FILE
     save_weights(fabric, path, about, adapter_state_dict(llama), dtype)

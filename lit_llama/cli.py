@@ -5,17 +5,21 @@ import inspect
 import json
 import os
 import re
+import signal
 import sys
+import traceback
 from argparse import ArgumentError
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_origin
+from typing import Any, NoReturn, get_origin
 
 import torch
 from jsonargparse import ArgumentParser
 
-from lit_llama.errors import UserError
+from lit_llama.errors import Stopped, UserError
+
+MISTAKE, WRONG_FLAG = 1, 2  # exit statuses; 128 and the signal's number after a signal
 
 
 def run(main: Callable[..., None]) -> None:
@@ -32,27 +36,48 @@ def run(main: Callable[..., None]) -> None:
         default = getattr(module, name)
         kind = inspect.get_annotations(module).get(name, type(default))
         parser.add_argument(f"--{name}", type=kind, default=default, help=comment or name.replace("_", " "))
+    parser.add_argument("--debug", type=bool, default=False, help="show the traceback of an error")
     annotations = inspect.get_annotations(main).items()
     lists = {f"--{name}" for name, annotation in annotations if get_origin(annotation) is tuple}
     try:
         arguments = vars(parser.parse_args(join_lists(sys.argv[1:], lists)))
     except ArgumentError as error:
-        sys.exit(f"error: {' '.join(str(error).split())}; see --help")
+        end(f"error: {' '.join(str(error).split())}; see --help", WRONG_FLAG)
     for name in comments:
         value = arguments.pop(name)
         is_whole = isinstance(value, int) and not isinstance(value, bool)
         setattr(module, name, int(value) if is_whole else value)  # a checkpoint may not hold a PositiveInt
+    debug = arguments.pop("debug")
     try:
         main(**arguments)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        end(*explain(error))
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """The line in which a script ends because of an exception, and its exit status."""
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 128 + signal.SIGINT
+    if isinstance(error, Stopped):
+        return text, error.status
+    if isinstance(error, UserError | OSError):
+        return f"error: {text}", MISTAKE
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text or "bad_alloc" in text:
         remedy = "when training, add --activation_checkpointing true or lower --micro_batch_size"
-        sys.exit(f"error: out of memory; {remedy} ({str(error).splitlines()[0]})")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+        return f"error: out of memory; {remedy} ({text[:200]})", MISTAKE
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{os.path.relpath(place.filename)}, line {place.lineno}"
+    return f"error: {type(error).__name__} in {where}: {text[:200]}; add --debug true for the traceback", MISTAKE
+
+
+def end(message: str, status: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(status)
 
 
 def join_lists(arguments: list[str], flags: set[str]) -> list[str]:

@@ -146,9 +146,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for cells in lines:
         with suppress(ValueError, OverflowError):
             row: dict[str, Any] = {name: float(cell) for name, cell in zip(header, cells, strict=True) if cell}
-            if {*COLUMNS[:3], "seconds"} <= row.keys() <= {*COLUMNS}:
+            if {*COLUMNS[:3], "seconds"} <= row.keys() <= {*COLUMNS} and not goes_back(row, rows):
                 rows.append({**row, **{name: int(row[name]) for name in COLUMNS[:3]}})
     return rows
+
+
+def goes_back(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
+    """Whether a row is of a step before the last one, or says once more what was said of that."""
+    return any(
+        row["step"] < other["step"] or (row["step"], row.keys()) == (other["step"], other.keys()) for other in rows[-2:]
+    )
 
 
 def format_seconds(seconds: float) -> str:

@@ -7,9 +7,10 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
+
+from lit_llama.sharding import whole_tensor
 
 LRSchedule = Literal["constant", "linear", "cosine"]
 
@@ -42,7 +43,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -
     norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if max_norm is not None:
         clip_grads_with_norm_(parameters, max_norm, norm)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return float(whole_tensor(norm))
 
 
 class AdamW(Optimizer):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from lit_llama.errors import UserError
 from lit_llama.files import replacing_folder, write_file
+from lit_llama.integrity import sealed
 from lit_llama.prompt import PromptStyle, encode
 from lit_llama.records import Conversation
 from lit_llama.tokenizer import Tokenizer
@@ -59,7 +60,7 @@ def prepare(
                 np.save(buffer, array, allow_pickle=False)
                 write_file(part / f"{split}_{name}.npy", buffer.getvalue())
                 checksums[f"{split}_{name}"] = hashlib.sha256(array.data).hexdigest()
-        write_file(part / "meta.json", json.dumps({**meta, "sha256": checksums}, indent=2))
+        write_file(part / "meta.json", sealed({**meta, "sha256": checksums}))
 
 
 def digest(source: Path, splits: dict[str, list[Conversation]]) -> str:

@@ -41,9 +41,14 @@ def main(
         raise UserError(f"--model is one of {', '.join(CONFIGS)}, not {model!r}")
     llama = make_model(model, method, LoRAConfig(lora_r, targets=tuple(lora_targets.split(","))))
     llama.recompute_blocks = activation_checkpointing
-    make_optimizer = partial(AdamW, lr=1e-3) if method == "full" else torch.optim.AdamW
-    peak = peak_of_training(llama, [block_size] * micro_batch_size, torch.bfloat16, make_optimizer)
+    peak = peak_of_method(method, llama, [block_size] * micro_batch_size)
     print(f"{peak / 1e9:.1f} GB ({peak / 2**30:.1f} GiB)")
+
+
+def peak_of_method(method: Method, llama: LLaMA, lengths: list[int]) -> int:
+    """Bytes that a training step takes at most, with the optimizer that the method's script uses."""
+    make_optimizer = partial(AdamW, lr=1e-3) if method == "full" else torch.optim.AdamW
+    return peak_of_training(llama, lengths, torch.bfloat16, make_optimizer)
 
 
 def make_model(name: str, method: Method, lora: LoRAConfig) -> LLaMA:

@@ -8,7 +8,7 @@ from lit_llama.checkpoint import check_state, read_config
 from lit_llama.cli import run
 from lit_llama.files import read_file, replacing_folder, write_file, write_safetensors
 from lit_llama.finetuned import read_finetuned
-from lit_llama.lora import LoRAConfig, lora_shapes
+from lit_llama.lora import lora_shapes
 from lit_llama.peft_format import peft_config, to_peft
 
 PEFT_FILES = r"adapter_(model\.safetensors|model\.bin|config\.json)"
@@ -20,6 +20,7 @@ def main(
     lora_path: Path = Path("out/lora/alpaca/lit-llama-lora-finetuned.pth"),
     pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
     lora_alpha: float | None = None,
+    force: bool = False,
 ) -> None:
     """Write adapter_model.safetensors and adapter_config.json.
 
@@ -29,10 +30,10 @@ def main(
         lora_path: The file that finetune_lora.py wrote.
         pretrained_path: The checkpoint of the base model.
         lora_alpha: Only for a file of the archived Lit-LLaMA, which did not store it.
+        force: Use the file on another base model of the same shape than the one that it was trained on.
     """
-    base = read_config(pretrained_path, read_file(pretrained_path))
-    content = read_finetuned(lora_path, "lora", base, lora_alpha)
-    config, state = LoRAConfig(**content["lora"]), content["state_dict"]
+    base = read_config(pretrained_path, read_file(pretrained_path, check_tensors=False))
+    config, state, _ = read_finetuned(lora_path, "lora", base, lora_alpha, pretrained_path, force)
     check_state(lora_path, state, lora_shapes(base, config))
     tensors = to_peft(state, base, config)
     with replacing_folder(out_dir, PEFT_FILES) as part:

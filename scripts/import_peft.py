@@ -10,8 +10,10 @@ from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.files import check_apart, read_file, read_json, read_safetensors
 from lit_llama.finetuned import describe, save_finetuned
+from lit_llama.integrity import identity
 from lit_llama.peft_format import config_from_peft, from_peft
 from lit_llama.prompt import PromptStyle
+from lit_llama.schema import naming
 
 
 def main(
@@ -30,16 +32,17 @@ def main(
     """
     for source in (pretrained_path, pretrained_path.with_name("config.json"), *peft_dir.glob("adapter_*")):
         check_apart(source, out_path)
-    base = read_config(pretrained_path, read_file(pretrained_path))
+    base = read_config(pretrained_path, read_file(pretrained_path, check_tensors=False))
     fields, tensors = read_json(peft_dir / "adapter_config.json"), read_tensors(peft_dir)
     try:
-        config = config_from_peft(fields, iter(tensors))
+        with naming(peft_dir / "adapter_config.json"):
+            config = config_from_peft(fields, iter(tensors))
         state = from_peft(tensors, base, config)
     except UserError as error:
         raise UserError(f"could not import {peft_dir}: {error}") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{peft_dir}/adapter_config.json does not describe a LoRA ({error!r}); copy it again") from None
-    save_finetuned(out_path, describe(config, base, prompt_style, {}), state)
+    save_finetuned(out_path, describe(config, base, prompt_style, identity(pretrained_path)), state)
     print(f"Saved {out_path}", file=sys.stderr)
 
 

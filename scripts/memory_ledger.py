@@ -4,7 +4,7 @@ Weights, gradients and moments are counted; the whole step is that of estimate_m
 """
 
 import torch
-from estimate_memory import peak_of_training
+from estimate_memory import Method, make_model, peak_of_method
 from jsonargparse.typing import PositiveInt
 
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
@@ -36,7 +36,8 @@ def main(
     for model in models:
         for method, count in trained_weights(CONFIGS[model], lora_r).items():
             held = ledger(CONFIGS[model], method, count)
-            step = peak_of_training(model, method, micro_batch_size, block_size, lora_r=lora_r)
+            llama = make_model(model, method, LoRAConfig(lora_r))
+            step = peak_of_method(method, llama, [block_size] * micro_batch_size)
             file = 2 * count  # finished files are rounded to bfloat16
             cells = [*held, step - sum(held), step, file]
             print(f"| {model} | {method} | {' | '.join(f'{size / 1e6:,.1f}' for size in cells)} |")
@@ -51,7 +52,7 @@ def ledger(config: LLaMAConfig, method: str, count: int) -> list[int]:
     return [frozen, 4 * count, 4 * count, (4 if method == "full" else 8) * count]
 
 
-def trained_weights(config: LLaMAConfig, lora_r: int) -> dict[str, int]:
+def trained_weights(config: LLaMAConfig, lora_r: int) -> dict[Method, int]:
     with torch.device("meta"):
         model = LLaMA(config)
         add_adapter(model, AdapterConfig())

@@ -176,7 +176,7 @@ def test_a_run_stopped_by_a_signal_and_resumed_ends_in_the_same_bits(
     monkeypatch.setattr(os, "replace", interrupt_at_step_4)
     message = run_script(f"finetune_{method}", *arguments)
     monkeypatch.undo()
-    assert message == "error: stopped after step 5 as requested; continue with --resume true"
+    assert message == "stopped after step 5 as requested; continue with --resume true"
     assert not (tmp_path / RESULTS[method]).exists()
     assert "--resume true" in run_script(f"finetune_{method}", *arguments)  # it is not written over
     assert run_script(f"finetune_{method}", *arguments, "--resume", "true") is None
@@ -203,6 +203,7 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits(
     ("extra", "message"),
     [
         (["--learning_rate", "1e30", "--save_interval", "100"], "the loss of step"),
+        (["--learning_rate", "1e30"], "so it was not taken"),
         (["--resume", "true"], "training-state.pth does not exist"),
         (["--lora_targets", "query,foo"], "foo"),
         (["--data_dir", "nowhere"], "prepare_"),

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_llama.data import BatchSchedule, Dataset
 from lit_llama.errors import UserError
-from lit_llama.finetuned import describe
+from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.optimizer import AdamW
 from lit_llama.training import loss_sum, matching_tokenizer, validation_loss
 from lit_llama.training_state import STATE_FILE, TrainingState
@@ -65,14 +65,14 @@ def test_a_run_and_its_result_are_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "result.pth").touch()
     with pytest.raises(UserError, match=r"holds result\.pth already: give another --out_dir"):
         training_state(tmp_path, SETTINGS, resume=False)
-    torch.save({"step": 3, "optimizer": {}, "hyperparameters": SETTINGS, "state_dict": {}}, tmp_path / STATE_FILE)
+    save_finetuned(tmp_path / STATE_FILE, {**describe(None, TINY, "plain", SETTINGS), "step": 3, "optimizer": {}}, {})
     assert training_state(tmp_path, {**SETTINGS, "max_steps": 5}, resume=True).saved["step"] == 3
     with pytest.raises(UserError, match="--resume true"):
         training_state(tmp_path, SETTINGS, resume=False)
 
 
 def test_a_run_is_not_resumed_with_settings_that_change_it(tmp_path: Path) -> None:
-    torch.save({"step": 3, "optimizer": {}, "hyperparameters": SETTINGS, "state_dict": {}}, tmp_path / STATE_FILE)
+    save_finetuned(tmp_path / STATE_FILE, {**describe(None, TINY, "plain", SETTINGS), "step": 3, "optimizer": {}}, {})
     with pytest.raises(UserError, match="lora_alpha 16, not 32"):
         training_state(tmp_path, {**SETTINGS, "lora_alpha": 32}, resume=True)
 
