@@ -165,15 +165,15 @@ def format_seconds(seconds: float) -> str:
 
 
 def plot_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw training and validation loss over the optimizer steps."""
+    """Draw training and validation loss over the optimizer steps, and below them the norm of the gradients."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 5.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     train, validation = (
         [(row["step"], row[name]) for row in rows if name in row] for name in ("train_loss", "validation_loss")
     )
@@ -188,10 +188,14 @@ def plot_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         for point in {validation[0], validation[-1]}:
             axes.annotate(f"{point[1]:.2f}", point, (0, 9), textcoords="offset points", ha="center", bbox=box)
-    axes.set(title=title, xlabel="optimizer step", ylabel="cross-entropy per response token (nats)")
+    norms = [(row["step"], row["gradient_norm"]) for row in rows if "gradient_norm" in row]  # version 1.0 had none
+    below.plot(*zip(*norms or [(0, 0)], strict=True), color="#7a7a7a", linewidth=1)
+    axes.set(title=title, ylabel="cross-entropy per response token (nats)")
+    below.set(xlabel="optimizer step", ylabel="gradient norm", ylim=(0, None))
     axes.margins(y=0.1)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
+    for each in (axes, below):
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(alpha=0.3)
     axes.legend(frameon=False)
     with replacing(path) as part:
         figure.savefig(part, format="png")

@@ -187,6 +187,20 @@ def experiment(name: str) -> Callable[[], str]:
     return figure
 
 
+def recipes() -> str:
+    """What the settings of today take, by the same estimate."""
+    rows = ["| GPU | model | settings | memory |", "|---|---|---|---:|"]
+    modern = ("--lora_r", 16, "--lora_targets", "query,key,value,projection,mlp")
+    for gpu, model, settings in (
+        ("16 GB", "7B", ("--micro_batch_size", "2", *CHECKPOINTING)),
+        ("24 GB", "7B", ("--micro_batch_size", "2")),
+        ("24 GB", "Llama-3.1-8B", ("--micro_batch_size", "4", *CHECKPOINTING)),
+    ):
+        needed = script("estimate_memory.py", "--model", model, *modern, *settings).strip()
+        rows.append(f"| {gpu} | {model} | `{' '.join(settings)}` | {needed} |")
+    return "\n".join(rows)
+
+
 def sitting() -> str:
     """When and on what this was measured."""
     return f"{datetime.date.today():%d %B %Y}, {machine()}"
@@ -220,6 +234,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "batches": batches,
     "memory": memory,
+    "recipes": recipes,
     "adapter": adapter,
     "ranks": ranks,
     "ledger": ledger,
