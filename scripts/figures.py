@@ -43,7 +43,7 @@ def main(only: tuple[str, ...] = (), alpaca_file: Path | None = None) -> None:
     unknown = set(only) - FIGURES.keys()
     if unknown:
         raise UserError(f"there is no figure {', '.join(unknown)}; there are {', '.join(FIGURES)}")
-    if not Path("data/alpaca/meta.json").is_file():
+    if not Path("data/alpaca/meta.json").is_file() and {"speed", "batches"} & set(only or FIGURES):
         local = ("--data_file", alpaca_file) if alpaca_file else ()
         script("prepare_alpaca.py", "--pretrained_path", MODEL, *local)
     for name in only or FIGURES:

@@ -215,10 +215,10 @@ class Lab:
             few, twins = closest(train, validation, N_FEW)
             for split, records in (("train", few), ("validation", twins if name == "few" else new_topics)):
                 write_file(folder.with_name(f"{name}-{split}.json"), json.dumps(records, indent=2))
-            files = (f"--{split}_file {folder}-{split}.json" for split in ("train", "validation"))
+            files = ("--train_file", f"{folder}-train.json", "--validation_file", f"{folder}-validation.json")
             style = Dataset(self.data_dir, "validation", BLOCK_SIZE).prompt_style
             places = ("--pretrained_path", self.pretrained_path, "--data_dir", folder, "--prompt_style", style)
-            call("scripts/prepare_json.py", *" ".join(files).split(), *places)
+            call("scripts/prepare_json.py", *files, *places)
         return folder
 
 

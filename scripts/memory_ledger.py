@@ -1,6 +1,6 @@
 """Where the memory of a training step goes: a table of the three methods, for a small model and a large one.
 
-Weights, gradients and moments are counted; the whole step is that of estimate_memory.py.
+Weights, gradients and moments are counted, the step's peak is that of estimate_memory.py, and the rest is the difference.
 """
 
 import torch
@@ -13,7 +13,7 @@ from lit_llama.errors import UserError
 from lit_llama.lora import LoRAConfig, lora_shapes
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
 
-TITLES = ("model", "method", "frozen weights", "trained weights", "gradients", "moments", "activations", "step", "file")
+TITLES = ("model", "method", "frozen weights", "trained weights", "gradients", "moments", "the rest", "step", "file")
 
 
 def main(
