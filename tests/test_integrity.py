@@ -127,3 +127,18 @@ def test_what_was_not_trained_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing was learned"):
         save_finetuned(tmp_path / "x.pth", describe(LoRAConfig(), TINY, "plain", {}), lora_state_dict(model))
     assert [*tmp_path.iterdir()] == []
+
+
+def test_the_check_of_tensors_can_be_left_out_and_that_is_said(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(checkpoint.parent, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "lit-llama.pth"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    arguments = ["--checkpoint_path", path, "--max_new_tokens", 1]
+    assert "is damaged: its data/" in str(run_script("generate", *arguments))
+    assert run_script("generate", *arguments, "--check_files", "false") is None
+    assert f"{path} was read without comparing" in capsys.readouterr().err
+    assert "is damaged" in str(run_script("generate", *arguments))
