@@ -48,8 +48,8 @@ def run(main: Callable[..., None]) -> None:
         end(f"error: {' '.join(str(error).split())}; see --help", WRONG_FLAG)
     for name in comments:
         value = arguments.pop(name)
-        is_whole = isinstance(value, int) and not isinstance(value, bool)
-        setattr(module, name, int(value) if is_whole else value)  # a checkpoint may not hold a PositiveInt
+        plain = next((kind for kind in (bool, int, float) if isinstance(value, kind)), lambda same: same)
+        setattr(module, name, plain(value))  # a checkpoint may not hold a PositiveInt
     debug, files.check_all = arguments.pop("debug"), arguments.pop("check_files")
     try:
         main(**arguments)

@@ -167,10 +167,12 @@ def write_file(path: Path, content: bytes | str | Mapping[str, Any]) -> None:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write finite tensors as transformers and PEFT read them, whole or not at all."""
+    """Write finite tensors as transformers and PEFT read them, whole or not at all; they are read back first."""
     check_finite(path, tensors)
     with replacing(path) as part:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata={"format": "pt"})
+        if not all(torch.equal(tensor, tensors[name]) for name, tensor in read_safetensors(part)):
+            raise UserError(f"{path} was not written: what is read back is not the same; try again")
 
 
 def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
