@@ -2,6 +2,7 @@
 # make test         lint and all tests
 # make lab          experiments on LoRA, with tables and pictures in out/lab (up to 40 minutes on 2 cores)
 # make figures      measure every figure of README and guides again (two hours on 2 cores)
+# make fuzz         damage every kind of file that is read, for an hour, and count what comes of it
 # make format       put the code into its format
 # make clean        remove the environment and what make quickstart has made, no other checkpoint or result
 
@@ -11,7 +12,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 MODEL = checkpoints/lit-llama/SmolLM2-135M-Instruct
 RUN = out/lora/quickstart
 
-.PHONY: quickstart lab test figures format clean
+.PHONY: quickstart lab test figures fuzz format clean
 
 # Every line can be typed by hand, after: source .venv/bin/activate
 quickstart: .venv/quickstart
@@ -51,6 +52,9 @@ test: .venv/test
 
 figures: .venv/test
 	python scripts/figures.py
+
+fuzz: .venv/test
+	PYTHONPATH=.:scripts:tests TOKENIZERS_PARALLELISM=false python tests/fuzz.py --seconds 3600
 
 format: .venv/test
 	ruff format .

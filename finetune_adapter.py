@@ -10,7 +10,7 @@ from typing import Any
 import lit_llama.start  # noqa: F401 - before torch, which takes seconds to load
 
 import torch
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, mark_only_adapter_as_trainable
 from lit_llama.cli import constants, run
@@ -34,25 +34,25 @@ from lit_llama.training import (
 )
 from lit_llama.training_state import TrainingState, save_weights
 
-learning_rate = 1.1e-3  # of LLaMA-Adapter's recipe: 9e-3 for 256 records per step, of which it takes 32
+learning_rate: PositiveFloat = 1.1e-3  # of LLaMA-Adapter's recipe: 9e-3 for 256 records per step, of which it takes 32
 batch_size: PositiveInt = 128  # records per optimizer step, over all devices
 micro_batch_size: PositiveInt = 4  # records that a device computes at once; lower it if memory runs out
 num_epochs: PositiveInt = 5
 max_steps: PositiveInt | None = None  # stop after this many optimizer steps, if sooner than num_epochs
-warmup_epochs: float = 2  # in which the learning rate rises to its value
+warmup_epochs: NonNegativeFloat = 2  # in which the learning rate rises to its value
 lr_schedule: LRSchedule = "constant"  # after the warm-up; linear and cosine (its authors') fall to 0 at the end
-weight_decay = 0.02
+weight_decay: NonNegativeFloat = 0.02
 max_grad_norm: PositiveFloat | None = None  # gradients of a larger norm are scaled down to it
 block_size: PositiveInt = 512  # tokens; longer records are cut
 mask_prompt = True  # train on the responses alone
 prompt_length: PositiveInt = 10  # prefix vectors a layer
-start_layer = 2  # the first layer that gets a prefix, counted from 0
+start_layer: NonNegativeInt = 2  # the first layer that gets a prefix, counted from 0
 eval_interval: PositiveInt = 100  # optimizer steps
 eval_records: PositiveInt | None = 400  # the first ones of the validation split. None: all (null on the command line)
 patience: PositiveInt | None = None  # stop after so many validations without a new lowest loss
 save_interval: PositiveInt = 100  # optimizer steps
 log_interval: PositiveInt = 1  # optimizer steps between two lines, when not on a terminal
-seed = 1337
+seed: NonNegativeInt = 1337
 devices: PositiveInt = 1  # per node
 num_nodes: PositiveInt = 1
 strategy: Strategy = "auto"  # ddp: the whole model on each device; fsdp: spread over them, if it does not fit on one

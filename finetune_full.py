@@ -11,7 +11,7 @@ from typing import Any, Literal
 import lit_llama.start  # noqa: F401 - before torch, which takes seconds to load
 
 import torch
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from lit_llama.checkpoint import WEIGHTS
 from lit_llama.cli import constants, run
@@ -36,14 +36,14 @@ from lit_llama.training import (
 )
 from lit_llama.training_state import TrainingState, save_model
 
-learning_rate = 3e-5
+learning_rate: PositiveFloat = 3e-5
 batch_size: PositiveInt = 128  # records per optimizer step, over all devices
 micro_batch_size: PositiveInt = 4  # records that a device computes at once; lower it if memory runs out
 num_epochs: PositiveInt = 5
 max_steps: PositiveInt | None = None  # stop after this many optimizer steps, if sooner than num_epochs
-warmup_steps = 100  # optimizer steps in which the learning rate rises to its value
+warmup_steps: NonNegativeInt = 100  # optimizer steps in which the learning rate rises to its value
 lr_schedule: LRSchedule = "constant"  # after the warm-up; linear and cosine fall to 0 at the end
-weight_decay = 0.0
+weight_decay: NonNegativeFloat = 0.0
 max_grad_norm: PositiveFloat | None = None  # gradients of a larger norm are scaled down to it
 block_size: PositiveInt = 512  # tokens; longer records are cut
 mask_prompt = True  # train on the responses alone
@@ -53,7 +53,7 @@ eval_records: PositiveInt | None = 400  # the first ones of the validation split
 patience: PositiveInt | None = None  # stop after so many validations without a new lowest loss
 save_interval: PositiveInt = 100  # optimizer steps
 log_interval: PositiveInt = 1  # optimizer steps between two lines, when not on a terminal
-seed = 1337
+seed: NonNegativeInt = 1337
 devices: PositiveInt = 1  # per node
 num_nodes: PositiveInt = 1
 strategy: Strategy = "auto"  # fsdp on several devices: each stores its share of weights, gradients and moments

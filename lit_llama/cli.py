@@ -17,6 +17,7 @@ from typing import Any, NoReturn, get_origin
 import torch
 from jsonargparse import ArgumentParser
 
+from lit_llama import files
 from lit_llama.errors import Stopped, UserError
 
 MISTAKE, WRONG_FLAG = 1, 2  # exit statuses; 128 and the signal's number after a signal
@@ -37,6 +38,8 @@ def run(main: Callable[..., None]) -> None:
         kind = inspect.get_annotations(module).get(name, type(default))
         parser.add_argument(f"--{name}", type=kind, default=default, help=comment or name.replace("_", " "))
     parser.add_argument("--debug", type=bool, default=False, help="show the traceback of an error")
+    check = "compare tensors with their checksums when they are read (2.4 GB a second and core)"
+    parser.add_argument("--check_files", type=bool, default=True, help=check)
     annotations = inspect.get_annotations(main).items()
     lists = {f"--{name}" for name, annotation in annotations if get_origin(annotation) is tuple}
     try:
@@ -45,9 +48,9 @@ def run(main: Callable[..., None]) -> None:
         end(f"error: {' '.join(str(error).split())}; see --help", WRONG_FLAG)
     for name in comments:
         value = arguments.pop(name)
-        is_whole = isinstance(value, int) and not isinstance(value, bool)
-        setattr(module, name, int(value) if is_whole else value)  # a checkpoint may not hold a PositiveInt
-    debug = arguments.pop("debug")
+        plain = next((kind for kind in (bool, int, float) if isinstance(value, kind)), lambda same: same)
+        setattr(module, name, plain(value))  # a checkpoint may not hold a PositiveInt
+    debug, files.check_all = arguments.pop("debug"), arguments.pop("check_files")
     try:
         main(**arguments)
     except BrokenPipeError:  # whoever read the output has seen enough

@@ -51,6 +51,10 @@ class TrainingState:
         """
         self.fabric, self.path = fabric, out_dir / STATE_FILE
         self.saved: dict[str, Any] = {}
+        if resume and not self.path.is_file():
+            raise UserError(f"{self.path} does not exist, so there is no run to resume")
+        if not dry_run:
+            on_first_process(fabric, claim, out_dir)
         if resume:
             self.saved = read_described(self.path)
             check_settings(self.path, self.saved, settings)
@@ -59,8 +63,6 @@ class TrainingState:
         if existing and not resume:
             remedy = "continue that run with --resume true, or " if STATE_FILE in existing else ""
             raise UserError(f"{out_dir} holds {existing[0]} already: {remedy}give another --out_dir")
-        if not dry_run:
-            on_first_process(fabric, claim, out_dir)
         self.version: int = self.saved.get("version", 1) if resume else VERSION
         self.best: dict[str, float] = self.saved.get("best", {"loss": math.inf, "step": 0, "waited": 0})
 

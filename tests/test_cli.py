@@ -1,10 +1,13 @@
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from builders import command
 
-from lit_llama.cli import join_lists
+from lit_llama.cli import explain, join_lists
 
 SCRIPT = '''
 """A script."""
@@ -92,3 +95,49 @@ def test_a_flag_for_several_values_is_given_once_or_often() -> None:
     assert join_lists(["--x", "a b", "c", "--y", "1", "z"], flags) == expected
     assert join_lists(["--x", "a b", "--y", "1", "z", "--x=c"], flags) == expected
     assert join_lists(["--y", "1"], flags) == ["--y", "1"]
+
+
+def test_exit_statuses_tell_a_mistake_from_a_wrong_flag_and_a_stop(script: Path) -> None:
+    assert call(script, "--steps", "many").returncode == 2
+    assert call(script, "--names", "fail").returncode == 1
+    script.write_text(script.read_text().replace("UserError(", "Stopped(").replace('wrong")', 'over", 143)'))
+    script.write_text(script.read_text().replace("import UserError", "import Stopped"))
+    stopped = call(script, "--names", "fail")
+    assert (stopped.returncode, stopped.stderr) == (143, "this is over\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (KeyError("x"), "error: KeyError in "),
+        (MemoryError("no more"), "error: out of memory; "),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9"), "error: out of memory; "),
+    ],
+)
+def test_whatever_happens_ends_in_one_line(error: BaseException, line: str) -> None:
+    try:
+        raise error
+    except BaseException as raised:
+        text, status = explain(raised)
+    assert text.startswith(line)
+    assert "\n" not in text
+    assert status == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    assert not isinstance(error, KeyError) or ("test_cli.py, line" in text and "--debug true" in text)
+
+
+def test_debug_shows_the_traceback(script: Path) -> None:
+    script.write_text(script.read_text().replace("derived =", "{}[names]\n    derived ="))
+    short, long = call(script), call(script, "--debug", "true")
+    assert short.stderr.count("\n") == 1
+    assert "Traceback" in long.stderr
+    assert long.stderr.endswith(short.stderr)
+    assert (short.returncode, long.returncode) == (1, 1)
+
+
+def test_ctrl_c_while_libraries_are_loaded_is_one_line() -> None:
+    for delay in (0.3, 0.6):
+        process = subprocess.Popen(command("finetune_lora.py"), stderr=subprocess.PIPE, text=True)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[1].count("\n") == 1  # or it has found that there is no data, if it was fast

@@ -213,6 +213,8 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits(
         (["--batch_size", "3"], "not a multiple"),
         (["--precision", "bf16-true"], "bf16-mixed"),
         (["--strategy", "magic"], "fsdp"),
+        (["--learning_rate", "-1"], "learning_rate"),
+        (["--seed", "-1"], "seed"),
     ],
 )
 def test_mistakes_end_in_one_line(
