@@ -1,5 +1,7 @@
 """Compare base, LLaMA-Adapter, LoRA and full finetuning on one model and data set, or LoRA of several ranks.
 
+LoRA is trained with the article's settings, for 5 epochs in batches of 128, and with settings for small data sets.
+
 Each is trained, evaluated and asked by the scripts that users run, one after the other.
 """
 
@@ -107,10 +109,12 @@ def four_methods(data_dir: Path, own_template_dir: Path | None) -> list[Method]:
     rate, schedule = "--learning_rate", ("--lr_schedule", lr_schedule)
     adapter = (rate, adapter_learning_rate, *schedule, "--warmup_epochs", 0)
     full = (rate, full_learning_rate, *schedule, "--warmup_steps", 10)
+    article = ("--batch_size", 128, "--num_epochs", 5)  # and otherwise the defaults of finetune_lora.py
     return [
         Method("base", "base", data_dir),
         *own,
         Method("LLaMA-Adapter", "adapter", data_dir, adapter),
+        Method("LoRA, the article's settings", "lora", data_dir, article),
         lora(data_dir, lora_r),
         Method("full finetuning", "full", data_dir, full),
     ]
