@@ -94,6 +94,10 @@ def chat_template(style: PromptStyle, tokenizer: Tokenizer) -> str:
     return template if tokenizer.bos_id is not None else without_bos(template)
 
 
+def begins_with_bos(style: PromptStyle) -> bool:
+    return "bos_token" in CHAT_TEMPLATES[style]
+
+
 def without_bos(template: str) -> str:
     return template.replace("{{ bos_token }}", "").replace("bos_token + ", "")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_llama.chat_templates import FILE_NAME as TEMPLATE_NAME
-from lit_llama.chat_templates import chat_template
+from lit_llama.chat_templates import begins_with_bos, chat_template
 from lit_llama.checkpoint import check_state, load_model, own_prompt_style, read_config
 from lit_llama.cli import run
 from lit_llama.errors import UserError
@@ -90,6 +90,8 @@ def read_model(path: Path, tokenizer: Tokenizer, style: PromptStyle | None) -> C
     metadata = name | model_metadata(model.config) | tokenizer_metadata(tokenizer, model.config.vocab_size)
     if style:
         metadata[CHAT_TEMPLATE] = chat_template(style, tokenizer)
+    if style and not begins_with_bos(style):  # llama.cpp would put one before the template
+        metadata["tokenizer.ggml.add_bos_token"] = False
     return Content(metadata, dict(to_gguf(model.state_dict(), model.config)), style)
 
 
