@@ -82,6 +82,10 @@ class Tokenizer:
             )
         return token_id
 
+    def token(self, token_id: int) -> str:
+        """The name of a token: for a control token, what a template calls it."""
+        return self._sp.id_to_piece(token_id) if self._sp else str(self._hf.id_to_token(token_id))
+
     def decode(self, ids: list[int]) -> str:
         """The text of token ids; without bos and eos."""
         ids = [i for i in ids if i < self.vocab_size]  # a model may have more rows than the tokenizer has tokens

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_llama.chat_templates import style_of
 from lit_llama.checkpoint import check_complete, save_model_folder
 from lit_llama.cli import run
 from lit_llama.errors import UserError
-from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling, stretch_frequencies
+from lit_llama.gguf_format import CHAT_TEMPLATE, ROPE_FREQS, TENSOR_NAMES, rope_divisors
+from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling
 from lit_llama.schema import naming, parse
 from lit_llama.tokenizer_formats import from_gguf
 
@@ -23,18 +25,6 @@ try:
 except ImportError:
     sys.exit("error: GGUF files need one more library; run: pip install -e '.[gguf]'")
 
-TENSOR_NAMES = {  # llama.cpp stores q and k rows in Meta's order, which is ours
-    "token_embd": "transformer.wte.weight",
-    "output_norm": "transformer.ln_f.scale",
-    "output": "lm_head.weight",
-    "attn_norm": "rms_1.scale",
-    "attn_output": "attn.c_proj.weight",
-    "ffn_norm": "rms_2.scale",
-    "ffn_gate": "mlp.c_fc1.weight",
-    "ffn_up": "mlp.c_fc2.weight",
-    "ffn_down": "mlp.c_proj.weight",
-}
-ROPE_FREQS = "rope_freqs.weight"
 MOST_TENSORS, MOST_FIELDS, MOST_VALUES = 2**16, 2**12, 2**20  # the largest vocabularies have a quarter of a million
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number, by GGUF's type
 STRING, ARRAY = 8, 9
@@ -57,7 +47,7 @@ def main(gguf_path: Path, out_dir: Path) -> None:
 
     Args:
         gguf_path: A .gguf file with `general.architecture = llama`.
-        out_dir: The model folder to write: lit-llama.pth, config.json and the tokenizer.
+        out_dir: The model folder to write: lit-llama.pth, config.json (with the prompt style) and the tokenizer.
     """
     metadata, tensors = read_gguf(gguf_path)
     config = read_config(metadata, tensors)
@@ -70,7 +60,8 @@ def main(gguf_path: Path, out_dir: Path) -> None:
         raise UserError(f"{gguf_path} does not describe a tokenizer ({reason}); get another GGUF") from None
     state = read_weights(gguf_path, tensors, config)
     check_complete(gguf_path, state, config)
-    save_model_folder(out_dir, state, config, tokenizer)
+    prompt_style = style_of(gguf_path, metadata.get(CHAT_TEMPLATE))
+    save_model_folder(out_dir, state, config, tokenizer, prompt_style)
     print(f"Saved {out_dir}", file=sys.stderr)
 
 
@@ -174,8 +165,7 @@ def read_rope_scaling(path: Path, tensor: ReaderTensor, config: LLaMAConfig) -> 
     """The settings behind the divisor of each rotary frequency, which is all that llama.cpp keeps of them."""
     divisors = dequantise(path, tensor)  # (hs / 2,)
     scaling = replace(LLAMA_3_SCALING, factor=shortest(divisors.max().item()))  # models differ in the factor alone
-    freqs = config.rope_base ** -(torch.arange(0, config.head_size, 2) / config.head_size)  # (hs / 2,)
-    expected = freqs / stretch_frequencies(freqs, scaling)
+    expected = rope_divisors(replace(config, rope_scaling=scaling))
     if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):
         raise UserError(f"{path} scales its rotary frequencies in a way that is not known; it is not Llama 3.1's")
     return scaling

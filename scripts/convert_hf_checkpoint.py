@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_llama.chat_templates import read_chat_template, style_of
 from lit_llama.checkpoint import check_complete, save_model_folder
 from lit_llama.cli import run
 from lit_llama.errors import UserError
@@ -23,7 +24,7 @@ def main(checkpoint_dir: Path, out_dir: Path, dtype: Literal["float32", "bfloat1
 
     Args:
         checkpoint_dir: The folder that was downloaded.
-        out_dir: The model folder to write: lit-llama.pth, config.json and the tokenizer.
+        out_dir: The model folder to write: lit-llama.pth, config.json (with the prompt style) and the tokenizer.
         dtype: The type to store the weights in. By default as they are.
     """
     check_apart(checkpoint_dir, out_dir)
@@ -45,7 +46,8 @@ def main(checkpoint_dir: Path, out_dir: Path, dtype: Literal["float32", "bfloat1
         files = find_tokenizer(checkpoint_dir, checkpoint_dir).files()
     else:
         print(f"No tokenizer in {checkpoint_dir}: put one next to the converted weights", file=sys.stderr)
-    save_model_folder(out_dir, state, config, files)
+    prompt_style = style_of(checkpoint_dir, read_chat_template(checkpoint_dir))
+    save_model_folder(out_dir, state, config, files, prompt_style)
     print(f"Saved {out_dir}", file=sys.stderr)
 
 

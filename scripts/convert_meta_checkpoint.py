@@ -17,6 +17,7 @@ from lit_llama.errors import UserError
 from lit_llama.files import check_apart, read_file, read_json
 from lit_llama.integrity import is_plain
 from lit_llama.model import CONFIGS, LLAMA_3_SCALING, LLaMA, LLaMAConfig
+from lit_llama.prompt import PromptStyle
 from lit_llama.schema import naming, parse, short
 from lit_llama.tokenizer import FILE_NAMES, Tokenizer
 from lit_llama.tokenizer_formats import from_tiktoken, is_tiktoken
@@ -38,13 +39,16 @@ NAMES = {
 QKV = ("attention.wq.weight", "attention.wk.weight", "attention.wv.weight")  # one c_attn here
 
 
-def main(checkpoint_dir: Path, out_dir: Path, block_size: int | None = None) -> None:
+def main(
+    checkpoint_dir: Path, out_dir: Path, block_size: int | None = None, prompt_style: PromptStyle | None = None
+) -> None:
     """Convert one model; the weights keep their dtype.
 
     Args:
         checkpoint_dir: The folder with params.json, consolidated.*.pth and, there or one folder up, tokenizer.model.
         out_dir: The model folder to write: lit-llama.pth, config.json and the tokenizer.
         block_size: The most tokens that the model takes, which the files do not tell. By default what was published.
+        prompt_style: The template of an instruct model, llama2 or llama3, which the files do not tell either.
     """
     check_apart(checkpoint_dir, out_dir)
     shards = find_shards(checkpoint_dir)
@@ -56,7 +60,7 @@ def main(checkpoint_dir: Path, out_dir: Path, block_size: int | None = None) -> 
     tied = torch.equal(head, state["transformer.wte.weight"])
     config = replace(config, tie_embeddings=tied, block_size=block_size or published_length(config))
     check_complete(checkpoint_dir, state, config)
-    save_model_folder(out_dir, state, config, read_tokenizer(checkpoint_dir))
+    save_model_folder(out_dir, state, config, read_tokenizer(checkpoint_dir), prompt_style)
     print(f"Saved {out_dir}", file=sys.stderr)
 
 
