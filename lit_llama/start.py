@@ -1,4 +1,4 @@
-"""Ctrl-C ends a script in one line, also while its libraries are still being loaded; imported before all of them."""
+"""What ends a script while its libraries are still being loaded is one line, too; imported before all of them."""
 
 import sys
 from pathlib import Path
@@ -8,13 +8,16 @@ SCRIPTS = (Path(__file__).parents[1], Path(__file__).parents[1] / "scripts")
 
 
 def end_in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if issubclass(kind, KeyboardInterrupt):
+    if "--debug" in sys.argv:
+        sys.__excepthook__(kind, error, trace)
+    elif issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
     else:
-        sys.__excepthook__(kind, error, trace)
+        remedy = "; run: source .venv/bin/activate" if issubclass(kind, ModuleNotFoundError) else ""
+        text = " ".join(str(error).split())
+        print(f"error: {kind.__name__} while libraries were loaded ({text[:200]}){remedy}", file=sys.stderr)
 
 
-if (
-    Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent in SCRIPTS
-):  # not in others' programs
+program = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+if program.resolve().parent in SCRIPTS:  # but not in the programs of others
     sys.excepthook = end_in_one_line
