@@ -17,7 +17,7 @@ from typing import Any, NoReturn, get_origin
 import torch
 from jsonargparse import ArgumentParser
 
-from lit_llama import files
+from lit_llama import files, start
 from lit_llama.errors import Stopped, UserError
 
 MISTAKE, WRONG_FLAG = 1, 2  # exit statuses; 128 and the signal's number after a signal
@@ -52,6 +52,7 @@ def run(main: Callable[..., None]) -> None:
         setattr(module, name, plain(value))  # a checkpoint may not hold a PositiveInt
     debug, files.check_all = arguments.pop("debug"), arguments.pop("check_files")
     try:
+        start.loaded()
         main(**arguments)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

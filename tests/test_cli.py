@@ -136,8 +136,9 @@ def test_debug_shows_the_traceback(script: Path) -> None:
 
 
 def test_ctrl_c_while_libraries_are_loaded_is_one_line() -> None:
-    for delay in (0.3, 0.6):
+    for delay in (0.15, 0.4, 0.7):
         process = subprocess.Popen(command("finetune_lora.py"), stderr=subprocess.PIPE, text=True)
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
-        assert process.communicate()[1].count("\n") == 1  # or it has found that there is no data, if it was fast
+        assert process.communicate()[1].count("\n") == 1
+        assert process.returncode in (1, 130)  # 1: it was fast, and has found no data
