@@ -1,6 +1,8 @@
 # make quickstart   finetune a real LLaMA with LoRA on this machine, in a few minutes
 # make test         lint and all tests
-# make figures      measure every figure of README and guides again (an hour on 2 cores)
+# make lab          experiments on LoRA, with tables and pictures in out/lab (up to 40 minutes on 2 cores)
+# make figures      measure every figure of README and guides again (two hours on 2 cores)
+# make fuzz         damage every kind of file that is read, for an hour, and count what comes of it
 # make format       put the code into its format
 # make clean        remove the environment and what make quickstart has made, no other checkpoint or result
 
@@ -10,7 +12,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 MODEL = checkpoints/lit-llama/SmolLM2-135M-Instruct
 RUN = out/lora/quickstart
 
-.PHONY: quickstart test figures format clean
+.PHONY: quickstart lab test figures fuzz format clean
 
 # Every line can be typed by hand, after: source .venv/bin/activate
 quickstart: .venv/quickstart
@@ -35,6 +37,13 @@ quickstart: .venv/quickstart
 	@echo 'python generate_lora.py --pretrained_path $(MODEL)/lit-llama.pth \'
 	@echo '  --lora_path $(RUN)/lit-llama-lora-finetuned.pth --prompt "In one sentence, what is overfitting?"'
 
+lab: .venv/quickstart
+	python scripts/download_smollm2.py --out_dir $(MODEL)
+	python scripts/prepare_json.py --train_file data/ml_questions/train.json \
+	  --validation_file data/ml_questions/validation.json --prompt_style chatml \
+	  --pretrained_path $(MODEL)/lit-llama.pth --data_dir data/quickstart
+	python scripts/lora_lab.py --pretrained_path $(MODEL)/lit-llama.pth --data_dir data/quickstart
+
 test: .venv/test
 	ruff format --check .
 	ruff check .
@@ -43,6 +52,9 @@ test: .venv/test
 
 figures: .venv/test
 	python scripts/figures.py
+
+fuzz: .venv/test
+	PYTHONPATH=.:scripts:tests TOKENIZERS_PARALLELISM=false python tests/fuzz.py --seconds 3600
 
 format: .venv/test
 	ruff format .

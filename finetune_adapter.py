@@ -3,23 +3,27 @@
 Every setting below is also a command-line flag.
 """
 
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
+import lit_llama.start  # noqa: F401 - before torch, which takes seconds to load
+
 import torch
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, mark_only_adapter_as_trainable
 from lit_llama.cli import constants, run
 from lit_llama.data import SCHEDULES, Dataset
 from lit_llama.device import TrainingPrecision, default_precision, storage_dtype
-from lit_llama.errors import UserError
-from lit_llama.finetuned import describe, save_finetuned
+from lit_llama.errors import Stopped
+from lit_llama.finetuned import describe
+from lit_llama.integrity import identity
 from lit_llama.log import TrainingLog, make_logger
-from lit_llama.optimizer import LRSchedule, rate_factor
+from lit_llama.optimizer import LearningRate, LRSchedule, clip_gradients
+from lit_llama.preview import expected_memory, plan, show_records
 from lit_llama.training import (
+    StepCheck,
     StopSignal,
     Strategy,
     launch,
@@ -28,25 +32,27 @@ from lit_llama.training import (
     sum_over_devices,
     validation_loss,
 )
-from lit_llama.training_state import TrainingState, on_first_process, whole_weights
+from lit_llama.training_state import TrainingState, save_weights
 
-learning_rate = 1.1e-3  # of LLaMA-Adapter's recipe: 9e-3 for 256 records per step, of which it takes 32
+learning_rate: PositiveFloat = 1.1e-3  # of LLaMA-Adapter's recipe: 9e-3 for 256 records per step, of which it takes 32
 batch_size: PositiveInt = 128  # records per optimizer step, over all devices
 micro_batch_size: PositiveInt = 4  # records that a device computes at once; lower it if memory runs out
 num_epochs: PositiveInt = 5
 max_steps: PositiveInt | None = None  # stop after this many optimizer steps, if sooner than num_epochs
-warmup_epochs: float = 2  # in which the learning rate rises to its value
+warmup_epochs: NonNegativeFloat = 2  # in which the learning rate rises to its value
 lr_schedule: LRSchedule = "constant"  # after the warm-up; linear and cosine (its authors') fall to 0 at the end
-weight_decay = 0.02
+weight_decay: NonNegativeFloat = 0.02
+max_grad_norm: PositiveFloat | None = None  # gradients of a larger norm are scaled down to it
 block_size: PositiveInt = 512  # tokens; longer records are cut
 mask_prompt = True  # train on the responses alone
 prompt_length: PositiveInt = 10  # prefix vectors a layer
-start_layer = 2  # the first layer that gets a prefix, counted from 0
+start_layer: NonNegativeInt = 2  # the first layer that gets a prefix, counted from 0
 eval_interval: PositiveInt = 100  # optimizer steps
 eval_records: PositiveInt | None = 400  # the first ones of the validation split. None: all (null on the command line)
+patience: PositiveInt | None = None  # stop after so many validations without a new lowest loss
 save_interval: PositiveInt = 100  # optimizer steps
 log_interval: PositiveInt = 1  # optimizer steps between two lines, when not on a terminal
-seed = 1337
+seed: NonNegativeInt = 1337
 devices: PositiveInt = 1  # per node
 num_nodes: PositiveInt = 1
 strategy: Strategy = "auto"  # ddp: the whole model on each device; fsdp: spread over them, if it does not fit on one
@@ -54,7 +60,7 @@ activation_checkpointing = False  # recompute blocks in the backward pass: less 
 logger: str | None = None  # in addition to metrics.csv: tensorboard, or the class of another Lightning logger
 precision: TrainingPrecision | None = None  # None: bf16-mixed on a GPU that has bfloat16, else 32-true
 
-ADAPTER_FILE = "lit-llama-adapter-finetuned.pth"
+ADAPTER_FILE, BEST_FILE = "lit-llama-adapter-finetuned.pth", "lit-llama-adapter-finetuned-best.pth"
 
 
 def main(
@@ -63,27 +69,30 @@ def main(
     out_dir: Path = Path("out/adapter/alpaca"),
     tokenizer_path: Path | None = None,
     resume: bool = False,
+    dry_run: bool = False,
 ) -> None:
     """Finetune, and write lit-llama-adapter-finetuned.pth.
 
     Args:
         data_dir: What one of scripts/prepare_*.py wrote.
         pretrained_path: The checkpoint of the base model.
-        out_dir: Gets the adapter file, the training state, metrics.csv and loss.png.
+        out_dir: Gets the adapter file (and the best one so far), the training state, metrics.csv and loss.png.
         tokenizer_path: The base model's tokenizer, if it is not next to the checkpoint.
         resume: Continue the run in out_dir from its last saved state.
+        dry_run: End before the first step, after showing the plan and two records, with what is trained on marked.
     """
     numerics = precision or default_precision()
+    dtype = storage_dtype(numerics)  # of the frozen weights and of what is written
     fabric = launch(devices, num_nodes, strategy, numerics, make_logger(logger, out_dir))
     train_data = Dataset(data_dir, "train", block_size, mask_prompt)
     val_data = Dataset(data_dir, "validation", block_size, mask_prompt, limit=eval_records)
-    settings = {**constants(sys.modules[__name__]), "data": train_data.fingerprint}
-    state = TrainingState(fabric, out_dir, [ADAPTER_FILE], settings, resume)
+    settings = {**constants(sys.modules[__name__]), "data": train_data.fingerprint, **identity(pretrained_path)}
+    state = TrainingState(fabric, out_dir, [ADAPTER_FILE, BEST_FILE], settings, resume, dry_run)
     schedule = SCHEDULES[state.version](train_data, batch_size, micro_batch_size, seed)
 
     torch.manual_seed(seed)
-    llama = load_base(fabric, pretrained_path, storage_dtype(numerics))
-    matching_tokenizer(train_data, llama, pretrained_path, tokenizer_path)
+    llama = load_base(fabric, pretrained_path, dtype)
+    tokenizer = matching_tokenizer(train_data, llama, pretrained_path, tokenizer_path)
     config = AdapterConfig(prompt_length, start_layer)
     add_adapter(llama, config)
     mark_only_adapter_as_trainable(llama)
@@ -93,21 +102,24 @@ def main(
     optimizer: Any = fabric.setup_optimizers(torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay))
     about = describe(config, llama.config, train_data.prompt_style, settings)
     first_step = state.restore(adapter_state_dict(llama), optimizer)
-    warmup_steps = round(warmup_epochs * schedule.steps_per_epoch)
     last_step = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
+    rate = LearningRate(learning_rate, round(warmup_epochs * schedule.steps_per_epoch), lr_schedule, last_step)
 
+    memory = expected_memory(fabric, llama, schedule, dtype, torch.optim.AdamW)
+    fabric.print(*plan(schedule, val_data, rate, llama), memory, sep="\n", file=sys.stderr)
+    if dry_run:
+        fabric.print(show_records(train_data, tokenizer))
+        return
     log = TrainingLog(fabric, out_dir, last_step, first_step, log_interval)
-    log.say(f"{len(train_data):,} records ({train_data.n_dropped} dropped: no room for a response), {last_step} steps")
-    log.say(f"{sum(parameter.numel() for parameter in trained):,} trained parameters")
-    if warmup_steps > last_step / 2:
-        log.say(f"warning: the warm-up takes {warmup_steps} of the {last_step} steps; shorten it for such a short run")
-    stop = StopSignal()
+    stop, check_step = StopSignal(), StepCheck(log, llama)
     if first_step == 0:
         log.validation(0, validation_loss(fabric, model, val_data, micro_batch_size))
     # A step depends on nothing but its number and the state before it: a resumed run ends like an uninterrupted one.
     for number in range(first_step, last_step):
+        if state.is_patience_over(patience):
+            break
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * rate_factor(number, last_step, warmup_steps, lr_schedule)
+            group["lr"] = rate.at(number)
 
         # The model sums the cross-entropy of the selected tokens' logits with the targets, the tokens that follow them.
         # The loss is the mean over all targets of the step, whichever micro-batch and device they are on.
@@ -121,24 +133,26 @@ def main(
                 fabric.backward(loss * fabric.world_size)  # gradients are averaged over the devices
             step_loss += loss.detach()
         mean_loss = sum_over_devices(fabric, step_loss)
-        if not math.isfinite(mean_loss):
-            raise UserError(f"the loss of step {number + 1} is {mean_loss}; try a lower --learning_rate")
+        gradient_norm = clip_gradients(trained, max_grad_norm)
+        check_step(step, number, mean_loss, gradient_norm)
         optimizer.step()
         optimizer.zero_grad()
 
         done = number + 1
-        log.step(done, mean_loss, optimizer.param_groups[0]["lr"], step)
+        log.step(done, step, mean_loss, rate.at(number), gradient_norm)
         if done % eval_interval == 0 or done == last_step:
-            log.validation(done, validation_loss(fabric, model, val_data, micro_batch_size))
+            val_loss = validation_loss(fabric, model, val_data, micro_batch_size)
+            log.validation(done, val_loss)
+            if state.is_best(done, val_loss):
+                save_weights(fabric, out_dir / BEST_FILE, about, adapter_state_dict(llama), dtype)
         stopping = fabric.strategy.reduce_boolean_decision(stop.requested, all=False)
-        if done % save_interval == 0 or done == last_step or stopping:
+        if done % save_interval == 0 or done == last_step or stopping or state.is_patience_over(patience):
             state.save(done, about, adapter_state_dict(llama), optimizer)
         if stopping:
-            raise UserError(f"stopped after step {done} as requested; continue with --resume true")
+            raise Stopped(f"stopped after step {done} as requested; continue with --resume true", stop.status)
 
-    weights = whole_weights(fabric, adapter_state_dict(llama), storage_dtype(numerics))
     path = out_dir / ADAPTER_FILE
-    on_first_process(fabric, save_finetuned, path, about, weights)
+    save_weights(fabric, path, about, adapter_state_dict(llama), dtype)
     log.close(f"{pretrained_path.parent.name}, LLaMA-Adapter with {prompt_length} prefix vectors")
     if fabric.is_global_zero:
         log.say(f"Saved {path} ({path.stat().st_size / 1e6:.1f} MB). Ask it something:")

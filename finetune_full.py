@@ -3,24 +3,29 @@
 Every setting below is also a command-line flag.
 """
 
-import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from jsonargparse.typing import PositiveInt
+import lit_llama.start  # noqa: F401 - before torch, which takes seconds to load
 
-from lit_llama.checkpoint import WEIGHTS, write_model
+import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from lit_llama.checkpoint import WEIGHTS
 from lit_llama.cli import constants, run
 from lit_llama.data import SCHEDULES, Dataset
 from lit_llama.device import TrainingPrecision, default_precision, storage_dtype
-from lit_llama.errors import UserError
+from lit_llama.errors import Stopped
 from lit_llama.files import check_apart
 from lit_llama.finetuned import describe
+from lit_llama.integrity import identity
 from lit_llama.log import TrainingLog, make_logger
-from lit_llama.optimizer import AdamW, LRSchedule, rate_factor
+from lit_llama.optimizer import AdamW, LearningRate, LRSchedule, clip_gradients
+from lit_llama.preview import expected_memory, plan, show_records
 from lit_llama.training import (
+    StepCheck,
     StopSignal,
     Strategy,
     launch,
@@ -29,30 +34,34 @@ from lit_llama.training import (
     sum_over_devices,
     validation_loss,
 )
-from lit_llama.training_state import TrainingState, on_first_process, whole_weights
+from lit_llama.training_state import TrainingState, save_model
 
-learning_rate = 3e-5
+learning_rate: PositiveFloat = 3e-5
 batch_size: PositiveInt = 128  # records per optimizer step, over all devices
 micro_batch_size: PositiveInt = 4  # records that a device computes at once; lower it if memory runs out
 num_epochs: PositiveInt = 5
 max_steps: PositiveInt | None = None  # stop after this many optimizer steps, if sooner than num_epochs
-warmup_steps = 100  # optimizer steps in which the learning rate rises to its value
+warmup_steps: NonNegativeInt = 100  # optimizer steps in which the learning rate rises to its value
 lr_schedule: LRSchedule = "constant"  # after the warm-up; linear and cosine fall to 0 at the end
-weight_decay = 0.0
+weight_decay: NonNegativeFloat = 0.0
+max_grad_norm: PositiveFloat | None = None  # gradients of a larger norm are scaled down to it
 block_size: PositiveInt = 512  # tokens; longer records are cut
 mask_prompt = True  # train on the responses alone
 moments_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of AdamW; weights are float32, to lose no small updates
 eval_interval: PositiveInt = 100  # optimizer steps
 eval_records: PositiveInt | None = 400  # the first ones of the validation split. None: all (null on the command line)
+patience: PositiveInt | None = None  # stop after so many validations without a new lowest loss
 save_interval: PositiveInt = 100  # optimizer steps
 log_interval: PositiveInt = 1  # optimizer steps between two lines, when not on a terminal
-seed = 1337
+seed: NonNegativeInt = 1337
 devices: PositiveInt = 1  # per node
 num_nodes: PositiveInt = 1
 strategy: Strategy = "auto"  # fsdp on several devices: each stores its share of weights, gradients and moments
 activation_checkpointing = True  # recompute blocks in the backward pass: less memory, a third more time
 logger: str | None = None  # in addition to metrics.csv: tensorboard, or the class of another Lightning logger
 precision: TrainingPrecision | None = None  # None: bf16-mixed on a GPU that has bfloat16, else 32-true
+
+BEST_FOLDER = "best"
 
 
 def main(
@@ -61,24 +70,28 @@ def main(
     out_dir: Path = Path("out/full/alpaca"),
     tokenizer_path: Path | None = None,
     resume: bool = False,
+    dry_run: bool = False,
 ) -> None:
     """Finetune, and write a model folder.
 
     Args:
         data_dir: What one of scripts/prepare_*.py wrote.
         pretrained_path: The checkpoint of the base model.
-        out_dir: Gets lit-llama.pth with its config and tokenizer, the training state, metrics.csv and loss.png.
+        out_dir: Gets lit-llama.pth with its config and tokenizer, the best one so far in the folder best, the training
+            state, metrics.csv and loss.png.
         tokenizer_path: The base model's tokenizer, if it is not next to the checkpoint.
         resume: Continue the run in out_dir from its last saved state.
+        dry_run: End before the first step, after showing the plan and two records, with what is trained on marked.
     """
     numerics = precision or default_precision()
     spread: Strategy = "fsdp" if strategy == "auto" and devices * num_nodes > 1 else strategy
+    dtype = storage_dtype(numerics)  # of what is written
     fabric = launch(devices, num_nodes, spread, numerics, make_logger(logger, out_dir))
     train_data = Dataset(data_dir, "train", block_size, mask_prompt)
     val_data = Dataset(data_dir, "validation", block_size, mask_prompt, limit=eval_records)
-    settings = {**constants(sys.modules[__name__]), "data": train_data.fingerprint}
+    settings = {**constants(sys.modules[__name__]), "data": train_data.fingerprint, **identity(pretrained_path)}
     check_apart(pretrained_path, out_dir / WEIGHTS)
-    state = TrainingState(fabric, out_dir, [WEIGHTS, "config.json"], settings, resume)
+    state = TrainingState(fabric, out_dir, [WEIGHTS, "config.json", BEST_FOLDER], settings, resume, dry_run)
     schedule = SCHEDULES[state.version](train_data, batch_size, micro_batch_size, seed)
 
     torch.manual_seed(seed)
@@ -90,22 +103,27 @@ def main(
     moments = getattr(torch, moments_dtype)
     adamw = AdamW(trained, lr=learning_rate, weight_decay=weight_decay, moments_dtype=moments)
     optimizer: Any = fabric.setup_optimizers(adamw)
+    model_files = (llama.config, tokenizer.files(), train_data.prompt_style)
     about = describe(None, llama.config, train_data.prompt_style, settings)
     first_step = state.restore(llama.state_dict(), optimizer)
     last_step = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
+    rate = LearningRate(learning_rate, state.limit_warmup(warmup_steps, last_step), lr_schedule, last_step)
 
+    memory = expected_memory(fabric, llama, schedule, dtype, partial(AdamW, lr=0.0, moments_dtype=moments))
+    fabric.print(*plan(schedule, val_data, rate, llama), memory, sep="\n", file=sys.stderr)
+    if dry_run:
+        fabric.print(show_records(train_data, tokenizer))
+        return
     log = TrainingLog(fabric, out_dir, last_step, first_step, log_interval)
-    log.say(f"{len(train_data):,} records ({train_data.n_dropped} dropped: no room for a response), {last_step} steps")
-    log.say(f"{sum(parameter.numel() for parameter in trained):,} trained parameters")
-    if warmup_steps > last_step / 2:
-        log.say(f"warning: the warm-up takes {warmup_steps} of the {last_step} steps; shorten it for such a short run")
-    stop = StopSignal()
+    stop, check_step = StopSignal(), StepCheck(log, llama)
     if first_step == 0:
         log.validation(0, validation_loss(fabric, model, val_data, micro_batch_size))
     # A step depends on nothing but its number and the state before it: a resumed run ends like an uninterrupted one.
     for number in range(first_step, last_step):
+        if state.is_patience_over(patience):
+            break
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * rate_factor(number, last_step, warmup_steps, lr_schedule)
+            group["lr"] = rate.at(number)
 
         # The model sums the cross-entropy of the selected tokens' logits with the targets, the tokens that follow them.
         # The loss is the mean over all targets of the step, whichever micro-batch and device they are on.
@@ -118,24 +136,26 @@ def main(
             fabric.backward(loss * fabric.world_size)  # gradients are averaged over the devices
             step_loss += loss.detach()
         mean_loss = sum_over_devices(fabric, step_loss)
-        if not math.isfinite(mean_loss):
-            raise UserError(f"the loss of step {number + 1} is {mean_loss}; try a lower --learning_rate")
+        gradient_norm = clip_gradients(trained, max_grad_norm)
+        check_step(step, number, mean_loss, gradient_norm)
         optimizer.step()
         optimizer.zero_grad()
 
         done = number + 1
-        log.step(done, mean_loss, optimizer.param_groups[0]["lr"], step)
+        log.step(done, step, mean_loss, rate.at(number), gradient_norm)
         if done % eval_interval == 0 or done == last_step:
-            log.validation(done, validation_loss(fabric, model, val_data, micro_batch_size))
+            val_loss = validation_loss(fabric, model, val_data, micro_batch_size)
+            log.validation(done, val_loss)
+            if state.is_best(done, val_loss):
+                save_model(fabric, out_dir / BEST_FOLDER, llama.state_dict(), dtype, *model_files)
         stopping = fabric.strategy.reduce_boolean_decision(stop.requested, all=False)
-        if done % save_interval == 0 or done == last_step or stopping:
+        if done % save_interval == 0 or done == last_step or stopping or state.is_patience_over(patience):
             state.save(done, about, llama.state_dict(), optimizer)
         if stopping:
-            raise UserError(f"stopped after step {done} as requested; continue with --resume true")
+            raise Stopped(f"stopped after step {done} as requested; continue with --resume true", stop.status)
 
-    weights = whole_weights(fabric, llama.state_dict(), storage_dtype(numerics))
-    path, style = out_dir / WEIGHTS, train_data.prompt_style
-    on_first_process(fabric, write_model, out_dir, weights, llama.config, tokenizer.files(), style)
+    save_model(fabric, out_dir, llama.state_dict(), dtype, *model_files)
+    path = out_dir / WEIGHTS
     log.close(f"{pretrained_path.parent.name}, all weights")
     if fabric.is_global_zero:
         log.say(f"Saved {path} ({path.stat().st_size / 1e6:.1f} MB). Ask it something:")

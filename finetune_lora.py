@@ -3,23 +3,27 @@
 Every setting below is also a command-line flag.
 """
 
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
+import lit_llama.start  # noqa: F401 - before torch, which takes seconds to load
+
 import torch
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from lit_llama.cli import constants, run
 from lit_llama.data import SCHEDULES, Dataset
 from lit_llama.device import TrainingPrecision, default_precision, storage_dtype
-from lit_llama.errors import UserError
-from lit_llama.finetuned import describe, save_finetuned
+from lit_llama.errors import Stopped
+from lit_llama.finetuned import describe
+from lit_llama.integrity import identity
 from lit_llama.log import TrainingLog, make_logger
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable, parse_targets
-from lit_llama.optimizer import LRSchedule, rate_factor
+from lit_llama.optimizer import LearningRate, LRSchedule, clip_gradients
+from lit_llama.preview import expected_memory, plan, show_records
 from lit_llama.training import (
+    StepCheck,
     StopSignal,
     Strategy,
     launch,
@@ -28,16 +32,17 @@ from lit_llama.training import (
     sum_over_devices,
     validation_loss,
 )
-from lit_llama.training_state import TrainingState, on_first_process, whole_weights
+from lit_llama.training_state import TrainingState, save_weights
 
-learning_rate = 3e-4
+learning_rate: PositiveFloat = 3e-4
 batch_size: PositiveInt = 128  # records per optimizer step, over all devices
 micro_batch_size: PositiveInt = 4  # records that a device computes at once; lower it if memory runs out
 num_epochs: PositiveInt = 5
 max_steps: PositiveInt | None = None  # stop after this many optimizer steps, if sooner than num_epochs
-warmup_steps = 100  # optimizer steps in which the learning rate rises to its value
+warmup_steps: NonNegativeInt = 100  # optimizer steps in which the learning rate rises to its value
 lr_schedule: LRSchedule = "constant"  # after the warm-up; linear and cosine fall to 0 at the end
-weight_decay = 0.0
+weight_decay: NonNegativeFloat = 0.0
+max_grad_norm: PositiveFloat | None = None  # gradients of a larger norm are scaled down to it
 block_size: PositiveInt = 512  # tokens; longer records are cut
 mask_prompt = True  # train on the responses alone
 lora_r: PositiveInt = 8
@@ -46,9 +51,10 @@ lora_dropout = 0.05
 lora_targets = "query,value"  # of query, key, value, projection, mlp, head; all: all of them but the head
 eval_interval: PositiveInt = 100  # optimizer steps
 eval_records: PositiveInt | None = 400  # the first ones of the validation split. None: all (null on the command line)
+patience: PositiveInt | None = None  # stop after so many validations without a new lowest loss
 save_interval: PositiveInt = 100  # optimizer steps
 log_interval: PositiveInt = 1  # optimizer steps between two lines, when not on a terminal
-seed = 1337
+seed: NonNegativeInt = 1337
 devices: PositiveInt = 1  # per node
 num_nodes: PositiveInt = 1
 strategy: Strategy = "auto"  # ddp: the whole model on each device; fsdp: spread over them, if it does not fit on one
@@ -56,7 +62,7 @@ activation_checkpointing = False  # recompute blocks in the backward pass: less 
 logger: str | None = None  # in addition to metrics.csv: tensorboard, or the class of another Lightning logger
 precision: TrainingPrecision | None = None  # None: bf16-mixed on a GPU that has bfloat16, else 32-true
 
-LORA_FILE = "lit-llama-lora-finetuned.pth"
+LORA_FILE, BEST_FILE = "lit-llama-lora-finetuned.pth", "lit-llama-lora-finetuned-best.pth"
 
 
 def main(
@@ -65,27 +71,30 @@ def main(
     out_dir: Path = Path("out/lora/alpaca"),
     tokenizer_path: Path | None = None,
     resume: bool = False,
+    dry_run: bool = False,
 ) -> None:
     """Finetune, and write lit-llama-lora-finetuned.pth.
 
     Args:
         data_dir: What one of scripts/prepare_*.py wrote.
         pretrained_path: The checkpoint of the base model.
-        out_dir: Gets the LoRA file, the training state, metrics.csv and loss.png.
+        out_dir: Gets the LoRA file (and the best one so far), the training state, metrics.csv and loss.png.
         tokenizer_path: The base model's tokenizer, if it is not next to the checkpoint.
         resume: Continue the run in out_dir from its last saved state.
+        dry_run: End before the first step, after showing the plan and two records, with what is trained on marked.
     """
     numerics = precision or default_precision()
+    dtype = storage_dtype(numerics)  # of the frozen weights and of what is written
     fabric = launch(devices, num_nodes, strategy, numerics, make_logger(logger, out_dir))
     train_data = Dataset(data_dir, "train", block_size, mask_prompt)
     val_data = Dataset(data_dir, "validation", block_size, mask_prompt, limit=eval_records)
-    settings = {**constants(sys.modules[__name__]), "data": train_data.fingerprint}
-    state = TrainingState(fabric, out_dir, [LORA_FILE], settings, resume)
+    settings = {**constants(sys.modules[__name__]), "data": train_data.fingerprint, **identity(pretrained_path)}
+    state = TrainingState(fabric, out_dir, [LORA_FILE, BEST_FILE], settings, resume, dry_run)
     schedule = SCHEDULES[state.version](train_data, batch_size, micro_batch_size, seed)
 
     torch.manual_seed(seed)
-    llama = load_base(fabric, pretrained_path, storage_dtype(numerics))
-    matching_tokenizer(train_data, llama, pretrained_path, tokenizer_path)
+    llama = load_base(fabric, pretrained_path, dtype)
+    tokenizer = matching_tokenizer(train_data, llama, pretrained_path, tokenizer_path)
     config = LoRAConfig(lora_r, lora_alpha, lora_dropout, parse_targets(lora_targets))
     add_lora(llama, config)
     mark_only_lora_as_trainable(llama)
@@ -96,20 +105,24 @@ def main(
     about = describe(config, llama.config, train_data.prompt_style, settings)
     first_step = state.restore(lora_state_dict(llama), optimizer)
     last_step = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
+    rate = LearningRate(learning_rate, state.limit_warmup(warmup_steps, last_step), lr_schedule, last_step)
 
+    memory = expected_memory(fabric, llama, schedule, dtype, torch.optim.AdamW)
+    fabric.print(*plan(schedule, val_data, rate, llama), memory, sep="\n", file=sys.stderr)
+    if dry_run:
+        fabric.print(show_records(train_data, tokenizer))
+        return
     log = TrainingLog(fabric, out_dir, last_step, first_step, log_interval)
-    log.say(f"{len(train_data):,} records ({train_data.n_dropped} dropped: no room for a response), {last_step} steps")
-    log.say(f"{sum(parameter.numel() for parameter in trained):,} trained parameters")
-    if warmup_steps > last_step / 2:
-        log.say(f"warning: the warm-up takes {warmup_steps} of the {last_step} steps; shorten it for such a short run")
-    stop = StopSignal()
+    stop, check_step = StopSignal(), StepCheck(log, llama)
     if first_step == 0:
         log.validation(0, validation_loss(fabric, model, val_data, micro_batch_size))
     # A step depends on nothing but its number and the state before it: a resumed run ends like an uninterrupted one.
     for number in range(first_step, last_step):
+        if state.is_patience_over(patience):
+            break
         torch.manual_seed(seed + number * fabric.world_size + fabric.global_rank)  # for the dropout
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * rate_factor(number, last_step, warmup_steps, lr_schedule)
+            group["lr"] = rate.at(number)
 
         # The model sums the cross-entropy of the selected tokens' logits with the targets, the tokens that follow them.
         # The loss is the mean over all targets of the step, whichever micro-batch and device they are on.
@@ -123,24 +136,26 @@ def main(
                 fabric.backward(loss * fabric.world_size)  # gradients are averaged over the devices
             step_loss += loss.detach()
         mean_loss = sum_over_devices(fabric, step_loss)
-        if not math.isfinite(mean_loss):
-            raise UserError(f"the loss of step {number + 1} is {mean_loss}; try a lower --learning_rate")
+        gradient_norm = clip_gradients(trained, max_grad_norm)
+        check_step(step, number, mean_loss, gradient_norm)
         optimizer.step()
         optimizer.zero_grad()
 
         done = number + 1
-        log.step(done, mean_loss, optimizer.param_groups[0]["lr"], step)
+        log.step(done, step, mean_loss, rate.at(number), gradient_norm)
         if done % eval_interval == 0 or done == last_step:
-            log.validation(done, validation_loss(fabric, model, val_data, micro_batch_size))
+            val_loss = validation_loss(fabric, model, val_data, micro_batch_size)
+            log.validation(done, val_loss)
+            if state.is_best(done, val_loss):
+                save_weights(fabric, out_dir / BEST_FILE, about, lora_state_dict(llama), dtype)
         stopping = fabric.strategy.reduce_boolean_decision(stop.requested, all=False)
-        if done % save_interval == 0 or done == last_step or stopping:
+        if done % save_interval == 0 or done == last_step or stopping or state.is_patience_over(patience):
             state.save(done, about, lora_state_dict(llama), optimizer)
         if stopping:
-            raise UserError(f"stopped after step {done} as requested; continue with --resume true")
+            raise Stopped(f"stopped after step {done} as requested; continue with --resume true", stop.status)
 
-    weights = whole_weights(fabric, lora_state_dict(llama), storage_dtype(numerics))
     path = out_dir / LORA_FILE
-    on_first_process(fabric, save_finetuned, path, about, weights)
+    save_weights(fabric, path, about, lora_state_dict(llama), dtype)
     log.close(f"{pretrained_path.parent.name}, LoRA with r = {lora_r}")
     if fabric.is_global_zero:
         log.say(f"Saved {path} ({path.stat().st_size / 1e6:.1f} MB). Ask it something:")

@@ -20,6 +20,7 @@ def main(
     adapter_path: Path = Path("out/adapter/alpaca/lit-llama-adapter-finetuned.pth"),
     pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
     tokenizer_path: Path | None = None,
+    force: bool = False,
     max_new_tokens: PositiveInt = 100,
     temperature: NonNegativeFloat = 0.8,
     top_k: NonNegativeInt | None = 200,
@@ -36,6 +37,7 @@ def main(
         adapter_path: The file that finetune_adapter.py wrote.
         pretrained_path: The checkpoint of the base model.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
+        force: Use the file on another base model of the same shape than the one that it was trained on.
         max_new_tokens: The longest response, in tokens.
         temperature: Below 1 for likelier text, above for more varied; 0 always takes the likeliest token.
         top_k: Draw from this many of the likeliest tokens only; 0 for all.
@@ -48,7 +50,7 @@ def main(
     prompts = read_prompts(prompt, prompt_file)
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     model = load_model(pretrained_path, dtype, default_device())
-    prompt_style = load_adapter(model, adapter_path)
+    prompt_style = load_adapter(model, adapter_path, pretrained_path, force)
     model.to(dtype)
     cache_prefix(model)
     respond(model, tokenizer, prompts, prompt_style, input, sampling)

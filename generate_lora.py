@@ -25,6 +25,7 @@ def main(
     pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
     tokenizer_path: Path | None = None,
     merge: bool | None = None,
+    force: bool = False,
     max_new_tokens: PositiveInt = 100,
     temperature: NonNegativeFloat = 0.8,
     top_k: NonNegativeInt | None = 200,
@@ -43,6 +44,7 @@ def main(
         pretrained_path: The checkpoint of the base model.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         merge: Fold the update into the weights first, which is faster. Default: true for one file, false for several.
+        force: Use the file on another base model of the same shape than the one that it was trained on.
         max_new_tokens: The longest response, in tokens.
         temperature: Below 1 for likelier text, above for more varied; 0 always takes the likeliest token.
         top_k: Draw from this many of the likeliest tokens only; 0 for all.
@@ -62,7 +64,7 @@ def main(
     for path in lora_path:
         start = time.perf_counter()
         remove_lora(model)
-        prompt_style = load_lora(model, path, lora_alpha)
+        prompt_style = load_lora(model, path, lora_alpha, pretrained_path, force)
         if merge or (merge is None and len(lora_path) == 1):
             merge_lora(model)
         model.to(dtype)

@@ -1,0 +1,1 @@
+from lit_llama import start as start

@@ -3,7 +3,12 @@
 Jinja knows no input apart from the content, as Alpaca's records have it: write both into the content.
 """
 
-from lit_llama.prompt import Message, PromptStyle, alpaca_text
+import sys
+from pathlib import Path
+
+from lit_llama.files import read_json
+from lit_llama.prompt import SMOLLM2_SYSTEM, Message, PromptStyle, alpaca_text
+from lit_llama.tokenizer import CONFIG_NAME, Tokenizer
 
 CHATML = (
     "{% for message in messages %}"
@@ -11,10 +16,8 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SMOLLM2_SYSTEM = (
-    "{% if messages[0]['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-    "{% endif %}"
+SMOLLM2_START = (
+    f"{{% if messages[0]['role'] != 'system' %}}<|im_start|>system\n{SMOLLM2_SYSTEM}<|im_end|>\n{{% endif %}}"
 )
 LLAMA_2 = (
     "{% set found = namespace(system='') %}"
@@ -67,7 +70,7 @@ CHAT_TEMPLATES: dict[PromptStyle, str] = {
     "alpaca": one_exchange(around(f"{ALPACA}\n")),
     "alpaca-stanford": one_exchange(around(ALPACA)),
     "chatml": CHATML,
-    "smollm2": SMOLLM2_SYSTEM + CHATML,
+    "smollm2": SMOLLM2_START + CHATML,
     "llama2": LLAMA_2,
     "llama3": LLAMA_3,
     "zephyr": ZEPHYR,
@@ -82,10 +85,47 @@ SIGNS: dict[str, PromptStyle] = {  # what only the templates of a style have, th
 }
 
 
+FILE_NAME = "chat_template.jinja"  # where transformers keeps it today; it reads tokenizer_config.json, too
+
+
+def chat_template(style: PromptStyle, tokenizer: Tokenizer) -> str:
+    """The template of a style, without a bos for a model that has none: what others call its bos is another token."""
+    template = CHAT_TEMPLATES[style]
+    return template if tokenizer.bos_id is not None else without_bos(template)
+
+
+def begins_with_bos(style: PromptStyle) -> bool:
+    return "bos_token" in CHAT_TEMPLATES[style]
+
+
+def without_bos(template: str) -> str:
+    return template.replace("{{ bos_token }}", "").replace("bos_token + ", "")
+
+
 def recognise(chat_template: object) -> PromptStyle | None:
     """The style of a chat template, as tokenizer_config.json and GGUF files carry it; None if it is not one of ours."""
+    text = str(chat_template)
     for style, ours in CHAT_TEMPLATES.items():
-        if chat_template == ours:
+        if without_bos(text) == without_bos(ours):
             return style
-    found = (style for sign, style in SIGNS.items() if sign in str(chat_template))
+    found = (style for sign, style in SIGNS.items() if sign in text)
     return next(found, None)
+
+
+def style_of(source: Path, chat_template: str | None) -> PromptStyle | None:
+    """The style of the chat template of `source`, a file or folder; says so if it has one that is not one of ours."""
+    style = recognise(chat_template)
+    if chat_template and not style:
+        print(f"The chat template of {source} is none of ours; pass --prompt_style where one is asked", file=sys.stderr)
+    return style
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template that a folder of Hugging Face's format has, if any; of several the default one."""
+    if (folder / FILE_NAME).is_file():
+        return (folder / FILE_NAME).read_text(encoding="utf-8")
+    config = folder / CONFIG_NAME
+    template = read_json(config).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):
+        template = next((each["template"] for each in template if each["name"] == "default"), None)
+    return template

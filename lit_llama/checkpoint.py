@@ -1,6 +1,9 @@
-"""Model folders: `lit-llama.pth` (weights), `config.json` (LLaMAConfig's fields, the prompt style), the tokenizer."""
+"""Model folders: `lit-llama.pth` (the weights), `config.json` and the tokenizer.
 
-import json
+`config.json` has the fields of LLaMAConfig, the prompt style that the model was trained with, if any, and, under
+"files", fingerprints of the others. Where it does not say (version 1.0, say), nothing is compared.
+"""
+
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,10 +13,12 @@ import torch
 from torch import Tensor
 
 from lit_llama.errors import UserError
-from lit_llama.files import check_finite, read_file, read_json, replacing_folder, write_file
+from lit_llama.files import CONFIG, check_finite, check_listed, read_file, read_json, replacing_folder, write_file
+from lit_llama.integrity import digest, fingerprint, is_plain, sealed, unsealed
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
 from lit_llama.progress import say
 from lit_llama.prompt import TEMPLATES, PromptStyle
+from lit_llama.schema import naming, parse, short
 
 WEIGHTS = "lit-llama.pth"
 MODEL_FILES = r"(lit-llama\.pth|config\.json|tokenizer\.model|tokenizer\.json|tokenizer_config\.json)(\.part)?"
@@ -48,9 +53,11 @@ def write_model(
     if config.tie_embeddings:  # one tensor under two names is stored once
         state = {**state, "lm_head.weight": state["transformer.wte.weight"]}
     fields = {**asdict(config), "prompt_style": prompt_style}
-    for name, text in {**files, "config.json": json.dumps(fields, indent=2)}.items():
-        write_file(folder / name, text)
+    for name, content in {**files, CONFIG: sealed(fields)}.items():
+        write_file(folder / name, content)
     write_file(folder / WEIGHTS, state)
+    prints = {WEIGHTS: fingerprint(folder / WEIGHTS), **{name: digest(folder / name) for name in files}}
+    write_file(folder / CONFIG, sealed({**fields, "files": prints}))
 
 
 def load_model(path: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LLaMA:
@@ -58,14 +65,19 @@ def load_model(path: Path, dtype: torch.dtype | None = None, device: torch.devic
 
     The weights are mapped from the file and copied, if at all, one by one: loading takes no second copy of the model.
     """
+    if path.is_file():
+        say(f"Loading {path} ({path.stat().st_size / 1e9:.1f} GB)")
     state = read_file(path)
     config = read_config(path, state)
-    say(f"Loading {path} ({path.stat().st_size / 1e9:.1f} GB)")
     with torch.device("meta"):
         model = LLaMA(config)
     if config.tie_embeddings:
         state.setdefault("lm_head.weight", state.get("transformer.wte.weight"))
     check_state(path, state, model.state_dict())
+    check_listed(path)
+    stored = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
+    if dtype is None and len(stored) > 1:
+        raise UserError(f"{path} mixes {' and '.join(sorted(stored))}; convert the model again, to one of them")
     for name in state:
         state[name] = state[name].to(device, dtype)
     model.load_state_dict(state, strict=True, assign=True)
@@ -92,16 +104,16 @@ def default_model(path: Path) -> Path:
 
 def read_config(path: Path, state: Mapping[str, Any]) -> LLaMAConfig:
     """The config.json next to the checkpoint, or the LLaMA size that the shapes of its tensors imply."""
-    file = path.with_name("config.json")
+    file = path.with_name(CONFIG)
     if file.is_file():
-        try:
-            fields = json.loads(file.read_text(encoding="utf-8"))
-            return LLaMAConfig(**{name: value for name, value in fields.items() if name != "prompt_style"})
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{file} does not describe a LLaMA ({error})") from None
+        fields = unsealed(file, read_json(file))
+        for name in ("files", "prompt_style"):  # see check_listed and own_prompt_style
+            fields.pop(name, None)
+        with naming(file, "get it again"):
+            return parse(LLaMAConfig, fields)
     wte, n_layer = state.get("transformer.wte.weight"), sum(name.endswith("attn.c_attn.weight") for name in state)
     for config in CONFIGS.values():
-        if n_layer == config.n_layer and wte is not None and wte.shape == (config.vocab_size, config.n_embd):
+        if n_layer == config.n_layer and getattr(wte, "shape", None) == (config.vocab_size, config.n_embd):
             return config
     raise UserError(f"{path} has no config.json next to it, and its tensors are of no known LLaMA size{hint(state)}")
 
@@ -114,14 +126,17 @@ def own_prompt_style(path: Path) -> PromptStyle | None:
 
 
 def check_state(path: Path, state: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
-    """Raise a UserError unless `state` has exactly the names and shapes of `expected`."""
+    """Raise a UserError unless `state` has exactly the names and shapes of `expected`, and floating-point numbers."""
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
     wrong = [name for name in expected if name in state and getattr(state[name], "shape", None) != expected[name].shape]
     for names, what in ((missing, "lacks"), (unexpected, "has unexpected"), (wrong, "has a different shape for")):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{path} does not fit the model: it {what} {names[0]}{more}{hint(state)}")
+            raise UserError(f"{path} does not fit the model: it {what} {short(names[0])[1:-1]}{more}{hint(state)}")
+    for name, tensor in state.items():
+        if not is_plain(tensor) or not tensor.is_floating_point() or tensor.itemsize == 1:
+            raise UserError(f"{path} holds {name} as {short(tensor)}, expected float32, bfloat16 or float16")
 
 
 def check_complete(path: Path, state: Mapping[str, Any], config: LLaMAConfig) -> None:

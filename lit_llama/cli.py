@@ -5,29 +5,31 @@ import inspect
 import json
 import os
 import re
+import signal
 import sys
+import traceback
 from argparse import Action, ArgumentError
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from lit_llama import files, start
 from lit_llama.checkpoint import WEIGHTS, default_model, file_in
-from lit_llama.errors import UserError
+from lit_llama.errors import Stopped, UserError
 from lit_llama.finetuned import FILE_NAMES
 
+MISTAKE, WRONG_FLAG = 1, 2  # exit statuses; 128 and the signal's number after a signal
 FILES = {  # what a folder stands for, by the names of flags
     "pretrained_path": WEIGHTS,
     "checkpoint_path": WEIGHTS,
     "lora_path": FILE_NAMES["lora"],
     "adapter_path": FILE_NAMES["adapter"],
 }
-
-
 KINDS: dict[Any, tuple[str, str]] = {  # of values: in --help, and in a message
     bool: ("{true,false}", "true or false"),
     int: ("INT", "a whole number"),
@@ -65,26 +67,48 @@ def run(main: Callable[..., None]) -> None:
     value, its help is the comment after it. A comment of its own, right above a constant, heads a group in --help.
     """
     module = sys.modules[main.__module__]
+    arguments, given = parse(main, module)
+    for name in find_constants(module):
+        value = arguments.pop(name)
+        plain = next((number for number in (bool, int, float) if isinstance(value, number)), lambda same: same)
+        setattr(module, name, plain(value))  # a checkpoint may not hold a PositiveInt
+    debug, files.check_all = arguments.pop("debug"), arguments.pop("check_files")
     try:
-        arguments = parse(main, module)
-        for name in find_constants(module):
-            value = arguments.pop(name)
-            plain = next((number for number in (bool, int, float) if isinstance(value, number)), None)
-            setattr(module, name, plain(value) if plain else value)  # a checkpoint may not hold a PositiveInt
+        start.loaded()
+        arguments = {name: meant(name, value, f"--{name}" in given) for name, value in arguments.items()}
         main(**arguments)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        end(*explain(error))
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """The line in which a script ends because of an exception, and its exit status."""
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 128 + signal.SIGINT
+    if isinstance(error, Stopped):
+        return text, error.status
+    if isinstance(error, UserError | OSError):
+        return f"error: {text}", MISTAKE
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text or "bad_alloc" in text:
         remedy = "when training, add --activation_checkpointing true or lower --micro_batch_size"
-        sys.exit(f"error: out of memory; {remedy} ({str(error).splitlines()[0]})")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+        return f"error: out of memory; {remedy} ({text[:200]})", MISTAKE
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{os.path.relpath(place.filename)}, line {place.lineno}"
+    return f"error: {type(error).__name__} in {where}: {text[:200]}; add --debug true for the traceback", MISTAKE
 
 
-def parse(main: Callable[..., None], module: ModuleType) -> dict[str, Any]:
-    """The command line's values, or the defaults, for the arguments of `main` and the constants of its module."""
+def end(message: str, status: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(status)
+
+
+def parse(main: Callable[..., None], module: ModuleType) -> tuple[dict[str, Any], set[str]]:
+    """The values of main's arguments, of its module's constants and of the flags of all scripts; which are given."""
     parser = ArgumentParser(
         description=module.__doc__,
         usage="%(prog)s [--FLAG VALUE ...]",
@@ -92,7 +116,10 @@ def parse(main: Callable[..., None], module: ModuleType) -> dict[str, Any]:
         exit_on_error=False,
     )
     parser.add_function_arguments(main, fail_untyped=True)
-    types = dict(inspect.get_annotations(main))
+    parser.add_argument("--debug", type=bool, default=False, help="show the traceback of an error")
+    check = "compare tensors with their checksums when they are read (2.4 GB a second and core)"
+    parser.add_argument("--check_files", type=bool, default=True, help=check)
+    types = {**inspect.get_annotations(main), "debug": bool, "check_files": bool}
     groups: dict[str, Any] = {}
     for name, (comment, heading) in find_constants(module).items():
         default = getattr(module, name)
@@ -102,11 +129,9 @@ def parse(main: Callable[..., None], module: ModuleType) -> dict[str, Any]:
     lists = {f"--{name}" for name, annotation in types.items() if get_origin(annotation) is tuple}
     given = join_lists(sys.argv[1:], lists)
     try:
-        values = vars(parser.parse_args(given))
+        return vars(parser.parse_args(given)), {word.partition("=")[0] for word in given}
     except ArgumentError as error:
-        raise UserError(f"{mistake(str(error), types, given)}; see --help") from None
-    flags = {word.partition("=")[0] for word in given}
-    return {name: meant(name, value, f"--{name}" in flags) for name, value in values.items()}
+        end(f"error: {mistake(str(error), types, given)}; see --help", WRONG_FLAG)
 
 
 def kind(annotation: Any) -> tuple[str, str]:

@@ -7,7 +7,7 @@ changing them needs no new preparation.
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +18,12 @@ from torch import Tensor
 
 from lit_llama.errors import UserError
 from lit_llama.files import read_json
+from lit_llama.integrity import unsealed
 from lit_llama.prepared import ARRAYS
-from lit_llama.prompt import PromptStyle
+from lit_llama.prompt import TEMPLATES, PromptStyle
+from lit_llama.schema import check_types
+
+META = {"sources": list, "tokenizer": str, "prompt_style": str, "records": Mapping, "split_seed": int | None}
 
 
 class Batch(NamedTuple):
@@ -44,14 +48,16 @@ class Dataset:
     ) -> None:
         self.data_dir, self.block_size = data_dir, block_size
         try:
-            self.meta = read_json(data_dir / "meta.json")
+            self.meta = unsealed(data_dir / "meta.json", read_json(data_dir / "meta.json"))
+            check_types(self.meta, META, {"sha256": Mapping, "documents": bool})
             if (data_dir / f"{split}_prompt_lengths.npy").is_file():
                 raise UserError("it is of version 1.0")
             self.tokens, self.offsets, spans = (
                 np.load(data_dir / f"{split}_{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS
             )
-        except (UserError, OSError, ValueError) as error:
-            raise UserError(f"{data_dir} holds no prepared data ({error}); run one of scripts/prepare_*.py") from None
+        except Exception as error:  # NumPy raises many kinds
+            reason = " ".join(str(error).split())
+            raise UserError(f"{data_dir} holds no prepared data ({reason}); run one of scripts/prepare_*.py") from None
         self._check(split, spans)
         self.prompt_style: PromptStyle = self.meta["prompt_style"]
         origin = {name: self.meta[name] for name in ("sources", "tokenizer", "prompt_style", "split_seed", "records")}
@@ -79,11 +85,12 @@ class Dataset:
     def _check(self, split: str, spans: np.ndarray) -> None:
         """Raise a UserError unless the arrays are those that meta.json was written for."""
         arrays = dict(zip(ARRAYS, (self.tokens, self.offsets, spans), strict=True))
-        wrong = [name for name in ("tokenizer", "prompt_style", "records", "sha256") if name not in self.meta]
+        wrong = [] if self.meta["prompt_style"] in TEMPLATES else ["the prompt_style of meta.json"]
         for name, expected in self.meta.get("sha256", {}).items():
             kind = name.removeprefix(f"{split}_")
             if kind in arrays and hashlib.sha256(arrays[kind].data).hexdigest() != expected:
                 wrong.append(f"{name}.npy")
+        wrong += [f"{split}_{name}.npy" for name in impossible(self.tokens, self.offsets, spans)]
         if wrong:
             raise UserError(f"{self.data_dir} is damaged: {wrong[0]} does not fit the rest; prepare the data again")
 
@@ -139,6 +146,19 @@ class Dataset:
         places = torch.arange(rows.numel()).view(rows.shape)
         places = torch.cat([line[:n] for line, n in zip(places, lengths, strict=True)])  # (T,)
         return Batch(rows, None, places[select], targets)
+
+
+def impossible(tokens: np.ndarray, offsets: np.ndarray, spans: np.ndarray) -> Iterator[str]:
+    """The names of arrays that cannot be right, whatever the records were."""
+    for name, array, shape in (("tokens", tokens, (-1,)), ("offsets", offsets, (-1,)), ("spans", spans, (-1, 2))):
+        if array.dtype.kind != "i" or array.ndim != len(shape) or array.shape[1:] != shape[1:]:
+            yield name
+            return
+    if len(offsets) < 1 or (offsets[0], offsets[-1]) != (0, len(tokens)) or (np.diff(offsets) < 1).any():
+        yield "offsets"
+    edges = spans.reshape(-1)  # starts and ends in turn
+    if len(edges) and (edges[0] < 0 or edges[-1] > len(tokens) or (np.diff(edges) < 0).any()):
+        yield "spans"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Files and folders that are written whole or not at all, and what is read from them.
 
 A writer fills a file or folder of another name next to its target, flushes it to the disk and renames it. If the
-process is killed or the disk is full, the target is still the old one.
+process is killed or the disk is full, the target is still the old one. While it is at work, nobody else can write the
+same target.
 """
 
 import ctypes
@@ -10,8 +11,9 @@ import os
 import pickle
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_llama.errors import UserError
+from lit_llama.integrity import check_archive, digest, fingerprint, unsealed
+from lit_llama.locks import alone
+
+check_all = True  # --check_files of every script
+CONFIG = "config.json"  # of a model folder: says under "files" which others belong to it
 
 
 @contextmanager
@@ -29,17 +36,20 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_name(f"{path.name}.part")
     with telling_why(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.unlink(missing_ok=True)  # of a run that was killed
-        part.touch(exist_ok=False)
-        mode = (path if path.exists() else part).stat().st_mode  # safetensors would make the file unreadable to others
-        try:
-            yield part
-            part.chmod(mode)
-            flush(part)
-            os.replace(part, path)
+        if part.is_symlink():
+            part.unlink()
+        with alone(part, path):
+            os.truncate(part, 0)  # of a run that was killed
+            mode = (path if path.exists() else part).stat().st_mode  # safetensors would let nobody else read the file
+            try:
+                yield part
+                part.chmod(mode)
+                flush(part)
+                os.replace(part, path)
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
             flush(path.parent)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -55,9 +65,15 @@ def replacing_folder(folder: Path, owned: str) -> Iterator[Path]:
     target = Path(os.path.realpath(folder))
     part = target.with_name(f".{target.name}.part")
     check_replaceable(folder, target)
-    with telling_why(folder):
+    with telling_why(folder), ExitStack() as locks:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = target.with_name(f".{target.name}.lock")
+        locks.enter_context(alone(lock, folder))
+        locks.callback(lock.unlink)  # before it is let go
+        if target.exists():
+            locks.enter_context(alone(target, folder))  # a run may be writing to it
         remove_folder(part)  # of a run that was killed
-        part.mkdir(parents=True)
+        part.mkdir()
         try:
             yield part
             for file in target.iterdir() if target.exists() else ():
@@ -139,19 +155,24 @@ def telling_why(path: Path) -> Iterator[None]:
 
 
 def write_file(path: Path, content: bytes | str | Mapping[str, Any]) -> None:
-    """Write bytes, text or (by torch.save) a mapping, whole or not at all."""
-    with replacing(path) as part, open(part, "wb") as file:
+    """Write bytes, text or (by torch.save) a mapping, whole or not at all; what is written is read back first."""
+    with replacing(path) as part:
+        with open(part, "wb") as file:
+            if isinstance(content, Mapping):
+                torch.save(content, file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
         if isinstance(content, Mapping):
-            torch.save(content, file)
-        else:
-            file.write(content.encode() if isinstance(content, str) else content)
+            check_archive(part)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write finite tensors as transformers and PEFT read them, whole or not at all."""
+    """Write finite tensors as transformers and PEFT read them, whole or not at all; they are read back first."""
     check_finite(path, tensors)
     with replacing(path) as part:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata={"format": "pt"})
+        if not all(torch.equal(tensor, tensors[name]) for name, tensor in read_safetensors(part)):
+            raise UserError(f"{path} was not written: what is read back is not the same; try again")
 
 
 def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -167,20 +188,27 @@ def check_apart(source: Path, target: Path) -> None:
         raise UserError(f"{target} is read by this command; choose another place to write to")
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """The mapping that torch.save wrote to `path`. Tensors stay on the disk until they are used."""
+def read_file(path: Path, check_tensors: bool = True) -> dict[str, Any]:
+    """The mapping that torch.save wrote to `path`, after a check that it is intact. Tensors stay on the disk.
+
+    Args:
+        check_tensors: whether the check is of the tensors' bytes, too; for a file of which only the shapes matter, no.
+    """
     if not path.is_file():
         raise UserError(f"{path} does not exist")
+    if check_tensors and not check_all:
+        print(f"{path} was read without comparing its tensors with their checksums", file=sys.stderr)
+    check_archive(path, check_tensors and check_all)
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} holds more than weights (code, perhaps) and was not opened; get it elsewhere"
         ) from None
-    except (RuntimeError, EOFError, ValueError, OSError):
-        raise UserError(
-            f"{path} is truncated, or not a checkpoint of PyTorch 1.6 or later; copy or convert it again"
-        ) from None
+    except Exception as error:  # a description that makes no sense ends in any of a dozen kinds
+        if "Cannot allocate memory" in str(error):
+            raise MemoryError(f"could not map {path}") from None
+        raise UserError(f"{path} does not describe tensors that PyTorch can read; copy or convert it again") from None
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a checkpoint with named tensors")
     return content
@@ -196,13 +224,42 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise UserError(f"{path} is truncated or not a safetensors file ({error}); get it again") from None
 
 
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8 (byte {error.start}); convert it") from None
+
+
+def parse_json(text: str) -> Any:
+    """The value of JSON text; a ValueError if it has none, also if it is nested too deep to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The fields of a JSON file."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    fields: Any = None
-    with suppress(ValueError):
-        fields = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        fields = parse_json(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} is truncated or not valid JSON ({error}); get it again") from None
     if not isinstance(fields, dict):
-        raise UserError(f"{path} is truncated or not a JSON object; get it again")
+        raise UserError(f"{path} is not a JSON object; get it again")
     return fields
+
+
+def check_listed(path: Path) -> None:
+    """Raise a UserError if the config.json of a model folder was written with another file of this name."""
+    config = path.with_name(CONFIG)
+    files = unsealed(config, read_json(config)).get("files") if config.is_file() else None
+    expected = files.get(path.name) if isinstance(files, dict) else None
+    if expected and expected != (fingerprint(path) if path.suffix == ".pth" else digest(path)):
+        raise UserError(
+            f"{path} is not the file that {config} was written with; copy both again, or remove its "
+            '"files" and "checksum" if you have exchanged the file'
+        )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_llama.device import peak_memory
 from lit_llama.errors import UserError
+from lit_llama.files import read_text
 from lit_llama.model import KVCache, LLaMA
 from lit_llama.prompt import Message, PromptStyle, encode_prompt, stop_ids, with_input
 from lit_llama.tokenizer import Tokenizer
@@ -40,7 +41,9 @@ class Sampling:
 
 
 def sample(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Draw a token id from each row of logits (..., V)."""
+    """Draw a token id from each row of logits (..., V); a UserError if they are not all finite."""
+    if not logits.isfinite().all():
+        raise UserError("the model computes inf or nan: its weights are damaged, or need another --precision")
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits, ids = (logits.float() / sampling.temperature).sort(descending=True)
@@ -156,9 +159,7 @@ def read_prompts(prompt: str, prompt_file: Path | None) -> list[str]:
         raise UserError("the prompt is empty; give a text by --prompt")
     if prompt_file is None:
         return [prompt]
-    if not prompt_file.is_file():
-        raise UserError(f"{prompt_file} does not exist")
-    prompts = [line for line in prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = [line for line in read_text(prompt_file).splitlines() if line.strip()]
     if not prompts:
         raise UserError(f"{prompt_file} has no prompts, expected one a line")
     return prompts

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from lit_llama.errors import UserError
-from lit_llama.model import LLaMAConfig, RopeScaling
+from lit_llama.integrity import is_plain
+from lit_llama.model import LLaMAConfig
+from lit_llama.schema import parse, short
 
 NAMES = {
     "rms_1.scale": "input_layernorm.weight",
@@ -61,8 +63,10 @@ def from_hf(tensors: Iterable[tuple[str, Tensor]], config: LLaMAConfig, dtype: t
     state: dict[str, Tensor] = {}
     qkv: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors:
+        if not is_plain(tensor) or not tensor.is_floating_point():
+            raise UserError(f"{short(name)} is {short(tensor)}, expected floating-point numbers")
         layer, prefix, number = name, "", ""
-        if name.startswith("model.layers."):
+        if name.startswith("model.layers.") and name.count(".") > 2:
             number, layer = name.removeprefix("model.layers.").split(".", 1)
             prefix = f"transformer.h.{number}."
         if layer in names:
@@ -72,8 +76,8 @@ def from_hf(tensors: Iterable[tuple[str, Tensor]], config: LLaMAConfig, dtype: t
             parts[QKV[layer]] = tensor.to(dtype, copy=True)
             if len(parts) == 3:
                 del qkv[f"{prefix}attn.c_attn.weight"]
-                if [len(parts[letter]) for letter in "qkv"] != [*config.qkv_sizes]:
-                    raise UserError(f"q, k or v of layer {number} has a number of rows that config.json does not imply")
+                if any(parts[x].shape != (n, config.n_embd) for x, n in zip("qkv", config.qkv_sizes, strict=True)):
+                    raise UserError(f"q, k or v of layer {number} has a shape that config.json does not imply")
                 q, k = pairs_from_halves(parts["q"], config.n_head), pairs_from_halves(parts["k"], config.n_kv_head)
                 state[f"{prefix}attn.c_attn.weight"] = torch.cat((q, k, parts["v"]))
         elif not layer.endswith("rotary_emb.inv_freq"):  # old files carry these tables
@@ -125,17 +129,19 @@ def config_from_hf(fields: dict[str, Any]) -> LLaMAConfig:
     scaling = None
     if kind == "llama3":
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = RopeScaling(*(rope[name] for name in names))
-    return LLaMAConfig(
-        block_size=fields["max_position_embeddings"],
-        vocab_size=fields["vocab_size"],
-        n_layer=fields["num_hidden_layers"],
-        n_head=fields["num_attention_heads"],
-        n_embd=fields["hidden_size"],
-        n_kv_head=fields.get("num_key_value_heads") or fields["num_attention_heads"],
-        n_hidden=fields["intermediate_size"],
-        norm_eps=fields["rms_norm_eps"],
-        rope_base=float(rope.get("rope_theta", fields.get("rope_theta", 10000.0))),
-        rope_scaling=scaling,
-        tie_embeddings=fields.get("tie_word_embeddings", False),
-    )
+        ours = ("factor", "low_freq_factor", "high_freq_factor", "original_block_size")
+        scaling = {name: rope[theirs] for name, theirs in zip(ours, names, strict=True)}
+    values = {
+        "block_size": fields["max_position_embeddings"],
+        "vocab_size": fields["vocab_size"],
+        "n_layer": fields["num_hidden_layers"],
+        "n_head": fields["num_attention_heads"],
+        "n_embd": fields["hidden_size"],
+        "n_kv_head": fields.get("num_key_value_heads") or fields["num_attention_heads"],
+        "n_hidden": fields["intermediate_size"],
+        "norm_eps": fields["rms_norm_eps"],
+        "rope_base": rope.get("rope_theta", fields.get("rope_theta", 10000.0)),
+        "rope_scaling": scaling,
+        "tie_embeddings": fields.get("tie_word_embeddings", False),
+    }
+    return parse(LLaMAConfig, values)

@@ -23,7 +23,7 @@ from lit_llama.progress import on_terminal
 
 COLUMNS = (
     "step", "records", "tokens", "train_loss", "validation_loss",
-    "learning_rate", "tokens_per_second", "memory_gb", "seconds",
+    "learning_rate", "gradient_norm", "tokens_per_second", "memory_gb", "seconds",
 )  # fmt: skip
 
 
@@ -77,8 +77,8 @@ class TrainingLog:
         if self.fabric.is_global_zero:
             tqdm.write(text, file=sys.stderr)
 
-    def step(self, step: int, loss: float, learning_rate: float, data: Step) -> None:
-        """Report optimizer step `step` (counted from 1): its mean loss per target, and what it learned from."""
+    def step(self, step: int, data: Step, loss: float, learning_rate: float, gradient_norm: float) -> None:
+        """Report optimizer step `step` (counted from 1): what it learned from, and its mean loss per target."""
         now = time.perf_counter()
         speed = data.n_tokens / (now - self.last)
         self.training_seconds += now - self.last
@@ -86,7 +86,8 @@ class TrainingLog:
         self.records, self.tokens = self.records + data.n_records, self.tokens + data.n_tokens
         memory = peak_memory(self.fabric.device)
         left = self.training_seconds / (step - self.first_step) * (self.n_steps - step)
-        self._row(step, train_loss=loss, learning_rate=learning_rate, tokens_per_second=speed, memory_gb=memory)
+        values = {"train_loss": loss, "learning_rate": learning_rate, "gradient_norm": gradient_norm}
+        self._row(step, **values, tokens_per_second=speed, memory_gb=memory)
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s, {memory:.1f} GB", refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and (step % self.interval == 0 or step == self.n_steps):
@@ -140,13 +141,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    reader = csv.reader(path.read_text(encoding="utf-8", errors="replace").replace("\0", "").splitlines())
-    for cells in reader:
-        with suppress(ValueError, OverflowError):  # the header, and what is damaged
-            row: dict[str, Any] = {name: float(cell) for name, cell in zip(COLUMNS, cells, strict=True) if cell}
-            if row.keys() >= {*COLUMNS[:3], "seconds"}:
+    text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
+    header, *lines = csv.reader(text.splitlines() or [""])  # version 1.0 had fewer columns
+    for cells in lines:
+        with suppress(ValueError, OverflowError):
+            row: dict[str, Any] = {name: float(cell) for name, cell in zip(header, cells, strict=True) if cell}
+            if {*COLUMNS[:3], "seconds"} <= row.keys() <= {*COLUMNS} and not goes_back(row, rows):
                 rows.append({**row, **{name: int(row[name]) for name in COLUMNS[:3]}})
     return rows
+
+
+def goes_back(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
+    """Whether a row is of a step before the last one, or says once more what was said of that."""
+    return any(
+        row["step"] < other["step"] or (row["step"], row.keys()) == (other["step"], other.keys()) for other in rows[-2:]
+    )
 
 
 def format_seconds(seconds: float) -> str:
@@ -156,15 +165,15 @@ def format_seconds(seconds: float) -> str:
 
 
 def plot_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw training and validation loss over the optimizer steps."""
+    """Draw training and validation loss over the optimizer steps, and below them the norm of the gradients."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 5.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     train, validation = (
         [(row["step"], row[name]) for row in rows if name in row] for name in ("train_loss", "validation_loss")
     )
@@ -179,10 +188,14 @@ def plot_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         for point in {validation[0], validation[-1]}:
             axes.annotate(f"{point[1]:.2f}", point, (0, 9), textcoords="offset points", ha="center", bbox=box)
-    axes.set(title=title, xlabel="optimizer step", ylabel="cross-entropy per response token (nats)")
+    norms = [(row["step"], row["gradient_norm"]) for row in rows if "gradient_norm" in row]  # version 1.0 had none
+    below.plot(*zip(*norms or [(0, 0)], strict=True), color="#7a7a7a", linewidth=1)
+    axes.set(title=title, ylabel="cross-entropy per response token (nats)")
+    below.set(xlabel="optimizer step", ylabel="gradient norm", ylim=(0, None))
     axes.margins(y=0.1)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
+    for each in (axes, below):
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(alpha=0.3)
     axes.legend(frameon=False)
     with replacing(path) as part:
         figure.savefig(part, format="png")

@@ -1,22 +1,49 @@
-"""AdamW whose moments take half the memory, and the learning rate over a run."""
+"""The learning rate over a run, the norm of gradients, and AdamW whose moments take half the memory."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
+
+from lit_llama.sharding import whole_tensor
 
 LRSchedule = Literal["constant", "linear", "cosine"]
 
 
-def rate_factor(step: int, n_steps: int, warmup_steps: int, schedule: LRSchedule) -> float:
-    """What the learning rate is multiplied by in optimizer step `step` (from 0): it rises to 1, then stays or falls."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    left = (n_steps - step) / max(1, n_steps - warmup_steps)  # from 1 down to nearly 0
-    return {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[schedule]
+@dataclass(frozen=True)
+class LearningRate:
+    """It rises to `value` in the first `warmup_steps` of `n_steps` optimizer steps, then stays there or falls to 0."""
+
+    value: float
+    warmup_steps: int
+    schedule: LRSchedule
+    n_steps: int
+
+    def at(self, step: int) -> float:
+        """The learning rate of an optimizer step, counted from 0."""
+        if step < self.warmup_steps:
+            return self.value * (step + 1) / self.warmup_steps
+        left = (self.n_steps - step) / max(1, self.n_steps - self.warmup_steps)  # from 1 down to nearly 0
+        return (
+            self.value * {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[self.schedule]
+        )
+
+    def __str__(self) -> str:
+        highest = max(map(self.at, range(self.n_steps)), default=0.0)
+        return f"{self.schedule} learning rate, at most {highest:.3g} (warm-up: {self.warmup_steps} steps)"
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> float:
+    """The norm of all gradients taken together; if it is more than `max_norm`, they are scaled down to that."""
+    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if max_norm is not None:
+        clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(whole_tensor(norm))
 
 
 class AdamW(Optimizer):

@@ -15,6 +15,7 @@ import numpy as np
 
 from lit_llama.errors import UserError
 from lit_llama.files import replacing_folder, write_file
+from lit_llama.integrity import sealed
 from lit_llama.progress import progress, say
 from lit_llama.prompt import PromptStyle, encode
 from lit_llama.records import Conversation
@@ -59,7 +60,7 @@ def prepare(
                 np.save(buffer, array, allow_pickle=False)
                 write_file(part / f"{split}_{name}.npy", buffer.getvalue())
                 checksums[f"{split}_{name}"] = hashlib.sha256(array.data).hexdigest()
-        write_file(part / "meta.json", json.dumps({**meta, "sha256": checksums}, indent=2))
+        write_file(part / "meta.json", sealed({**meta, "sha256": checksums}))
     if (n := len(splits.get("validation", []))) < 2:
         what = "one record to validate on: its loss says little" if n else "no records to validate on"
         say(f"warning: {what}; hold out more, or give a --validation_file")

@@ -94,11 +94,13 @@ def chatml(messages: Sequence[Message]) -> Parts:
         yield Segment("assistant\n")
 
 
+SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+
 def smollm2(messages: Sequence[Message]) -> Parts:
     """ChatML that begins with a system message, by default the one of SmolLM2-Instruct."""
     if messages[0].role != "system":
-        default = Message("system", "You are a helpful AI assistant named SmolLM, trained by Hugging Face")
-        messages = [default, *messages]
+        messages = [Message("system", SMOLLM2_SYSTEM), *messages]
     yield from chatml(messages)
 
 

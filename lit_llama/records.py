@@ -6,7 +6,6 @@ as a whole. What a file calls these fields can be said with `Fields`.
 """
 
 import csv
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -17,7 +16,7 @@ from urllib.request import urlopen
 import numpy as np
 
 from lit_llama.errors import UserError
-from lit_llama.files import write_file
+from lit_llama.files import parse_json, read_text, write_file
 from lit_llama.prompt import Message, Role, check_order
 
 Conversation = list[Message]  # of a document: the answer alone
@@ -101,10 +100,7 @@ def read_rows(source: Path) -> Rows:
         return dataset_rows(source)
     if not source.is_file():
         raise UserError(f"{source} does not exist")
-    try:
-        text = source.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{source} is not encoded in UTF-8; convert it") from None
+    text = read_text(source).removeprefix("\ufeff")
     return readers.get(source.suffix, json_rows)(source, text)
 
 
@@ -123,18 +119,18 @@ def csv_rows(source: Path, text: str) -> Rows:
 def json_rows(source: Path, text: str) -> Rows:
     """The values of a JSON list, of the one list in a JSON object, or of the lines of a JSONL file."""
     try:
-        content = json.loads(text)
+        content = parse_json(text)
         if isinstance(content, dict) and len(content) == 1:
             ((name, value),) = content.items()
             content = value if isinstance(value, list) and name not in ("messages", "conversations") else content
         return [(f"record {i}", row) for i, row in enumerate(content if isinstance(content, list) else [content], 1)]
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         reason = str(error)
     rows: list[tuple[str, object]] = []
     for number, line in enumerate(text.split("\n"), 1):
         try:
-            rows += [(f"line {number}", json.loads(line))] if line.strip() else []
-        except (ValueError, RecursionError):
+            rows += [(f"line {number}", parse_json(line))] if line.strip() else []
+        except ValueError:
             what = f"line {number} is not valid JSON" if rows else reason
             raise UserError(f"{source} is neither a JSON list nor JSON lines: {what}") from None
     return rows

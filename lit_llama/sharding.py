@@ -44,12 +44,17 @@ def in_one_piece(state: Mapping[Any, Any], keep: bool) -> dict[Any, Any]:
         if isinstance(value, Mapping):
             result[name] = in_one_piece(value, keep)
         elif isinstance(value, Tensor):
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            whole = whole_tensor(value)
             if keep:
                 result[name] = whole.detach().cpu()
         else:
             result[name] = value
     return result
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A tensor in one piece; called by all processes if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(whole: Tensor, target: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """One class for SentencePiece (`tokenizer.model`) and Hugging Face (`tokenizer.json`) tokenizers."""
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -9,6 +7,9 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as HFTokenizer
 
 from lit_llama.errors import UserError
+from lit_llama.files import check_listed, read_json
+from lit_llama.integrity import digest
+from lit_llama.schema import short
 
 FILE_NAMES = ("tokenizer.model", "tokenizer.json")
 CONFIG_NAME = "tokenizer_config.json"  # says which token is the eos of a tokenizer.json
@@ -26,6 +27,9 @@ class Tokenizer:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        for file in (path, path.with_name(CONFIG_NAME)):
+            if file.is_file():
+                check_listed(file)
         try:
             if path.suffix == ".json":
                 self._hf = HFTokenizer.from_file(str(path))
@@ -47,13 +51,11 @@ class Tokenizer:
 
     def _find_eos(self) -> int:
         config = self.path.with_name(CONFIG_NAME)
-        names = EOS_TOKENS
-        try:
-            token = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
-        except ValueError:
-            raise UserError(f"{config} is truncated or not valid JSON; copy it again") from None
-        if token:
-            names = (token["content"] if isinstance(token, dict) else token,)
+        token = read_json(config).get("eos_token") if config.is_file() else None
+        token = token.get("content", token) if isinstance(token, dict) else token
+        if not isinstance(token, str | None):
+            raise UserError(f"{config} is not valid: eos_token is {short(token)}, expected text; copy it again")
+        names = (token,) if token else EOS_TOKENS
         for name in names:
             if (token_id := self._hf.token_to_id(name)) is not None:
                 return token_id
@@ -61,7 +63,10 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of `text`; `bos` puts the model's bos in front, if it has one, `eos` its eos at the end."""
-        ids = self._sp.encode(text) if self._sp else self._hf.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self._sp.encode(text) if self._sp else self._hf.encode(text, add_special_tokens=False).ids
+        except (UnicodeEncodeError, TypeError):  # half of a pair of UTF-16, or a byte of the command line
+            raise UserError(f"a text has a character that is not valid Unicode ({short(text)}); remove it") from None
         if bos and self.bos_id is not None:
             ids = [self.bos_id, *ids]
         return [*ids, self.eos_id] if eos else ids
@@ -77,10 +82,20 @@ class Tokenizer:
             )
         return token_id
 
+    def token(self, token_id: int) -> str:
+        """The name of a token: for a control token, what a template calls it."""
+        return self._sp.id_to_piece(token_id) if self._sp else str(self._hf.id_to_token(token_id))
+
     def decode(self, ids: list[int]) -> str:
         """The text of token ids; without bos and eos."""
         ids = [i for i in ids if i < self.vocab_size]  # a model may have more rows than the tokenizer has tokens
         return self._sp.decode(ids) if self._sp else self._hf.decode(ids)
+
+    def show(self, ids: list[int]) -> str:
+        """The text of token ids, control tokens included."""
+        if self._sp is None:
+            return self._hf.decode(ids, skip_special_tokens=False)
+        return "".join(self._sp.id_to_piece(i) if self._sp.is_control(i) else self._sp.decode([i]) for i in ids)
 
     def stream(self, ids: Iterable[int], after: list[int] | None = None) -> Iterator[str]:
         """The text of token ids as they come, in pieces of whole characters; `after` are ids whose text they continue.
@@ -109,7 +124,7 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """sha256 of the tokenizer's file, by which prepared data is matched to a model."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return digest(self.path)
 
 
 def find_tokenizer(checkpoint_path: Path, tokenizer_path: Path | None = None) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Tokenizers of other formats, turned into the files that `lit_llama.tokenizer.Tokenizer` reads."""
+"""Tokenizers of other formats, turned into the files that `lit_llama.tokenizer.Tokenizer` reads; to GGUF and back."""
 
 import base64
 import json
@@ -13,9 +13,15 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as HFTokenizer
 
 from lit_llama.errors import UserError
-from lit_llama.tokenizer import CONFIG_NAME
+from lit_llama.tokenizer import CONFIG_NAME, Tokenizer
 
-CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # SentencePiece's types of pieces, which GGUF has taken over for all tokenizers
+NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = (
+    1,
+    3,
+    4,
+    5,
+    6,
+)  # SentencePiece's types of pieces, which GGUF has taken over for all tokenizers
 
 SPACE = "\u2581"  # how SentencePiece writes it
 
@@ -39,6 +45,7 @@ PRE_TOKENIZERS = {  # llama.cpp's names for how text is cut before the byte pair
     "llama3": LLAMA_3,
     "falcon3": LLAMA_3,
 }
+WRITTEN_PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe")  # the name of each way that is written
 LLAMA_3_NAMES = (
     *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
     *("finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"),
@@ -73,10 +80,7 @@ def from_gguf(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes | str]
 
 def sentencepiece_from_gguf(path: Path, metadata: Mapping[str, Any]) -> bytes:
     """A `tokenizer.model` with the same pieces, scores and settings as the one that the GGUF was made from."""
-    try:
-        ModelProto = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto
-    except ImportError:
-        raise UserError(f"to convert the tokenizer of {path}, install protobuf: pip install protobuf") from None
+    model = model_proto(path)()
     tokens, types = metadata["tokenizer.ggml.tokens"], list(metadata["tokenizer.ggml.token_type"])
     has_bos = metadata.get("tokenizer.ggml.add_bos_token", True)
     unk = metadata.get("tokenizer.ggml.unknown_token_id", 0)
@@ -84,7 +88,6 @@ def sentencepiece_from_gguf(path: Path, metadata: Mapping[str, Any]) -> bytes:
     eos = metadata.get("tokenizer.ggml.eos_token_id", 2)
     for token_id in (bos, eos) if has_bos else (eos,):
         types[token_id] = CONTROL  # SentencePiece knows a bos or eos, which it finds by its name, only as this
-    model = ModelProto()
     for token, score, kind in zip(tokens, metadata["tokenizer.ggml.scores"], types, strict=True):
         model.pieces.add(piece=token, score=score, type=kind)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
@@ -101,6 +104,83 @@ def sentencepiece_from_gguf(path: Path, metadata: Mapping[str, Any]) -> bytes:
             f"the tokenizer of {path} is not a valid SentencePiece model ({error}); get the file elsewhere"
         ) from None
     return content
+
+
+def model_proto(path: Path) -> Any:
+    """SentencePiece's class of what is in its files."""
+    try:
+        return import_module("sentencepiece.sentencepiece_model_pb2").ModelProto
+    except ImportError:
+        raise UserError(f"to convert the tokenizer of {path}, install protobuf: pip install protobuf") from None
+
+
+def to_gguf(tokenizer: Tokenizer, n_rows: int) -> dict[str, Any]:
+    """The metadata by which llama.cpp gives the same ids, for a model of so many rows."""
+    path = tokenizer.path
+    fields = bpe_to_gguf(path, n_rows) if path.suffix == ".json" else sentencepiece_to_gguf(path, n_rows)
+    bos = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id  # llama.cpp assumes one if it is not told
+    return {
+        **fields,
+        "tokenizer.ggml.bos_token_id": bos,
+        "tokenizer.ggml.eos_token_id": tokenizer.eos_id,
+        "tokenizer.ggml.add_bos_token": tokenizer.bos_id is not None,
+        "tokenizer.ggml.add_eos_token": False,
+    }
+
+
+def sentencepiece_to_gguf(path: Path, n_rows: int) -> dict[str, Any]:
+    model = model_proto(path).FromString(path.read_bytes())
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if trainer.model_type != trainer.BPE or normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
+        raise UserError(f"{path} changes text or is not BPE, which llama.cpp does not do; expected one as LLaMA's")
+    pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
+    pieces += [(f"[PAD{i}]", -1000.0, UNUSED) for i in range(len(pieces), n_rows)]
+    tokens, scores, types = zip(*pieces, strict=True)
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": list(tokens),
+        "tokenizer.ggml.scores": list(scores),
+        "tokenizer.ggml.token_type": list(types),
+        "tokenizer.ggml.unknown_token_id": trainer.unk_id,
+        "tokenizer.ggml.add_space_prefix": normalizer.add_dummy_prefix,
+    }
+
+
+def bpe_to_gguf(path: Path, n_rows: int) -> dict[str, Any]:
+    fields = json.loads(HFTokenizer.from_file(str(path)).to_str())
+    pre = next((name for name in WRITTEN_PRE_TOKENIZERS if is_cut_as(fields, name)), None)
+    if not pre:
+        known = f"byte-level BPE as of {', '.join(WRITTEN_PRE_TOKENIZERS)}, or SentencePiece's tokenizer.model"
+        raise UserError(f"{path} cuts text in a way for which no name of llama.cpp is known; expected {known}")
+    added = {token["id"]: token for token in fields["added_tokens"]}
+    texts = {i: token for token, i in fields["model"]["vocab"].items()}
+    texts |= {i: token["content"] for i, token in added.items()}
+    types = {i: CONTROL if token["special"] else USER_DEFINED for i, token in added.items()}
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": [texts.get(i, f"[PAD{i}]") for i in range(n_rows)],
+        "tokenizer.ggml.token_type": [types.get(i, NORMAL if i in texts else UNUSED) for i in range(n_rows)],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in fields["model"]["merges"]],
+    }
+
+
+def is_cut_as(fields: Mapping[str, Any], pre: str) -> bool:
+    """Whether a tokenizer.json is byte-level BPE that cuts text before merging as llama.cpp does under this name."""
+    reference = HFTokenizer(models.BPE(ignore_merges=PRE_TOKENIZERS[pre] is LLAMA_3))
+    reference.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
+    theirs, ours = (
+        (each["model"]["type"], each["model"].get("ignore_merges"), each["normalizer"], steps(each["pre_tokenizer"]))
+        for each in (fields, json.loads(reference.to_str()))
+    )
+    return theirs == ours
+
+
+def steps(pre_tokenizer: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps that text is cut in, without what does not change the tokens."""
+    several = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
+    return [{name: value for name, value in step.items() if name != "trim_offsets"} for step in several]
 
 
 def is_tiktoken(path: Path) -> bool:

@@ -1,5 +1,6 @@
 """What is around a training loop: launching, loading, validation, stopping on a signal."""
 
+import math
 import os
 import signal
 from functools import partial
@@ -15,11 +16,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lit_llama.checkpoint import load_model
-from lit_llama.data import Batch, Dataset, single_step
+from lit_llama.data import Batch, Dataset, Step, single_step
 from lit_llama.device import TrainingPrecision, storage_dtype
 from lit_llama.errors import UserError
+from lit_llama.log import TrainingLog
 from lit_llama.model import LLaMA
-from lit_llama.sharding import shard
+from lit_llama.sharding import shard, whole_tensor
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 
 Strategy = Literal["auto", "ddp", "fsdp"]
@@ -106,14 +108,50 @@ def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     return model(batch.input_ids, lengths=batch.lengths, select=batch.select, targets=batch.targets)
 
 
+class StepCheck:
+    """Looks at each step before it is taken: at its loss and at the gradients, which are the same on all devices."""
+
+    def __init__(self, log: TrainingLog, model: LLaMA) -> None:
+        self.log, self.model = log, model
+        self.mean: float | None = None  # of the latest losses
+
+    def __call__(self, step: Step, number: int, loss: float, norm: float) -> None:
+        """Report a loss that has shot up; raise a UserError if it or the norm of the gradients is inf or nan."""
+        records = ", ".join(map(str, sorted(step.dataset.index[step.records])[:8]))
+        records = f"records {records}{' and others' if step.n_records > 8 else ''} (counted from 0, as prepared)"
+        if not math.isfinite(loss + norm):
+            damaged = [
+                name for name, tensor in self.model.named_parameters() if not whole_tensor(tensor).isfinite().all()
+            ]
+            why = f"{damaged[0]} is not finite either" if damaged else f"look at {records}"
+            raise UserError(
+                f"the loss of step {number + 1} is {loss:.4g}, its gradient's norm {norm:.4g}, so it was not taken; "
+                f"what was saved stays: resume with a lower --learning_rate, or {why}"
+            )
+        if self.mean is not None and loss > 10 * self.mean:
+            self.log.say(
+                f"warning: the loss of step {number + 1} is {loss:.4g}, after {self.mean:.4g} on average: {records}"
+            )
+        self.mean = loss if self.mean is None else 0.9 * self.mean + 0.1 * loss
+
+
 class StopSignal:
-    """Turns SIGINT and SIGTERM into a request to stop after the step that is running. A second one stops at once."""
+    """Turns SIGINT, SIGTERM and SIGHUP into a request to stop after the step that is running. A second stops at once.
+
+    A process whose terminal is gone (SIGHUP) cannot write to it; one that is to survive that (nohup) is left alone.
+    """
+
+    status = 128 + signal.SIGTERM  # if the signal reached another of several processes
 
     def __init__(self) -> None:
         self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self.requested = True
+        self.requested, self.status = True, 128 + number
+        if number == signal.SIGHUP:
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

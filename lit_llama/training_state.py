@@ -1,9 +1,12 @@
 """The training state of a run: written every few steps, so that an interrupted run can continue.
 
-`out_dir`/training-state.pth holds what a file of finetuned weights holds (see `lit_llama/finetuned.py`), the steps done
-and the optimizer's state. It is written in one piece, so a run may continue on a different number of devices.
+`out_dir`/training-state.pth holds what a file of finetuned weights holds (see `lit_llama/finetuned.py`), the steps
+done, the best validation so far and the optimizer's state. It is written in one piece, so a run may continue on a
+different number of devices.
 """
 
+import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,17 +16,19 @@ from lightning import Fabric
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_llama.checkpoint import check_state
+from lit_llama.checkpoint import check_state, write_model
 from lit_llama.errors import UserError
-from lit_llama.files import read_file
-from lit_llama.finetuned import save_finetuned
+from lit_llama.finetuned import read_described, save_finetuned
+from lit_llama.integrity import check_base, digest, is_plain
+from lit_llama.locks import check_room, claim
+from lit_llama.schema import check_types, naming, short
 from lit_llama.sharding import in_one_piece, shard_like
 
 STATE_FILE = "training-state.pth"
 MAY_CHANGE = (  # may change on resume; everything else must not
     "learning_rate", "num_epochs", "max_steps", "warmup_steps", "warmup_epochs", "lr_schedule", "eval_interval",
     "eval_records", "save_interval", "log_interval", "devices", "num_nodes", "strategy", "activation_checkpointing",
-    "logger",
+    "logger", "patience", "base", "base_path",
 )  # fmt: skip
 VERSION = 2  # of the schedule of batches; states that do not say are of version 1
 
@@ -32,30 +37,85 @@ class TrainingState:
     """What was saved of the run in `out_dir`, if it is resumed, and the place to save it."""
 
     def __init__(
-        self, fabric: Fabric, out_dir: Path, results: Sequence[str], settings: Mapping[str, Any], resume: bool
+        self,
+        fabric: Fabric,
+        out_dir: Path,
+        results: Sequence[str],
+        settings: Mapping[str, Any],
+        resume: bool,
+        dry_run: bool = False,
     ) -> None:
-        """Refuses to write over a run or files named as its `results`, and to resume a run with other settings."""
+        """Refuses to write over a run or files named as its `results`, and to resume a run with other settings.
+
+        A dry run writes nothing, and so does not lock the folder.
+        """
         self.fabric, self.path = fabric, out_dir / STATE_FILE
         self.saved: dict[str, Any] = {}
+        if resume and not self.path.is_file():
+            raise UserError(f"{self.path} does not exist, so there is no run to resume")
+        if not dry_run:
+            on_first_process(fabric, claim, out_dir)
         if resume:
-            self.saved = read_file(self.path)
+            self.saved = read_described(self.path)
             check_settings(self.path, self.saved, settings)
-        existing = [name for name in (STATE_FILE, *results) if (out_dir / name).exists()]
+            self._check_metrics()
+        existing = [name for name in (STATE_FILE, *results) if (out_dir / name).exists() and not dry_run]
         if existing and not resume:
             remedy = "continue that run with --resume true, or " if STATE_FILE in existing else ""
             raise UserError(f"{out_dir} holds {existing[0]} already: {remedy}give another --out_dir")
         self.version: int = self.saved.get("version", 1) if resume else VERSION
+        self.best: dict[str, float] = self.saved.get("best", {"loss": math.inf, "step": 0, "waited": 0})
+
+    def limit_warmup(self, steps: int, last_step: int) -> int:
+        """At most a tenth of the run, lest the learning rate never rise in a short one (version 1.0 had no limit)."""
+        return steps if self.version == 1 else min(steps, last_step // 10)
+
+    def is_best(self, step: int, loss: float | None) -> bool:
+        """Whether the validation loss after `step` steps, if there is one, is the lowest so far. It is remembered."""
+        if loss is None:
+            return False
+        better = loss < self.best["loss"]
+        waited = self.best["waited"] + 1
+        self.best = {"loss": loss, "step": step, "waited": 0} if better else {**self.best, "waited": waited}
+        return better
+
+    def is_patience_over(self, patience: int | None) -> bool:
+        """Whether the last `patience` validations were no better than the best."""
+        return patience is not None and self.best["waited"] >= patience
+
+    def _metrics(self, size: int | None = None) -> str:
+        """The length of metrics.csv, or of its first `size` bytes, and their sha256."""
+        path = self.path.with_name("metrics.csv")
+        if not path.is_file():
+            return "0"
+        size = min(path.stat().st_size, sys.maxsize if size is None else size)
+        return f"{size} {digest(path, size)}"
+
+    def _check_metrics(self) -> None:
+        """Say so if metrics.csv does not begin as it was when the state was saved."""
+        expected = self.saved.get("metrics", "")
+        size = expected.partition(" ")[0]
+        if size.isdecimal() and expected != self._metrics(int(size)) and self.fabric.is_global_zero:
+            print(f"warning: {self.path.with_name('metrics.csv')} is damaged or was edited", file=sys.stderr)
 
     @torch.no_grad()
     def restore(self, weights: Mapping[str, Tensor], optimizer: Optimizer) -> int:
         """Put the trained weights and the optimizer back to what was saved, if anything; returns the steps done.
 
         Tensors are filled one by one and keep their dtype and sharding, so that this takes no more memory than a step.
+
+        Raises:
+            UserError: if there is no room for the state that the run will save, or what was saved does not fit.
         """
+        size = 4 + 2 * getattr(optimizer, "moments_dtype", torch.float32).itemsize
+        if self.path.parent.is_dir():  # a dry run makes none
+            on_first_process(self.fabric, check_room, self.path.parent, size * sum(t.numel() for t in weights.values()))
         if not self.saved:
             return 0
         state, moments = self.saved["state_dict"], self.saved["optimizer"]
         check_state(self.path, state, weights)
+        with naming(self.path, "it may be damaged"):
+            check_moments(moments, optimizer)
         for name, tensor in weights.items():
             tensor.copy_(shard_like(state[name], tensor))
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -68,17 +128,44 @@ class TrainingState:
     def save(self, step: int, about: Mapping[str, Any], weights: Mapping[str, Tensor], optimizer: Optimizer) -> None:
         """Write the state after `step` steps; `about` is what `describe` says of the weights."""
         state = in_one_piece(optimizer.state_dict(), self.fabric.is_global_zero)
-        progress = {"version": self.version, "step": step, "optimizer": state}
+        progress = {"version": self.version, "step": step, "best": self.best, "optimizer": state}
+        progress |= {"metrics": self._metrics()}
         whole = in_one_piece(weights, self.fabric.is_global_zero)
         on_first_process(self.fabric, save_finetuned, self.path, {**about, **progress}, whole)
 
 
 def check_settings(path: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    if not {"step", "optimizer", "hyperparameters", "state_dict"} <= saved.keys():
+    if not {"kind", "step", "optimizer"} <= saved.keys():
         raise UserError(f"{path} is not a training state")
+    if not 1 <= saved.get("version", 1) <= VERSION or saved["step"] < 1:
+        version, step = saved.get("version", 1), saved["step"]
+        raise UserError(f"{path} is of version {version}, step {step}; expected 1 to {VERSION}, and 1 or more")
     for name, value in saved["hyperparameters"].items():
         if name not in MAY_CHANGE and settings.get(name) != value:
             raise UserError(f"cannot resume: the run of {path} has {name} {value}, not {settings.get(name)}")
+    check_base(path, saved["hyperparameters"], settings, "resume with its own base model")
+
+
+def check_moments(saved: Mapping[str, Any], optimizer: Optimizer) -> None:
+    """Raise a UserError unless a state of AdamW has what this optimizer restores."""
+    check_types(saved, {"state": Mapping, "param_groups": list}, {})
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for i, entry in saved["state"].items():
+        if not isinstance(i, int) or not 0 <= i < len(trained) or not isinstance(entry, Mapping):
+            raise UserError(f"the optimizer's state is of {short(i)}, expected one of {len(trained)} parameters")
+        check_types(entry, {"exp_avg": Tensor, "exp_avg_sq": Tensor}, {"step": Tensor})
+        for name, tensor in entry.items():
+            shape = torch.Size() if name == "step" else trained[i].shape
+            if not is_plain(tensor) or not tensor.is_floating_point() or tensor.shape != shape:
+                raise UserError(f"{name} of parameter {i} is {short(tensor)}, expected one of {tuple(shape)}")
+    if len(saved["param_groups"]) != len(optimizer.param_groups):
+        raise UserError(f"it has {len(saved['param_groups'])} groups of parameters")
+    for group, theirs in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        if not isinstance(theirs, Mapping):
+            raise UserError(f"a group of parameters is {short(theirs)}, expected named values")
+        for name, value in group.items():
+            if name != "params" and not isinstance(theirs.get(name, value), type(value)):
+                raise UserError(f"{name} of the optimizer is {short(theirs[name])}")
 
 
 def restored(saved: Tensor, parameter: Tensor) -> Tensor:
@@ -99,6 +186,18 @@ def on_first_process(fabric: Fabric, action: Callable[..., None], *args: Any) ->
     problem = fabric.broadcast(problem)
     if problem:
         raise UserError(problem)
+
+
+def save_weights(
+    fabric: Fabric, path: Path, about: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Write a file of finetuned weights in `dtype`; called by all processes."""
+    on_first_process(fabric, save_finetuned, path, about, whole_weights(fabric, weights, dtype))
+
+
+def save_model(fabric: Fabric, folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype, *about: Any) -> None:
+    """Write a model's files in `dtype`; `about` is what else `write_model` takes. Called by all processes."""
+    on_first_process(fabric, write_model, folder, whole_weights(fabric, weights, dtype), *about)
 
 
 def whole_weights(fabric: Fabric, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from lit_llama.cli import run
 from lit_llama.data import BatchSchedule, Dataset, GroupedSchedule, single_step
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable
 from lit_llama.model import CONFIGS, LLaMA
-from lit_llama.optimizer import rate_factor
+from lit_llama.optimizer import LearningRate
 from lit_llama.progress import progress
 from lit_llama.training import loss_sum
 
@@ -143,7 +143,7 @@ def loss_after_an_epoch(way: str, data_dir: Path, block_size: int, seed: int) ->
             torch.nn.init.normal_(parameter, std=0.02)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
     for i, records in enumerate(progress(steps, f"{way}, seed {seed}", "step")):
-        optimizer.param_groups[0]["lr"] = 1e-3 * rate_factor(i, len(steps), 20, "linear")
+        optimizer.param_groups[0]["lr"] = LearningRate(1e-3, 20, "linear", len(steps)).at(i)
         batch = dataset.batch(records) if way == "ours" else dataset.padded_batch(records)
         (loss_sum(model, batch) / len(batch.targets)).backward()
         optimizer.step()

@@ -2,8 +2,9 @@
 
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ def main(
     prompt_style: PromptStyle | None = None,
     system: str = "",
     lora_alpha: float | None = None,
+    force: bool = False,
     max_new_tokens: PositiveInt = 500,
     temperature: NonNegativeFloat = 0.8,
     top_k: NonNegativeInt | None = 200,
@@ -56,6 +58,7 @@ def main(
             one that the model's config.json names.
         system: A system message, if the template has one.
         lora_alpha: Only for LoRA files of the archived Lit-LLaMA, which did not store it.
+        force: Use a file on another base model of the same shape than the one that it was trained on.
         max_new_tokens: The longest answer, in tokens.
         temperature: Below 1 for likelier text, above for more varied; 0 always takes the likeliest token.
         top_k: Draw from this many of the likeliest tokens only; 0 for all.
@@ -70,9 +73,10 @@ def main(
     tokenizer.check_fits(model.config.vocab_size)
     own_style = own_prompt_style(checkpoint_path)
     if adapter_path:
-        own_style = load_adapter(model, adapter_path)
+        own_style = load_adapter(model, adapter_path, checkpoint_path, force)
         model.to(dtype)
-    chat = Chat(Conversation(model, tokenizer, "plain"), sampling, own_style, prompt_style, lora_alpha)
+    load = partial(load_lora, model, alpha=lora_alpha, base_path=checkpoint_path, force=force)
+    chat = Chat(Conversation(model, tokenizer, "plain"), sampling, load, own_style, prompt_style)
     chat.use(lora_path)
     if system:
         chat.conversation.set_system(system)
@@ -93,21 +97,21 @@ class Chat:
     """A conversation, and the commands that change it.
 
     Args:
+        load: puts the LoRA layers of a file onto the base model, and returns their template.
         own_style: the template of the model without LoRA, if it is known.
         given_style: the one to use instead of any other.
-        lora_alpha: of LoRA files that do not hold it.
     """
 
     def __init__(
         self,
         conversation: Conversation,
         sampling: Sampling,
+        load: Callable[[Path], PromptStyle],
         own_style: PromptStyle | None,
         given_style: PromptStyle | None,
-        lora_alpha: float | None,
     ) -> None:
-        self.conversation, self.sampling = conversation, sampling
-        self.own_style, self.given_style, self.lora_alpha = own_style, given_style, lora_alpha
+        self.conversation, self.sampling, self.load = conversation, sampling, load
+        self.own_style, self.given_style = own_style, given_style
         self.lora_path: Path | None = None
         self.has_told = False  # that each question is a conversation of its own
 
@@ -165,7 +169,7 @@ class Chat:
         dtype = model.lm_head.weight.dtype
         self.conversation.forget()
         remove_lora(model)
-        style = load_lora(model, path, self.lora_alpha) if path else self.own_style
+        style = self.load(path) if path else self.own_style
         model.to(dtype).eval()
         cache_prefix(model)
         self.lora_path = path

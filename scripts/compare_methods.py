@@ -1,5 +1,7 @@
 """Compare base, LLaMA-Adapter, LoRA and full finetuning on one model and data set, or LoRA of several ranks.
 
+LoRA is trained with the article's settings, for 5 epochs in batches of 128, and with settings for small data sets.
+
 Each is trained, evaluated and asked by the scripts that users run, one after the other.
 """
 
@@ -11,11 +13,12 @@ import re
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from comparison_report import Method, Result, answers, draw_methods, draw_ranks, new_figure, table
+from comparison_report import Method, Result, answers, average, draw_methods, draw_ranks, new_figure, table
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from lit_llama.checkpoint import WEIGHTS
@@ -39,10 +42,12 @@ full_learning_rate: PositiveFloat = 2e-4
 lora_r: PositiveInt = 8
 lora_alpha_over_r: PositiveInt = 2  # the same for all ranks, so that the update is scaled the same way
 lora_targets = "query,key,value,projection,mlp"
+n_seeds: PositiveInt = 1  # trainings of each method; from 2 on, the figures are means
 n_answers: PositiveInt = 39  # validation records that are answered, for ROUGE-L
 max_new_tokens: PositiveInt = 100
 
 ROOT = Path(__file__).parent.parent
+FIRST_SEED = 1337  # that of the training scripts
 RESULTS = {**FILE_NAMES, "full": WEIGHTS}  # what the training scripts write
 
 
@@ -79,12 +84,14 @@ def main(
     figure, results = new_figure(), {}
     for method in methods:
         print(f"# {method.name}", file=sys.stderr)
-        results[method] = measure(method, pretrained_path, out_dir, new_topics_dir, questions)
+        seeded = [method, *(with_seed(method, FIRST_SEED + i) for i in range(1, n_seeds) if method.kind != "base")]
+        results[method] = average([measure(m, pretrained_path, out_dir, new_topics_dir, questions) for m in seeded])
     picture = out_dir / ("ranks.png" if ranks else "comparison.png")
     n_train, n_validation = (len(Dataset(data_dir, split, block_size)) for split in ("train", "validation"))
     about = (
         f"{pretrained_path.parent.name}, {n_train:,} records to train on (epochs: {num_epochs}, records per step: "
-        f"{batch_size}), {n_validation:,} to validate on; {datetime.date.today():%d %B %Y}, {machine()}."
+        f"{batch_size}, seeds: {n_seeds}), {n_validation:,} to validate on; {datetime.date.today():%d %B %Y}, "
+        f"{machine()}."
     )
     text = "\n".join([about, "", *table(results, picture.name), *answers(results, questions, known)])
     write_file(picture.with_suffix(".md"), text)
@@ -100,10 +107,12 @@ def four_methods(data_dir: Path, own_template_dir: Path | None) -> list[Method]:
     rate, schedule = "--learning_rate", ("--lr_schedule", lr_schedule)
     adapter = (rate, adapter_learning_rate, *schedule, "--warmup_epochs", 0)
     full = (rate, full_learning_rate, *schedule, "--warmup_steps", 10)
+    article = ("--batch_size", 128, "--num_epochs", 5)  # and otherwise the defaults of finetune_lora.py
     return [
         Method("base", "base", data_dir),
         *own,
         Method("LLaMA-Adapter", "adapter", data_dir, adapter),
+        Method("LoRA, the article's settings", "lora", data_dir, article),
         lora(data_dir, lora_r),
         Method("full finetuning", "full", data_dir, full),
     ]
@@ -123,6 +132,10 @@ def lora(data_dir: Path, rank: int) -> Method:
     scale = ("--lora_r", rank, "--lora_alpha", lora_alpha_over_r * rank, "--lora_targets", lora_targets)
     rate = ("--learning_rate", lora_learning_rate, "--lr_schedule", lr_schedule, "--warmup_steps", 10)
     return Method(f"LoRA, r = {rank}", "lora", data_dir, (*scale, *rate), rank)
+
+
+def with_seed(method: Method, seed: int) -> Method:
+    return replace(method, name=f"{method.name}, seed {seed}", flags=(*method.flags, "--seed", seed))
 
 
 def measure(

@@ -1,7 +1,8 @@
 """What compare_methods.py makes of its figures: a table, pictures, and the answers with verdicts on them."""
 
 import re
-from dataclasses import dataclass
+import statistics
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,18 @@ class Result:
     file_mb: float | None = None
     minutes: float | None = None
     memory_gb: float | None = None
+    spread: dict[str, float] = field(default_factory=dict)  # the standard deviation of a column over the seeds
+
+
+def average(results: list[Result]) -> Result:
+    """The means over the seeds of one method, with the spread of losses and scores; the answers are the first's."""
+    if len(results) == 1:
+        return results[0]
+    values = {key: [getattr(result, key) for result in results] for key in COLUMNS}
+    measured = {key: of_seeds for key, of_seeds in values.items() if None not in of_seeds}
+    spread = {key: statistics.stdev(measured[key]) for key in ("loss", "new_loss", "rouge_l") if key in measured}
+    means = {key: statistics.mean(of_seeds) for key, of_seeds in measured.items()}
+    return Result(**means, answers=results[0].answers, spread=spread)  # pyrefly: ignore[bad-argument-type]
 
 
 def table(results: dict[Method, Result], picture: str) -> list[str]:
@@ -61,7 +74,7 @@ def table(results: dict[Method, Result], picture: str) -> list[str]:
         "|---|" + "---:|" * len(columns),
     ]
     for method, result in results.items():
-        cells = [format_number(getattr(result, key), digits) for key, (_, digits, _) in columns.items()]
+        cells = [format_column(result, key) for key in columns]
         lines.append(f"| {method.name} | {' | '.join(cells)} |")
     return [*lines, "", f"![the figures of the table as a picture]({picture})", ""]
 
@@ -77,6 +90,12 @@ def answers(results: dict[Method, Result], questions: tuple[str, ...], verdicts:
             lines.append(f"- *{method.name}:* {answer}{verdict}")
         lines.append("")
     return lines
+
+
+def format_column(result: Result, key: str) -> str:
+    digits = COLUMNS[key][1]
+    spread = f" ± {result.spread[key]:.{digits}f}" if key in result.spread else ""
+    return format_number(getattr(result, key), digits) + spread
 
 
 def format_number(value: float | None, digits: int) -> str:
@@ -98,14 +117,17 @@ def draw_methods(figure: "Figure", results: dict[Method, Result]) -> None:
     """A panel of bars for each column of the table, except what goes with another one."""
     keys = [key for key in COLUMNS if key not in ("file_mb", "new_loss")]
     for axes, key in zip(figure.subplots(2, 3).flat, keys, strict=True):
-        title, digits, logarithmic = COLUMNS[key]
+        title, _, logarithmic = COLUMNS[key]
         values = [getattr(result, key) for result in results.values()]
         names = [method.name for method in results]
+        room = 2.3 if any(key in result.spread for result in results.values()) else 1.3  # for the labels
         smallest, largest = min(filter(None, values), default=1), max(filter(None, values), default=1)
-        left, right = (smallest / 10, 10 * largest * (largest / smallest) ** 0.7) if logarithmic else (0, 1.3 * largest)
+        left, right = (
+            (smallest / 10, 10 * largest * (largest / smallest) ** 0.7) if logarithmic else (0, room * largest)
+        )
         widths = [value or left for value in values]
         bars = axes.barh(names, widths, color=[COLORS[method.kind] for method in results], log=logarithmic)
-        labels = [format_number(value, digits) or "none" for value in values]
+        labels = [format_column(result, key) or "none" for result in results.values()]
         axes.bar_label(bars, labels, padding=3, fontsize=9)
         axes.set_title(title, fontsize=10)
         axes.set_xlim(left, right)

@@ -1,18 +1,23 @@
 """Convert a GGUF file of the llama architecture (quantised ones are dequantised) into a model folder."""
 
+import os
+import struct
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from lit_llama.chat_templates import style_of
 from lit_llama.checkpoint import check_complete, save_model_folder
 from lit_llama.cli import run
 from lit_llama.errors import UserError
-from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling, stretch_frequencies
+from lit_llama.gguf_format import CHAT_TEMPLATE, ROPE_FREQS, TENSOR_NAMES, rope_divisors
+from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling
 from lit_llama.progress import progress
+from lit_llama.schema import naming, parse
 from lit_llama.tokenizer_formats import from_gguf
 
 try:
@@ -20,18 +25,9 @@ try:
 except ImportError:
     sys.exit("error: GGUF files need one more library; run: pip install -e '.[gguf]'")
 
-TENSOR_NAMES = {  # llama.cpp stores q and k rows in Meta's order, which is ours
-    "token_embd": "transformer.wte.weight",
-    "output_norm": "transformer.ln_f.scale",
-    "output": "lm_head.weight",
-    "attn_norm": "rms_1.scale",
-    "attn_output": "attn.c_proj.weight",
-    "ffn_norm": "rms_2.scale",
-    "ffn_gate": "mlp.c_fc1.weight",
-    "ffn_up": "mlp.c_fc2.weight",
-    "ffn_down": "mlp.c_proj.weight",
-}
-ROPE_FREQS = "rope_freqs.weight"
+MOST_TENSORS, MOST_FIELDS, MOST_VALUES = 2**16, 2**12, 2**20  # the largest vocabularies have a quarter of a million
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number, by GGUF's type
+STRING, ARRAY = 8, 9
 ROWS = 1024  # dequantised at a time; a whole tensor at once takes several times its size
 
 
@@ -51,26 +47,71 @@ def main(gguf_path: Path, out_dir: Path) -> None:
 
     Args:
         gguf_path: A .gguf file with `general.architecture = llama`.
-        out_dir: The model folder to write: lit-llama.pth, config.json and the tokenizer.
+        out_dir: The model folder to write: lit-llama.pth, config.json (with the prompt style) and the tokenizer.
     """
     metadata, tensors = read_gguf(gguf_path)
     config = read_config(metadata, tensors)
-    tokenizer = from_gguf(gguf_path, metadata)
+    try:
+        tokenizer = from_gguf(gguf_path, metadata)
+    except UserError:
+        raise
+    except Exception as error:  # fields of the wrong type or length, or a library's own
+        reason = " ".join(str(error).split())
+        raise UserError(f"{gguf_path} does not describe a tokenizer ({reason}); get another GGUF") from None
     state = read_weights(gguf_path, tensors, config)
     check_complete(gguf_path, state, config)
-    save_model_folder(out_dir, state, config, tokenizer)
+    prompt_style = style_of(gguf_path, metadata.get(CHAT_TEMPLATE))
+    save_model_folder(out_dir, state, config, tokenizer, prompt_style)
     print(f"Saved {out_dir}", file=sys.stderr)
 
 
 def read_gguf(path: Path) -> tuple[Metadata, dict[str, ReaderTensor]]:
     """Metadata, and tensors as they are stored and by llama.cpp's names; they stay on the disk until they are used."""
     try:
+        check_sizes(path)
         reader = GGUFReader(path)
         return Metadata(path, reader), {tensor.name: tensor for tensor in reader.tensors}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (ValueError, LookupError, OSError) as error:
-        raise UserError(f"{path} is not a whole GGUF file ({error}); download it again, or update gguf") from None
+    except Exception as error:  # of many kinds, NumPy's among them
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a whole GGUF file ({reason}); download it again, or update gguf") from None
+
+
+def check_sizes(path: Path) -> None:
+    """Raise a ValueError if the metadata has more values than a model's: GGUFReader makes objects of all of them."""
+    with open(path, "rb") as file:
+        magic, _, n_tensors, n_fields = struct.unpack("<4sIQQ", file.read(24))
+        if magic != b"GGUF" or n_tensors > MOST_TENSORS or n_fields > MOST_FIELDS:
+            raise ValueError(f"it begins with {magic!r}, {n_tensors} tensors and {n_fields} fields")
+        left = os.path.getsize(path)
+        for _ in range(n_fields):
+            skip(file, read_number(file, "Q"), left)
+            skip_values(file, read_number(file, "I"), 1, left)
+
+
+def skip_values(file: BinaryIO, kind: int, n: int, left: int) -> None:
+    """Go over values of metadata; arrays hold at most MOST_VALUES, and none holds arrays."""
+    if kind in SIZES:
+        skip(file, n * SIZES[kind], left)
+    elif kind == STRING:
+        for _ in range(n):
+            skip(file, read_number(file, "Q"), left)
+    else:
+        inner, many = read_number(file, "I"), read_number(file, "Q")
+        if kind != ARRAY or inner == ARRAY or many > MOST_VALUES:
+            raise ValueError(f"a field is of type {kind} and has {many} values of type {inner}")
+        skip_values(file, inner, many, left)
+
+
+def skip(file: BinaryIO, n: int, left: int) -> None:
+    if n > left - file.tell():
+        raise ValueError("it ends within its metadata")
+    file.seek(n, 1)
+
+
+def read_number(file: BinaryIO, form: str) -> int:
+    return struct.unpack(f"<{form}", file.read(struct.calcsize(form)))[0]
 
 
 def check_supported(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> None:
@@ -91,20 +132,22 @@ def check_supported(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> Non
 def read_config(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> LLaMAConfig:
     check_supported(metadata, tensors)
     try:
-        config = LLaMAConfig(
-            block_size=metadata["llama.context_length"],
-            vocab_size=int(tensors["token_embd.weight"].shape[-1]),  # may be padded beyond the tokenizer's
-            n_layer=metadata["llama.block_count"],
-            n_head=metadata["llama.attention.head_count"],
-            n_embd=metadata["llama.embedding_length"],
-            n_kv_head=metadata.get("llama.attention.head_count_kv", 0),
-            n_hidden=metadata["llama.feed_forward_length"],
-            norm_eps=shortest(metadata["llama.attention.layer_norm_rms_epsilon"]),
-            rope_base=metadata.get("llama.rope.freq_base", 10000.0),
-            tie_embeddings="output.weight" not in tensors,
-        )
-    except (ValueError, TypeError) as error:
+        values = {
+            "block_size": metadata["llama.context_length"],
+            "vocab_size": int(tensors["token_embd.weight"].shape[-1]),  # may be padded beyond the tokenizer's
+            "n_layer": metadata["llama.block_count"],
+            "n_head": metadata["llama.attention.head_count"],
+            "n_embd": metadata["llama.embedding_length"],
+            "n_kv_head": metadata.get("llama.attention.head_count_kv", 0),
+            "n_hidden": metadata["llama.feed_forward_length"],
+            "norm_eps": shortest(metadata["llama.attention.layer_norm_rms_epsilon"]),
+            "rope_base": metadata.get("llama.rope.freq_base", 10000.0),
+            "tie_embeddings": "output.weight" not in tensors,
+        }
+    except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{metadata.path} does not describe a LLaMA ({error}); get another model") from None
+    with naming(metadata.path, "get another model"):
+        config = parse(LLaMAConfig, values)
     rotated = metadata.get("llama.rope.dimension_count", config.head_size)
     if rotated != config.head_size:
         raise UserError(f"{metadata.path} rotates {rotated} channels of a head, LLaMA all {config.head_size} of them")
@@ -122,8 +165,7 @@ def read_rope_scaling(path: Path, tensor: ReaderTensor, config: LLaMAConfig) -> 
     """The settings behind the divisor of each rotary frequency, which is all that llama.cpp keeps of them."""
     divisors = dequantise(path, tensor)  # (hs / 2,)
     scaling = replace(LLAMA_3_SCALING, factor=shortest(divisors.max().item()))  # models differ in the factor alone
-    freqs = config.rope_base ** -(torch.arange(0, config.head_size, 2) / config.head_size)  # (hs / 2,)
-    expected = freqs / stretch_frequencies(freqs, scaling)
+    expected = rope_divisors(replace(config, rope_scaling=scaling))
     if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):
         raise UserError(f"{path} scales its rotary frequencies in a way that is not known; it is not Llama 3.1's")
     return scaling
@@ -160,6 +202,8 @@ def dequantise(path: Path, tensor: ReaderTensor) -> Tensor:
         for start in range(0, len(weight), ROWS):
             rows = slice(start, start + ROWS)
             weight.numpy()[rows] = dequantize(tensor.data[rows], tensor.tensor_type)
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{path} is damaged: {tensor.name} cannot be read ({error}); download it again") from None
     except NotImplementedError:
         kind = tensor.tensor_type.name
         raise UserError(f"{path} holds {tensor.name} as {kind}, which the installed gguf cannot dequantise") from None

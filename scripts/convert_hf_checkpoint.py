@@ -8,12 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_llama.chat_templates import read_chat_template, style_of
 from lit_llama.checkpoint import check_complete, save_model_folder
 from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.files import check_apart, read_file, read_json, read_safetensors
 from lit_llama.huggingface import config_from_hf, from_hf
 from lit_llama.progress import progress
+from lit_llama.schema import naming, short
 from lit_llama.tokenizer import FILE_NAMES, find_tokenizer
 
 
@@ -22,20 +24,21 @@ def main(checkpoint_dir: Path, out_dir: Path, dtype: Literal["float32", "bfloat1
 
     Args:
         checkpoint_dir: The folder that was downloaded.
-        out_dir: The model folder to write: lit-llama.pth, config.json and the tokenizer.
+        out_dir: The model folder to write: lit-llama.pth, config.json (with the prompt style) and the tokenizer.
         dtype: The type to store the weights in. By default as they are.
     """
     check_apart(checkpoint_dir, out_dir)
     fields = read_json(checkpoint_dir / "config.json")
     name = dtype or fields.get("dtype") or fields.get("torch_dtype") or "float32"
     if name not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"{checkpoint_dir}/config.json has weights of {name!r}; choose their type by --dtype")
+        raise UserError(f"{checkpoint_dir}/config.json has weights of {short(name)}; choose their type by --dtype")
     try:
-        config = config_from_hf(fields)
+        with naming(checkpoint_dir / "config.json"):
+            config = config_from_hf(fields)
         state = from_hf(read_shards(checkpoint_dir), config, getattr(torch, name))
     except UserError as error:
         raise UserError(f"could not convert {checkpoint_dir}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{checkpoint_dir}/config.json does not describe a LLaMA ({error!r}); get it again") from None
     check_complete(checkpoint_dir, state, config)
     files = {}
@@ -43,7 +46,8 @@ def main(checkpoint_dir: Path, out_dir: Path, dtype: Literal["float32", "bfloat1
         files = find_tokenizer(checkpoint_dir, checkpoint_dir).files()
     else:
         print(f"No tokenizer in {checkpoint_dir}: put one next to the converted weights", file=sys.stderr)
-    save_model_folder(out_dir, state, config, files)
+    prompt_style = style_of(checkpoint_dir, read_chat_template(checkpoint_dir))
+    save_model_folder(out_dir, state, config, files, prompt_style)
     print(f"Saved {out_dir}", file=sys.stderr)
 
 
@@ -53,7 +57,10 @@ def read_shards(folder: Path) -> Iterator[tuple[str, Tensor]]:
     if not shards:
         raise UserError("there are no .safetensors or pytorch_model*.bin files; download them")
     for index in folder.glob(f"*{shards[0].suffix}.index.json"):  # files that it does not name are of another download
-        shards = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise UserError(f"{index} names a file that is not in its folder, {short(outside[0])}; get it again")
+        shards = [folder / name for name in names]
     for shard in shards:
         if not shard.is_file():
             raise UserError(f"{shard} is missing; download it")

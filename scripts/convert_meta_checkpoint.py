@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ from lit_llama.checkpoint import check_complete, save_model_folder
 from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.files import check_apart, read_file, read_json
-from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig, RopeScaling
+from lit_llama.integrity import is_plain
+from lit_llama.model import CONFIGS, LLAMA_3_SCALING, LLaMA, LLaMAConfig
 from lit_llama.progress import progress
+from lit_llama.prompt import PromptStyle
+from lit_llama.schema import naming, parse, short
 from lit_llama.tokenizer import FILE_NAMES, Tokenizer
 from lit_llama.tokenizer_formats import from_tiktoken, is_tiktoken
 
@@ -36,23 +39,28 @@ NAMES = {
 QKV = ("attention.wq.weight", "attention.wk.weight", "attention.wv.weight")  # one c_attn here
 
 
-def main(checkpoint_dir: Path, out_dir: Path, block_size: int | None = None) -> None:
+def main(
+    checkpoint_dir: Path, out_dir: Path, block_size: int | None = None, prompt_style: PromptStyle | None = None
+) -> None:
     """Convert one model; the weights keep their dtype.
 
     Args:
         checkpoint_dir: The folder with params.json, consolidated.*.pth and, there or one folder up, tokenizer.model.
         out_dir: The model folder to write: lit-llama.pth, config.json and the tokenizer.
         block_size: The most tokens that the model takes, which the files do not tell. By default what was published.
+        prompt_style: The template of an instruct model, llama2 or llama3, which the files do not tell either.
     """
     check_apart(checkpoint_dir, out_dir)
     shards = find_shards(checkpoint_dir)
-    config = read_config(checkpoint_dir, read_file(shards[0]), len(shards))
+    config = read_config(checkpoint_dir, read_file(shards[0], check_tensors=False), len(shards))
     state = join_shards(shards, config)
+    if "transformer.wte.weight" not in state:
+        raise UserError(f"{shards[0]} has no tok_embeddings.weight; download it again")
     head = state.setdefault("lm_head.weight", state["transformer.wte.weight"])
     tied = torch.equal(head, state["transformer.wte.weight"])
     config = replace(config, tie_embeddings=tied, block_size=block_size or published_length(config))
     check_complete(checkpoint_dir, state, config)
-    save_model_folder(out_dir, state, config, read_tokenizer(checkpoint_dir))
+    save_model_folder(out_dir, state, config, read_tokenizer(checkpoint_dir), prompt_style)
     print(f"Saved {out_dir}", file=sys.stderr)
 
 
@@ -76,18 +84,21 @@ def read_config(folder: Path, shard: dict[str, Any], n_shards: int) -> LLaMAConf
         rows, columns = shard["tok_embeddings.weight"].shape
         n_hidden = int((params.get("ffn_dim_multiplier") or 1) * int(8 * n_embd / 3))
         small = n_embd < 4096  # Llama 3.2, stretched further than 3.1
-        return LLaMAConfig(
-            vocab_size=rows if columns < n_embd else rows * n_shards,  # Llama 3 splits rows, others columns
-            n_layer=params["n_layers"],
-            n_head=params["n_heads"],
-            n_embd=n_embd,
-            n_kv_head=params.get("n_kv_heads") or params["n_heads"],
-            n_hidden=math.ceil(n_hidden / params["multiple_of"]) * params["multiple_of"],
-            norm_eps=params["norm_eps"],
-            rope_base=float(params.get("rope_theta", 10000.0)),
-            rope_scaling=RopeScaling(32.0 if small else 8.0, 1.0, 4.0, 8192) if params.get("use_scaled_rope") else None,
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        scaling = replace(LLAMA_3_SCALING, factor=32.0 if small else 8.0) if params.get("use_scaled_rope") else None
+        values = {
+            "vocab_size": rows if columns < n_embd else rows * n_shards,  # Llama 3 splits rows, others columns
+            "n_layer": params["n_layers"],
+            "n_head": params["n_heads"],
+            "n_embd": n_embd,
+            "n_kv_head": params.get("n_kv_heads") or params["n_heads"],
+            "n_hidden": math.ceil(n_hidden / params["multiple_of"]) * params["multiple_of"],
+            "norm_eps": params["norm_eps"],
+            "rope_base": params.get("rope_theta", 10000.0),
+            "rope_scaling": scaling and asdict(scaling),
+        }
+        with naming(folder / "params.json", "download it again"):
+            return parse(LLaMAConfig, values)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{folder} does not describe a LLaMA ({error!r}); download it again") from None
 
 
@@ -106,7 +117,7 @@ def join_shards(shards: list[Path], config: LLaMAConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in LLaMA(config).state_dict().items()}
     state: dict[str, Tensor] = {}
-    names = read_file(shards[0]).keys()
+    names = read_file(shards[0], check_tensors=False).keys()
     for rank, path in enumerate(progress(shards, "Converting", "shard")):
         shard = read_file(path)
         if shard.keys() != names:
@@ -115,7 +126,9 @@ def join_shards(shards: list[Path], config: LLaMAConfig) -> dict[str, Tensor]:
             if name == "rope.freqs":  # a table that old files carry
                 continue
             layer, block = name, ""
-            if name.startswith("layers."):
+            if not is_plain(part) or not part.is_floating_point():
+                raise UserError(f"{path} holds {short(name)} as {short(part)}, expected floating-point numbers")
+            if name.startswith("layers.") and name.count(".") > 2:
                 _, number, layer = name.split(".", 2)
                 block = f"transformer.h.{number}."
             ours = block + NAMES.get(layer, "")
@@ -136,6 +149,8 @@ def place(path: Path, name: str, part: Tensor, whole: Tensor, rank: int, n_shard
     Along a dimension in which it is smaller than the whole, the parts follow one another in the order of the ranks;
     where they would add up to more (few heads for keys and values on many ranks), neighbours hold the same.
     """
+    if part.dim() != whole.dim() or part.numel() == 0:
+        raise UserError(f"{path}: {name} is {short(part)}, expected {whole.dim()} dimensions; download it again")
     for dim, (size, n) in enumerate(zip(whole.shape, part.shape, strict=True)):
         if n * n_shards < size or n > size:
             raise UserError(

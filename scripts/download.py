@@ -9,8 +9,9 @@ from convert_hf_checkpoint import main as convert
 from lit_llama.cli import run
 from lit_llama.errors import UserError
 
-PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*"]
-OLD_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json", "config.json", "tokenizer*"]
+OTHERS = ["config.json", "tokenizer*", "chat_template.jinja"]
+PATTERNS = ["*.safetensors", "*.safetensors.index.json", *OTHERS]
+OLD_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json", *OTHERS]
 
 
 def main(

@@ -17,6 +17,7 @@ from lit_llama.cli import run
 from lit_llama.data import Dataset, single_step
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
 from lit_llama.errors import UserError
+from lit_llama.files import read_text as read_text_file
 from lit_llama.finetuned import load_adapter, load_lora
 from lit_llama.generation import Sampling, generate_batch
 from lit_llama.lora import merge_lora
@@ -62,6 +63,7 @@ def main(
     lora_alpha: float | None = None,
     precision: Precision | None = None,
     json: bool = False,
+    force: bool = False,
 ) -> None:
     """Print a table to stdout, or JSON.
 
@@ -81,13 +83,15 @@ def main(
         lora_alpha: Only for a LoRA file of the archived Lit-LLaMA, which did not store it.
         precision: By default the weights are bfloat16 on a GPU that has it, else float32.
         json: Print JSON instead of the table.
+        force: Use the file on another base model of the same shape than the one that it was trained on.
     """
     if not text and data_dir is None:
         raise UserError("there is nothing to evaluate on; give --text, --data_dir or both")
     if n_answers:
         rouge_and_bleu([""], [""])  # now rather than after the work, if a library is missing
     texts = {name: read_text(name) for name in text}
-    model = load(checkpoint_path, lora_path, adapter_path, lora_alpha, storage_dtype(precision or default_precision()))
+    dtype = storage_dtype(precision or default_precision())
+    model = load(checkpoint_path, lora_path, adapter_path, lora_alpha, dtype, force)
     block_size = block_size or min(2048, model.config.block_size)
     dataset = Dataset(data_dir, split, block_size) if data_dir else None
     if dataset is None:
@@ -104,15 +108,20 @@ def main(
 
 
 def load(
-    path: Path, lora_path: Path | None, adapter_path: Path | None, lora_alpha: float | None, dtype: torch.dtype
+    path: Path,
+    lora_path: Path | None,
+    adapter_path: Path | None,
+    lora_alpha: float | None,
+    dtype: torch.dtype,
+    force: bool = False,
 ) -> LLaMA:
     """The model as its generate script would use it."""
     model = load_model(path, dtype, default_device())
     if lora_path:
-        load_lora(model, lora_path, lora_alpha)
+        load_lora(model, lora_path, lora_alpha, path, force)
         merge_lora(model)
     if adapter_path:
-        load_adapter(model, adapter_path)
+        load_adapter(model, adapter_path, path, force)
     model.to(dtype).eval()
     cache_prefix(model)
     return model
@@ -121,12 +130,9 @@ def load(
 def read_text(name: str) -> str:
     """The content of a text file, or of a known corpus."""
     if name not in CORPORA:
-        try:
-            return Path(name).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise UserError(f"{name} does not exist, nor is it one of {', '.join(CORPORA)}") from None
-        except UnicodeDecodeError:
-            raise UserError(f"{name} is not text in UTF-8; convert it") from None
+        if not Path(name).exists():
+            raise UserError(f"{name} does not exist, nor is it one of {', '.join(CORPORA)}")
+        return read_text_file(Path(name))
     arguments, column, separator = CORPORA[name]
     try:
         from datasets import load_dataset

@@ -7,17 +7,18 @@ from pathlib import Path
 from jsonargparse.typing import PositiveFloat
 from torch import Tensor
 
-from lit_llama.checkpoint import load_model
+from lit_llama.checkpoint import load_model, own_prompt_style
 from lit_llama.cli import run
 from lit_llama.files import check_apart, replacing_folder, write_file, write_safetensors
+from lit_llama.hf_tokenizer import TOKENIZER_FILES, tokenizer_files
 from lit_llama.huggingface import hf_config, to_hf
 from lit_llama.progress import progress
-from lit_llama.tokenizer import CONFIG_NAME, Tokenizer, find_tokenizer
-from lit_llama.tokenizer_formats import from_sentencepiece
+from lit_llama.prompt import PromptStyle, stop_ids
+from lit_llama.tokenizer import find_tokenizer
 
 HF_FILES = (
     r"config\.json|generation_config\.json|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors"
-    r"|tokenizer\.json|tokenizer\.model|tokenizer_config\.json|special_tokens_map\.json"
+    rf"|{TOKENIZER_FILES}"
 )
 
 
@@ -25,27 +26,33 @@ def main(
     out_dir: Path,
     checkpoint_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
     tokenizer_path: Path | None = None,
+    prompt_style: PromptStyle | None = None,
     max_shard_gb: PositiveFloat = 5.0,
 ) -> None:
-    """Write config.json, generation_config.json, the weights as .safetensors, and the tokenizer.
+    """Write config.json, generation_config.json, the weights as .safetensors, and the tokenizer with its chat template.
 
     Args:
         out_dir: The folder to write.
         checkpoint_path: The model: a base one, one that finetune_full.py wrote, or one that merge_lora.py wrote.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
+        prompt_style: The template of the conversations (see lit_llama/prompt.py). By default the one that the model's
+            config.json names; a model without one keeps the chat template that its tokenizer has, if any.
         max_shard_gb: The largest file of weights, in GB.
     """
     check_apart(checkpoint_path.parent, out_dir)
     tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
+    style = prompt_style or own_prompt_style(checkpoint_path)
     model = load_model(checkpoint_path)
     tokenizer.check_fits(model.config.vocab_size)
     state = to_hf(model.state_dict(), model.config)
     if model.config.tie_embeddings:
         del state["lm_head.weight"]
     fields = hf_config(model.config, model.lm_head.weight.dtype)
-    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    turn_ends = stop_ids(style, tokenizer) - {tokenizer.eos_id} if style else set()
+    eos = [tokenizer.eos_id, *turn_ends] if turn_ends else tokenizer.eos_id
+    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos}
     with replacing_folder(out_dir, HF_FILES) as part:
-        for name, content in tokenizer_files(tokenizer).items():
+        for name, content in tokenizer_files(tokenizer, style).items():
             write_file(part / name, content)
         write_file(part / "generation_config.json", json.dumps(ends, indent=2))
         write_file(part / "config.json", json.dumps(fields | ends, indent=2))
@@ -68,15 +75,6 @@ def save_weights(state: dict[str, Tensor], out_dir: Path, max_bytes: int) -> Non
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
         write_file(out_dir / "model.safetensors.index.json", json.dumps(index, indent=2))
-
-
-def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes | str]:
-    """The tokenizer's files, a tokenizer.json among them, and noted in its config the class that reads it as it is."""
-    files: dict[str, bytes | str] = dict(tokenizer.files())
-    if "tokenizer.json" not in files:
-        files |= from_sentencepiece(tokenizer.path)
-    fields = {"tokenizer_class": "PreTrainedTokenizerFast", **json.loads(files.get(CONFIG_NAME, "{}"))}
-    return {**files, CONFIG_NAME: json.dumps(fields, indent=2)}
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ from lit_llama.checkpoint import check_state, read_config
 from lit_llama.cli import run
 from lit_llama.files import read_file, replacing_folder, write_file, write_safetensors
 from lit_llama.finetuned import read_finetuned
-from lit_llama.lora import LoRAConfig, lora_shapes
+from lit_llama.hf_tokenizer import TOKENIZER_FILES, tokenizer_files
+from lit_llama.lora import lora_shapes
 from lit_llama.peft_format import peft_config, to_peft
+from lit_llama.tokenizer import find_tokenizer
 
-PEFT_FILES = r"adapter_(model\.safetensors|model\.bin|config\.json)"
+PEFT_FILES = rf"adapter_(model\.safetensors|model\.bin|config\.json)|{TOKENIZER_FILES}"
 
 
 def main(
@@ -19,23 +21,29 @@ def main(
     base_model: str,
     lora_path: Path = Path("out/lora/alpaca/lit-llama-lora-finetuned.pth"),
     pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    tokenizer_path: Path | None = None,
     lora_alpha: float | None = None,
+    force: bool = False,
 ) -> None:
-    """Write adapter_model.safetensors and adapter_config.json.
+    """Write adapter_model.safetensors, adapter_config.json, and the tokenizer with the template of the training.
 
     Args:
         out_dir: The folder to write, for `PeftModel.from_pretrained(model, out_dir)`.
         base_model: The Hugging Face name or folder of the base model, to be noted in adapter_config.json.
         lora_path: The file that finetune_lora.py wrote.
         pretrained_path: The checkpoint of the base model.
+        tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         lora_alpha: Only for a file of the archived Lit-LLaMA, which did not store it.
+        force: Use the file on another base model of the same shape than the one that it was trained on.
     """
-    base = read_config(pretrained_path, read_file(pretrained_path))
-    content = read_finetuned(lora_path, "lora", base, lora_alpha)
-    config, state = LoRAConfig(**content["lora"]), content["state_dict"]
+    base = read_config(pretrained_path, read_file(pretrained_path, check_tensors=False))
+    config, state, prompt_style = read_finetuned(lora_path, "lora", base, lora_alpha, pretrained_path, force)
     check_state(lora_path, state, lora_shapes(base, config))
     tensors = to_peft(state, base, config)
+    tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     with replacing_folder(out_dir, PEFT_FILES) as part:
+        for name, text in tokenizer_files(tokenizer, prompt_style).items():
+            write_file(part / name, text)
         write_safetensors(part / "adapter_model.safetensors", tensors)
         write_file(part / "adapter_config.json", json.dumps(peft_config(config, base_model), indent=2))
     print(f"Saved {out_dir}", file=sys.stderr)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from compare_methods import machine
+from lora_lab import EXPERIMENTS
 
 from lit_llama.cli import run
 from lit_llama.errors import UserError
@@ -42,7 +43,7 @@ def main(only: tuple[str, ...] = (), alpaca_file: Path | None = None) -> None:
     unknown = set(only) - FIGURES.keys()
     if unknown:
         raise UserError(f"there is no figure {', '.join(unknown)}; there are {', '.join(FIGURES)}")
-    if not Path("data/alpaca/meta.json").is_file():
+    if not Path("data/alpaca/meta.json").is_file() and {"speed", "batches"} & set(only or FIGURES):
         local = ("--data_file", alpaca_file) if alpaca_file else ()
         script("prepare_alpaca.py", "--pretrained_path", MODEL, *local)
     for name in only or FIGURES:
@@ -74,7 +75,7 @@ def quickstart() -> str:
     memory, tokens = max(row["memory_gb"] for row in steps), steps[-1]["tokens"]
     training = (steps[-1]["seconds"] - rows[0]["seconds"]) / 60
     wanted = re.findall(
-        r"^(?:[\d,]+ trained parameters|step \d+/\d+: validation loss .*)$", printed, flags=re.MULTILINE
+        r"^(?:[\d,]+ trained parameters of [\d,]+|step \d+/\d+: validation loss .*)$", printed, flags=re.MULTILINE
     )
     answers = re.findall(r"^> (.*?)\n(.*?)\nTime for inference", printed, flags=re.MULTILINE | re.DOTALL)
     n = len(answers) // 2
@@ -169,6 +170,37 @@ def memory() -> str:
     return "\n".join(rows)
 
 
+def ledger() -> str:
+    """What a step holds in memory, method by method."""
+    return f"{script('memory_ledger.py').strip()}\n\n(`python scripts/memory_ledger.py`)"
+
+
+def experiment(name: str) -> Callable[[], str]:
+    """An experiment of the lab: its table and its picture."""
+
+    def figure() -> str:
+        text = script("lora_lab.py", "--only", name).strip()
+        shutil.copy(f"out/lab/{name}.png", IMAGES / f"lab_{name}.png")
+        picture = f"![the figures of the table as a picture](images/lab_{name}.png)"
+        return f"{text}\n\n{picture}\n\n(`python scripts/lora_lab.py --only {name}`, {sitting()})"
+
+    return figure
+
+
+def recipes() -> str:
+    """What the settings of today take, by the same estimate."""
+    rows = ["| GPU | model | settings | memory |", "|---|---|---|---:|"]
+    modern = ("--lora_r", 16, "--lora_targets", "query,key,value,projection,mlp")
+    for gpu, model, settings in (
+        ("16 GB", "7B", ("--micro_batch_size", "2", *CHECKPOINTING)),
+        ("24 GB", "7B", ("--micro_batch_size", "2")),
+        ("24 GB", "Llama-3.1-8B", ("--micro_batch_size", "4", *CHECKPOINTING)),
+    ):
+        needed = script("estimate_memory.py", "--model", model, *modern, *settings).strip()
+        rows.append(f"| {gpu} | {model} | `{' '.join(settings)}` | {needed} |")
+    return "\n".join(rows)
+
+
 def sitting() -> str:
     """When and on what this was measured."""
     return f"{datetime.date.today():%d %B %Y}, {machine()}"
@@ -202,8 +234,11 @@ FIGURES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "batches": batches,
     "memory": memory,
+    "recipes": recipes,
     "adapter": adapter,
     "ranks": ranks,
+    "ledger": ledger,
+    **{f"lab-{name}": experiment(name) for name in EXPERIMENTS},
 }
 
 

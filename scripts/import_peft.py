@@ -5,20 +5,23 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lit_llama.chat_templates import read_chat_template, style_of
 from lit_llama.checkpoint import read_config
 from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.files import check_apart, read_file, read_json, read_safetensors
 from lit_llama.finetuned import describe, save_finetuned
+from lit_llama.integrity import identity
 from lit_llama.peft_format import config_from_peft, from_peft
 from lit_llama.prompt import PromptStyle
+from lit_llama.schema import naming
 
 
 def main(
     peft_dir: Path,
     out_path: Path,
     pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
-    prompt_style: PromptStyle = "alpaca",
+    prompt_style: PromptStyle | None = None,
 ) -> None:
     """Write a LoRA file.
 
@@ -26,21 +29,24 @@ def main(
         peft_dir: The folder with adapter_config.json and adapter_model.safetensors or adapter_model.bin.
         out_path: The file to write.
         pretrained_path: The checkpoint of the base model, converted from the Hugging Face model that PEFT used.
-        prompt_style: The template that it was trained with (see lit_llama/prompt.py); PEFT does not store it.
+        prompt_style: The template that it was trained with (see lit_llama/prompt.py). By default the one of the
+            tokenizer in the folder, or alpaca: PEFT itself does not store it.
     """
     for source in (pretrained_path, pretrained_path.with_name("config.json"), *peft_dir.glob("adapter_*")):
         check_apart(source, out_path)
-    base = read_config(pretrained_path, read_file(pretrained_path))
+    base = read_config(pretrained_path, read_file(pretrained_path, check_tensors=False))
     fields, tensors = read_json(peft_dir / "adapter_config.json"), read_tensors(peft_dir)
     try:
-        config = config_from_peft(fields, iter(tensors))
+        with naming(peft_dir / "adapter_config.json"):
+            config = config_from_peft(fields, iter(tensors))
         state = from_peft(tensors, base, config)
     except UserError as error:
         raise UserError(f"could not import {peft_dir}: {error}") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{peft_dir}/adapter_config.json does not describe a LoRA ({error!r}); copy it again") from None
-    save_finetuned(out_path, describe(config, base, prompt_style, {}), state)
-    print(f"Saved {out_path}", file=sys.stderr)
+    style = prompt_style or style_of(peft_dir, read_chat_template(peft_dir)) or "alpaca"
+    save_finetuned(out_path, describe(config, base, style, identity(pretrained_path)), state)
+    print(f"Saved {out_path}, in the prompt style {style}", file=sys.stderr)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

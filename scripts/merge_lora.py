@@ -22,6 +22,7 @@ def main(
     pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
     tokenizer_path: Path | None = None,
     lora_alpha: float | None = None,
+    force: bool = False,
     prompt: str = "Please explain how weight decay works",
 ) -> None:
     """Merge in float32, and save in the dtype of the base model.
@@ -32,13 +33,14 @@ def main(
         pretrained_path: The checkpoint of the base model.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         lora_alpha: Only for a file of the archived Lit-LLaMA, which did not store it.
+        force: Use the file on another base model of the same shape than the one that it was trained on.
         prompt: An instruction to compare logits on.
     """
     check_apart(pretrained_path.parent, out_dir)
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     model = load_model(pretrained_path).eval()
     tokenizer.check_fits(model.config.vocab_size)
-    prompt_style = load_lora(model, lora_path, lora_alpha)
+    prompt_style = load_lora(model, lora_path, lora_alpha, pretrained_path, force)
     idx = torch.tensor([encode_prompt(prompt_style, prompt, "", tokenizer)])
     apart = logits(model, idx)
     merge_lora(model)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -66,18 +67,20 @@ RESULTS = {  # what the finetune scripts write
     "adapter": "lit-llama-adapter-finetuned.pth",
     "full": "lit-llama.pth",
 }
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run_script(name: str, *arguments: object) -> str | None:
     """Run a script in this process as the command line would; returns the message that it ended with, if any."""
+    messages: list[str] = []
     module = importlib.import_module(name)
     constants, argv, handlers = cli.constants(module), sys.argv, [signal.getsignal(number) for number in SIGNALS]
     sys.argv = [name, *map(str, arguments)]
     try:
-        cli.run(module.main)
-    except SystemExit as ended:
-        return str(ended.code)
+        with mock.patch.object(cli, "end", lambda message, status: (messages.append(message), sys.exit(status))):
+            cli.run(module.main)
+    except SystemExit:
+        return messages[-1]
     finally:
         sys.argv = argv
         for number, handler in zip(SIGNALS, handlers, strict=True):
@@ -94,6 +97,7 @@ def command(script: str, *arguments: object) -> list[str]:
 PEAK = """
 import re
 from pathlib import Path
+from unittest import mock
 def peak():  # ru_maxrss would begin with what the tests' own process takes
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 """

@@ -1,7 +1,7 @@
 import os
 import pickle
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +9,11 @@ import torch
 from builders import TINY, peak_of, random_model
 
 from lit_llama import files
+from lit_llama.adapter import AdapterConfig
 from lit_llama.checkpoint import load_model, read_config, save_model_folder
 from lit_llama.errors import UserError
 from lit_llama.files import read_file, write_file
-from lit_llama.finetuned import read_finetuned
+from lit_llama.finetuned import describe, read_finetuned
 from lit_llama.model import CONFIGS, LLaMA
 
 
@@ -152,10 +153,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
 
 def test_finetuned_files_are_checked_for_kind_and_base(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
-    write_file(path, {"kind": "adapter", "adapter": {}, "base": asdict(TINY), "state_dict": {}})
+    write_file(path, {**describe(AdapterConfig(), TINY, "plain", {}), "state_dict": {}})
     with pytest.raises(UserError, match="adapter"):
         read_finetuned(path, "lora", TINY)
-    assert read_finetuned(path, "adapter", TINY)["state_dict"] == {}
+    assert read_finetuned(path, "adapter", TINY)[1] == {}
     with pytest.raises(UserError, match="n_layer 2, not 3"):
         read_finetuned(path, "adapter", replace(TINY, n_layer=3))
 

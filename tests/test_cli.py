@@ -1,14 +1,16 @@
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Literal
 
 import pytest
-from builders import RESULTS, TINY, random_model, run_script, save_file
+from builders import RESULTS, TINY, command, random_model, randomize, run_script, save_file
 
-from lit_llama.cli import join_lists, kind
+from lit_llama.cli import explain, join_lists, kind
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.progress import progress
 
@@ -83,7 +85,7 @@ def test_help_lists_each_constant_with_its_comment_type_and_default(script: Path
 )
 def test_wrong_values_are_refused(script: Path, arguments: tuple[str, ...], message: str) -> None:
     result = call(script, *arguments)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
@@ -120,6 +122,53 @@ def test_a_flag_for_several_values_is_given_once_or_often() -> None:
     assert join_lists(["--y", "1"], flags) == ["--y", "1"]
 
 
+def test_exit_statuses_tell_a_mistake_from_a_wrong_flag_and_a_stop(script: Path) -> None:
+    assert call(script, "--steps", "many").returncode == 2
+    assert call(script, "--names", "fail").returncode == 1
+    script.write_text(script.read_text().replace("UserError(", "Stopped(").replace('wrong")', 'over", 143)'))
+    script.write_text(script.read_text().replace("import UserError", "import Stopped"))
+    stopped = call(script, "--names", "fail")
+    assert (stopped.returncode, stopped.stderr) == (143, "this is over\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (KeyError("x"), "error: KeyError in "),
+        (MemoryError("no more"), "error: out of memory; "),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9"), "error: out of memory; "),
+    ],
+)
+def test_whatever_happens_ends_in_one_line(error: BaseException, line: str) -> None:
+    try:
+        raise error
+    except BaseException as raised:
+        text, status = explain(raised)
+    assert text.startswith(line)
+    assert "\n" not in text
+    assert status == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    assert not isinstance(error, KeyError) or ("test_cli.py, line" in text and "--debug true" in text)
+
+
+def test_debug_shows_the_traceback(script: Path) -> None:
+    script.write_text(script.read_text().replace("derived =", "{}[names]\n    derived ="))
+    short, long = call(script), call(script, "--debug", "true")
+    assert short.stderr.count("\n") == 1
+    assert "Traceback" in long.stderr
+    assert long.stderr.endswith(short.stderr)
+    assert (short.returncode, long.returncode) == (1, 1)
+
+
+def test_ctrl_c_while_libraries_are_loaded_is_one_line() -> None:
+    for delay in (0.15, 0.4, 0.7):
+        process = subprocess.Popen(command("finetune_lora.py"), stderr=subprocess.PIPE, text=True)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[1].count("\n") == 1
+        assert process.returncode in (1, 130)  # 1: it was fast, and has found no data
+
+
 @pytest.fixture
 def project(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with two models, neither of them the default."""
@@ -148,6 +197,7 @@ def test_without_the_default_model_the_last_one_is_taken_and_named(
 def test_a_folder_is_the_file_in_it(project: Path, tmp_path: Path) -> None:
     model, config = random_model(TINY), LoRAConfig(r=2)
     add_lora(model, config)
+    randomize(lora_state_dict(model))
     save_file(tmp_path / "run" / RESULTS["lora"], config, model, lora_state_dict(model), "plain")
     base = ("--pretrained_path", project / "checkpoints" / "lit-llama" / "old")
     assert run_script("generate_lora", *base, "--lora_path", tmp_path / "run", "--max_new_tokens", 1) is None

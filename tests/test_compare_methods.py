@@ -8,11 +8,12 @@ import compare_methods
 import pytest
 from builders import run_script
 from compare_methods import lora_ranks
-from comparison_report import COLUMNS, Method, Result, draw_methods, draw_ranks, new_figure
+from comparison_report import COLUMNS, Method, Result, average, draw_methods, draw_ranks, new_figure, table
 
 from lit_llama.errors import UserError
 
 pytestmark = pytest.mark.slow
+ARTICLE = "LoRA, the article's settings"
 
 
 def test_four_methods_are_trained_evaluated_and_asked(
@@ -27,9 +28,9 @@ def test_four_methods_are_trained_evaluated_and_asked(
     text = (tmp_path / "comparison.md").read_text()
     rows = {cells[0].strip(): cells[1:] for cells in (line.strip("|").split("|") for line in text.splitlines())}
     loss = list(COLUMNS).index("loss")
-    losses = [float(rows[name][loss]) for name in ("base", "LLaMA-Adapter", "LoRA, r = 2", "full finetuning")]
-    assert len(set(losses)) == 4
-    assert losses[3] < losses[0]
+    losses = [float(rows[name][loss]) for name in ("base", "LLaMA-Adapter", ARTICLE, "LoRA, r = 2", "full finetuning")]
+    assert len(set(losses)) == 5
+    assert losses[-1] < losses[0]
     assert all(
         cells[loss] == cells[loss + 1] for cells in rows.values() if len(cells) > loss + 1 and "." in cells[loss]
     )
@@ -56,8 +57,9 @@ def test_labels_of_the_pictures_do_not_overlap() -> None:
     four = dict(
         zip((Method(f"LLaMA-Adapter {i}", "adapter", Path()) for i in range(4)), [base, *trained[:3]], strict=True)
     )
+    several = {method: replace(result, spread={"loss": 0.012, "rouge_l": 1.4}) for method, result in four.items()}
     ranks = dict(zip(lora_ranks(Path(), "1,2,4,8,16"), [base, *trained], strict=True))
-    for draw, results in ((draw_methods, four), (draw_ranks, ranks)):
+    for draw, results in ((draw_methods, four), (draw_methods, several), (draw_ranks, ranks)):
         figure = new_figure()
         draw(figure, results)
         figure.canvas.draw()
@@ -67,6 +69,35 @@ def test_labels_of_the_pictures_do_not_overlap() -> None:
             assert len(boxes) > 4
             assert all(axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 for box in boxes)
             assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_several_seeds_give_means_and_a_spread() -> None:
+    one, two = (Result(3.0 + i, 20.0 + i, 28.0, [f"answer {i}"], parameters=100, minutes=2.0 + i) for i in range(2))
+    both = average([one, two])
+    assert (both.loss, both.rouge_l, both.minutes, both.parameters, both.new_loss) == (3.5, 20.5, 2.5, 100, None)
+    assert both.answers == ["answer 0"]
+    assert both.spread == pytest.approx({"loss": 0.5**0.5, "rouge_l": 0.5**0.5})
+    assert "| LoRA | 100 | 2.5 | 3.500 ± 0.707 | 20.5 ± 0.7 | 28.0 |" in table(
+        {Method("LoRA", "lora", Path()): both}, ""
+    )
+    assert average([one]) is one
+
+
+def test_each_seed_is_a_training_of_its_own_and_the_base_has_none(
+    checkpoint: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Method] = []
+
+    def measure(method: Method, *_: object) -> Result:
+        measured.append(method)
+        return Result(float(len(measured)), 20.0, 28.0, [""] * 3, file_mb=1.0, minutes=1.0)
+
+    monkeypatch.setattr(compare_methods, "measure", measure)
+    places = ("--data_dir", data_dir, "--pretrained_path", checkpoint, "--out_dir", tmp_path, "--block_size", 100)
+    assert run_script("compare_methods", *places, "--ranks", "2", "--n_seeds", 3) is None
+    assert [method.flags[-2:] for method in measured[2:]] == [("--seed", 1338), ("--seed", 1339)]
+    assert len({method.folder(tmp_path) for method in measured}) == 4
+    assert "| LoRA, r = 2 | 1.0 | 1.0 | 3.000 ± 1.000 |" in (tmp_path / "ranks.md").read_text()
 
 
 def test_ranks_are_whole_numbers() -> None:

@@ -1,6 +1,7 @@
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -255,3 +256,29 @@ def test_documents_are_cut_into_blocks_and_trained_on_as_a_whole(tmp_path: Path,
     assert (dataset.n_dropped, dataset.n_cut) == (0, 0)
     for i, block in enumerate(blocks):
         assert dataset.batch([i]).targets.tolist() == block[1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokens", lambda array: array.astype(float)),
+        ("tokens", lambda array: array[None]),
+        ("tokens", lambda array: array[:-1]),
+        ("offsets", lambda array: np.concatenate((array[:1], array[2:1:-1], array[2:]))),
+        ("offsets", lambda array: array[:0]),
+        ("spans", lambda array: array + 1000),
+        ("spans", lambda array: -array),
+        ("spans", lambda array: array[:, :1]),
+    ],
+)
+def test_arrays_that_cannot_be_right_are_named_without_a_checksum_too(
+    data_dir: Path, tmp_path: Path, name: str, change: Callable
+) -> None:
+    shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
+    path, meta = tmp_path / f"train_{name}.npy", json.loads((tmp_path / "meta.json").read_text())
+    np.save(path, change(np.load(path)))
+    with pytest.raises(UserError, match=f"train_{name}.npy does not fit"):
+        Dataset(tmp_path, "train", 128)
+    (tmp_path / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k not in ("sha256", "checksum")}))
+    with pytest.raises(UserError, match=r"train_\w+\.npy does not fit"):
+        Dataset(tmp_path, "train", 128)

@@ -26,7 +26,7 @@ def flags_of(script: Path) -> frozenset[str]:
     module.__file__ = str(script)
     body = ast.parse(script.read_text(encoding="utf-8")).body
     main = next(node for node in body if isinstance(node, ast.FunctionDef) and node.name == "main")
-    return frozenset({argument.arg for argument in main.args.args} | find_constants(module).keys())
+    return frozenset({"debug", "check_files", *(argument.arg for argument in main.args.args), *find_constants(module)})
 
 
 @cache

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,13 +123,13 @@ def test_an_export_that_fails_leaves_the_earlier_one(
     export = ("--out_dir", tmp_path / "hf", "--checkpoint_path", base, "--max_shard_gb", 2e-5)
     assert run_script("export_hf", *export) is None
     before = contents(tmp_path / "hf")
-    calls = []
+    calls, write = [], files.save_file
 
-    def full_disk(_: dict, path: Path, **__: object) -> None:
+    def full_disk(tensors: dict, path: Path, **others: Any) -> None:
         calls.append(path)
         if len(calls) == 3:
             raise OSError(28, "No space left on device")
-        path.write_bytes(b"0")
+        write(tensors, path, **others)
 
     monkeypatch.setattr(files, "save_file", full_disk)
     text = run_script("export_hf", *export)
@@ -267,3 +268,18 @@ def test_files_of_the_archived_lit_llama_are_merged_and_exported(base: Path, tmp
     message = run_script("export_peft", *paths, "--base_model", "x", "--out_dir", tmp_path / "o", "--lora_alpha", 8)
     assert "old.pth does not fit" in str(message)
     assert not (tmp_path / "o").exists()
+
+
+def test_weights_that_were_not_written_as_they_are_do_not_replace_others(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = ("--out_dir", tmp_path / "hf", "--checkpoint_path", base)
+    assert run_script("export_hf", *export) is None
+    before, write = contents(tmp_path / "hf"), files.save_file
+
+    def wrong(tensors: dict, path: Path, **others: Any) -> None:
+        write({name: tensor + 1 for name, tensor in tensors.items()}, path, **others)
+
+    monkeypatch.setattr(files, "save_file", wrong)
+    assert "what is read back is not the same" in str(run_script("export_hf", *export))
+    assert contents(tmp_path / "hf") == before

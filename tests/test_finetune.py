@@ -1,6 +1,7 @@
 """The three finetune scripts and their generate scripts, run on a tiny model as a user would run them."""
 
 import ast
+import importlib
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import pytest
 import torch
 from builders import RESULTS, ROOT, command, run_script
 
+from lit_llama.files import read_file
 from lit_llama.log import read_metrics
 
 SETTINGS = {
@@ -38,6 +40,11 @@ def finetune_arguments(method: str, checkpoint: Path, data_dir: Path, out_dir: P
 
 
 STATES = {"lora": "lora_state_dict(llama)", "adapter": "adapter_state_dict(llama)", "full": "llama.state_dict()"}
+BEST = {method: name.replace(".pth", "-best.pth") for method, name in RESULTS.items()} | {"full": "best/lit-llama.pth"}
+SAVE_BEST = {
+    "lora": "save_weights(fabric, out_dir / BEST_FILE, about, weights, dtype)",
+    "full": "save_model(fabric, out_dir / BEST_FOLDER, weights, dtype, *model_files)",
+}
 DROPOUT = "torch.manual_seed(seed + number * fabric.world_size + fabric.global_rank)  # for the dropout"
 
 
@@ -56,10 +63,12 @@ def finished(method: str, checkpoint: Path, data_dir: Path, tmp_path_factory: py
     return out_dir
 
 
-def test_the_losses_fall_and_the_learning_rate_warms_up_in_optimizer_steps(method: str, finished: Path) -> None:
+def test_the_losses_fall_and_the_learning_rate_warms_up_in_optimizer_steps_of_a_tenth_at_most(
+    method: str, finished: Path
+) -> None:
     rows = read_metrics(finished / "metrics.csv")
     steps = [row for row in rows if "train_loss" in row]
-    full, warmup = SETTINGS[method][1], 3 if method == "adapter" else 2
+    full, warmup = SETTINGS[method][1], 3 if method == "adapter" else 1
     expected = [full * min(1, (step + 1) / warmup) for step in range(12)]
     assert [row["learning_rate"] for row in steps] == pytest.approx(expected, rel=1e-5)
     assert steps[-1]["records"] == 4 * 11
@@ -167,7 +176,7 @@ def test_a_run_stopped_by_a_signal_and_resumed_ends_in_the_same_bits(
     monkeypatch.setattr(os, "replace", interrupt_at_step_4)
     message = run_script(f"finetune_{method}", *arguments)
     monkeypatch.undo()
-    assert message == "error: stopped after step 5 as requested; continue with --resume true"
+    assert message == "stopped after step 5 as requested; continue with --resume true"
     assert not (tmp_path / RESULTS[method]).exists()
     assert "--resume true" in run_script(f"finetune_{method}", *arguments)  # it is not written over
     assert run_script(f"finetune_{method}", *arguments, "--resume", "true") is None
@@ -194,6 +203,7 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits(
     ("extra", "message"),
     [
         (["--learning_rate", "1e30", "--save_interval", "100"], "the loss of step"),
+        (["--learning_rate", "1e30"], "so it was not taken"),
         (["--resume", "true"], "training-state.pth does not exist"),
         (["--lora_targets", "query,foo"], "foo"),
         (["--data_dir", "nowhere"], "prepare_"),
@@ -203,6 +213,8 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits(
         (["--batch_size", "3"], "not a multiple"),
         (["--precision", "bf16-true"], "bf16-mixed"),
         (["--strategy", "magic"], "fsdp"),
+        (["--learning_rate", "-1"], "learning_rate"),
+        (["--seed", "-1"], "seed"),
     ],
 )
 def test_mistakes_end_in_one_line(
@@ -213,6 +225,62 @@ def test_mistakes_end_in_one_line(
     assert ended.startswith("error: ")
     assert "\n" not in ended
     assert not (tmp_path / RESULTS["lora"]).exists()
+
+
+def test_the_best_weights_are_kept_and_patience_ends_a_run_also_when_it_is_resumed(
+    method: str, checkpoint: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The validation losses are made up: the lowest is that after step 2."""
+    script = f"finetune_{method}"
+
+    def run(folder: str, losses: list[float], *more: object) -> None:
+        remaining = iter(losses)
+        monkeypatch.setattr(importlib.import_module(script), "validation_loss", lambda *_: next(remaining))
+        arguments = finetune_arguments(method, checkpoint, data_dir, tmp_path / folder)
+        assert run_script(script, *arguments, "--eval_interval", 1, "--patience", 2, *more) is None
+        assert next(remaining, None) is None
+
+    run("two steps", [9, 3, 2], "--max_steps", 2)
+    run("whole", [9, 3, 2, 2.5, 2])
+    run("parts", [9, 3, 2, 2.5], "--max_steps", 3)
+    (tmp_path / "parts" / RESULTS[method]).unlink()
+    run("parts", [2], "--resume", "true")
+    run("parts", [], "--resume", "true")  # nothing is left to do
+    two, whole, parts = (tmp_path / folder for folder in ("two steps", "whole", "parts"))
+    for one, other in (
+        (two / RESULTS[method], whole / BEST[method]),
+        (whole / BEST[method], parts / BEST[method]),
+        (whole / RESULTS[method], parts / RESULTS[method]),
+    ):
+        states = [content.get("state_dict", content) for content in map(read_file, (one, other))]
+        assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    assert [row["step"] for row in read_metrics(parts / "metrics.csv") if "train_loss" in row] == [1, 2, 3, 4]
+
+
+def test_a_dry_run_shows_the_plan_and_records_and_writes_nothing(
+    method: str, checkpoint: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = [*finetune_arguments(method, checkpoint, data_dir, tmp_path / "out"), "--dry_run", "true"]
+    assert run_script(f"finetune_{method}", *arguments) is None
+    printed = capsys.readouterr()
+    assert printed.out.startswith("Count to 1[[1<|im_end|>]]\n\nCount to 2[[1 2<|im_end|>]]")
+    for line in (
+        "11 records to train on",
+        "12 steps of 4 records, epochs: 4",
+        "learning rate, at most",
+        "trained param",
+    ):
+        assert line in printed.err
+    assert re.search(r"memory: tensors of about \d\.\d GB expected, [\d.]+ GB available", printed.err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_article_s_rate_is_reached_with_few_records(
+    checkpoint: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    paths = ["--data_dir", data_dir, "--pretrained_path", checkpoint, "--out_dir", tmp_path, "--block_size", 128]
+    assert run_script("finetune_lora", *paths, "--batch_size", 4, "--dry_run", "true") is None
+    assert "constant learning rate, at most 0.0003 (warm-up: 1 steps)" in capsys.readouterr().err
 
 
 def test_a_run_that_diverges_ends_in_one_line_and_writes_no_result(
@@ -295,8 +363,9 @@ def test_the_loops_are_the_same_text() -> None:
         assert main.end_lineno - main.lineno < 100
         loop = next(node for node in main.body if isinstance(node, ast.For))
         text = ast.get_source_segment(source, loop).replace(STATES[method], "weights")
+        text = text.replace(SAVE_BEST["full"], SAVE_BEST["lora"])
         loops[method] = [line.strip() for line in text.splitlines()]
-    assert loops["lora"] == [loops["adapter"][0], DROPOUT, *loops["adapter"][1:]]
+    assert loops["lora"] == [*loops["adapter"][:3], DROPOUT, *loops["adapter"][3:]]
     head, rest = "for i, batch in enumerate(batches, 1):", "step_loss += loss.detach()"
     for method in ("adapter", "full"):
         lines = loops[method]

@@ -26,7 +26,7 @@ def run_steps(path: Path, first: int, last: int, n_steps: int) -> None:
     if first == 0:
         log.validation(0, 3.0)
     for step in range(first + 1, last + 1):
-        log.step(step, 3 - step / 10, 1e-3, EIGHT)
+        log.step(step, EIGHT, 3 - step / 10, 1e-3, 0.5)
         if step % 2 == 0:
             log.validation(step, 3 - step / 10)
     log.close("a model, LoRA with r = 8")
@@ -41,6 +41,7 @@ def test_each_step_and_validation_is_a_row(tmp_path: Path, capsys: pytest.Captur
     ]  # fmt: skip
     assert (rows[-1]["records"], rows[-1]["tokens"]) == (32, 400)
     assert rows[4]["train_loss"] == pytest.approx(2.7)
+    assert rows[4]["gradient_norm"] == pytest.approx(0.5)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "step 3/4: loss 2.7000" in captured.err
@@ -78,7 +79,7 @@ from lit_llama.log import TrainingLog
 log = TrainingLog(Fabric(accelerator="cpu", devices=1), Path(sys.argv[1]), 3, 0, interval=1)
 for step in (1, 2, 3):
     time.sleep(0.15)
-    log.step(step, 1.5, 1e-3, Step(Lengths(np.full(8, 25)), [np.arange(4)]))
+    log.step(step, Step(Lengths(np.full(8, 25)), [np.arange(4)]), 1.5, 1e-3, 0.5)
 log.close("title")
 """
 
@@ -105,7 +106,7 @@ def test_tensorboard_gets_each_row_and_a_resumed_run_goes_on(tmp_path: Path) -> 
         fabric = Fabric(accelerator="cpu", devices=1, loggers=make_logger("tensorboard", tmp_path))
         log = TrainingLog(fabric, tmp_path, 6, first, interval=1)
         for step in range(first + 1, last + 1):
-            log.step(step, 3 - step / 10, 1e-3, EIGHT)
+            log.step(step, EIGHT, 3 - step / 10, 1e-3, 0.5)
         log.validation(last, 2.5)  # neither part was closed: what was logged is on the disk all the same
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert {"train_loss", "validation_loss", "learning_rate", "tokens_per_second", "memory_gb"} <= {
@@ -118,7 +119,7 @@ def test_tensorboard_gets_each_row_and_a_resumed_run_goes_on(tmp_path: Path) -> 
 
 def test_any_logger_of_lightning_is_named_by_its_class(tmp_path: Path) -> None:
     fabric = Fabric(accelerator="cpu", devices=1, loggers=make_logger("lightning.pytorch.loggers.CSVLogger", tmp_path))
-    TrainingLog(fabric, tmp_path, 2, 0, interval=1).step(1, 2.5, 1e-3, EIGHT)
+    TrainingLog(fabric, tmp_path, 2, 0, interval=1).step(1, EIGHT, 2.5, 1e-3, 0.5)
     (file,) = (tmp_path / "lightning_logs").glob("*/metrics.csv")
     assert "2.5" in file.read_text()
     for name in ("wandb", "no.such.Logger", "lightning.pytorch.loggers.Nothing", "math.sqrt"):

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from builders import TINY, random_model, randomize, run_script, save_file
+from builders_tokenizers import train_byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_llama.checkpoint import save_model_folder
@@ -28,7 +29,7 @@ def hf_model(config: LLaMAConfig) -> LlamaForCausalLM:
 
 def base(config: LLaMAConfig, folder: Path) -> Path:
     model = random_model(config)
-    save_model_folder(folder, model.state_dict(), config, {})
+    save_model_folder(folder, model.state_dict(), config, {"tokenizer.json": train_byte_tokenizer().to_str()})
     return folder / "lit-llama.pth"
 
 

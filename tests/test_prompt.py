@@ -1,13 +1,9 @@
 """The templates against transformers' rendering of the models' own, token for token."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from builders_tokenizers import train_byte_tokenizer
-from tokenizers import AddedToken
-from tokenizers import Tokenizer as HFTokenizer
+from builders_chat import CHAT_STYLES, CONTROLS, as_dicts, conversation, write_chat_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from lit_llama.chat_templates import CHAT_TEMPLATES, recognise
@@ -15,8 +11,6 @@ from lit_llama.errors import UserError
 from lit_llama.prompt import TEMPLATES, Message, PromptStyle, encode, encode_prompt, stop_ids
 from lit_llama.tokenizer import Tokenizer
 
-CONTROLS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "</s>")
-CHAT_STYLES: tuple[PromptStyle, ...] = ("chatml", "smollm2", "llama2", "llama3", "zephyr")
 SINGLE_STYLES: tuple[PromptStyle, ...] = ("plain", "alpaca", "alpaca-stanford")
 
 # The templates that the models were published with, as far as they concern text; the answers between marks that tell
@@ -65,38 +59,13 @@ PUBLISHED["smollm2"] = (
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer that has the control tokens of all templates."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    hf = HFTokenizer.from_str(train_byte_tokenizer().to_str())
-    hf.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in CONTROLS])
-    hf.post_processor = None
-    hf.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    return folder
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return write_chat_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> Tokenizer:
-    tokenizer = Tokenizer(folder / "tokenizer.json")
-    tokenizer.bos_id = tokenizer.control_id("<s>")
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def theirs(folder: Path) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", eos_token="</s>")
-
-
-def conversation(n_turns: int, system: bool) -> list[Message]:
-    messages = [Message("system", "Answer briefly.\nIn English.")] if system else []
-    for i in range(n_turns):
-        messages += [Message("user", f"Question {i}: what is {i} + 1?"), Message("assistant", f"It is {i + 1}. Done")]
-    return messages
-
-
-def as_dicts(messages: list[Message]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in messages]
+def theirs(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_file=str(tokenizer.path), bos_token="<s>", eos_token="</s>")
 
 
 @pytest.mark.parametrize("system", [False, True])

@@ -1,10 +1,13 @@
+import math
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders import TINY, random_model
+from builders import SIGNALS, TINY, random_model
 from lightning import Fabric
 from tokenizers import Tokenizer as HFTokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from lit_llama.data import BatchSchedule, Dataset
 from lit_llama.errors import UserError
-from lit_llama.finetuned import describe
+from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.optimizer import AdamW
-from lit_llama.training import loss_sum, matching_tokenizer, validation_loss
+from lit_llama.training import StepCheck, StopSignal, loss_sum, matching_tokenizer, validation_loss
 from lit_llama.training_state import STATE_FILE, TrainingState
 
 
@@ -65,14 +68,14 @@ def test_a_run_and_its_result_are_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "result.pth").touch()
     with pytest.raises(UserError, match=r"holds result\.pth already: give another --out_dir"):
         training_state(tmp_path, SETTINGS, resume=False)
-    torch.save({"step": 3, "optimizer": {}, "hyperparameters": SETTINGS, "state_dict": {}}, tmp_path / STATE_FILE)
+    save_finetuned(tmp_path / STATE_FILE, {**describe(None, TINY, "plain", SETTINGS), "step": 3, "optimizer": {}}, {})
     assert training_state(tmp_path, {**SETTINGS, "max_steps": 5}, resume=True).saved["step"] == 3
     with pytest.raises(UserError, match="--resume true"):
         training_state(tmp_path, SETTINGS, resume=False)
 
 
 def test_a_run_is_not_resumed_with_settings_that_change_it(tmp_path: Path) -> None:
-    torch.save({"step": 3, "optimizer": {}, "hyperparameters": SETTINGS, "state_dict": {}}, tmp_path / STATE_FILE)
+    save_finetuned(tmp_path / STATE_FILE, {**describe(None, TINY, "plain", SETTINGS), "step": 3, "optimizer": {}}, {})
     with pytest.raises(UserError, match="lora_alpha 16, not 32"):
         training_state(tmp_path, {**SETTINGS, "lora_alpha": 32}, resume=True)
 
@@ -144,3 +147,73 @@ def test_updates_are_not_lost_on_a_bfloat16_base(data_dir: Path) -> None:
     assert moved[1].dtype == torch.float32
     assert moved[1].abs().mean() > 0.5 * moved[0].abs().mean() > 1e-3
     assert torch.corrcoef(torch.stack(moved))[0, 1] > 0.8
+
+
+class Said(list):
+    """A log that remembers what it is told."""
+
+    say = list.append
+
+
+def test_a_step_that_is_not_finite_is_not_taken_and_names_its_records(data_dir: Path) -> None:
+    model, dataset = random_model(TINY), Dataset(data_dir, "train", 128)
+    step, log = BatchSchedule(dataset, 4, 2, seed=0).step(0), Said()
+    check = StepCheck(log, model)
+    names = ", ".join(map(str, sorted(step.records)))
+    check(step, 0, 2.0, 1.0)
+    check(step, 1, 19.0, 1.0)
+    assert log == []
+    check(step, 2, 200.0, 1.0)
+    assert log == [f"warning: the loss of step 3 is 200, after 3.7 on average: {step_records(names)}"]
+    with pytest.raises(UserError, match=rf"the loss of step 4 is nan.*was not taken.*{names}"):
+        check(step, 3, math.nan, 1.0)
+    with pytest.raises(UserError, match=rf"its gradient's norm inf.*{names}"):
+        check(step, 4, 2.0, math.inf)
+    model.lm_head.weight.data[0, 0] = math.nan
+    with pytest.raises(UserError, match=r"lm_head\.weight is not finite either"):
+        check(step, 5, 2.0, math.nan)
+
+
+def step_records(names: str) -> str:
+    return f"records {names} (counted from 0, as prepared)"
+
+
+def test_a_hang_up_is_a_request_to_stop_unless_it_is_ignored() -> None:
+    old = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+        stop = StopSignal()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (stop.requested, stop.status) == (True, 143)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def test_a_damaged_state_and_an_edited_metrics_file_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = random_model(TINY)
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    model(torch.zeros(1, 3, dtype=torch.int64)).sum().backward()
+    optimizer.step()
+    (tmp_path / "metrics.csv").write_text("step\n1\n")
+    about = describe(None, TINY, "plain", SETTINGS)
+    training_state(tmp_path, SETTINGS, resume=False).save(1, about, model.state_dict(), optimizer)
+    (tmp_path / "metrics.csv").write_text("step\n1\n2\n")  # of a step after the state: it will be dropped
+    training_state(tmp_path, SETTINGS, resume=True)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "metrics.csv").write_text("step\n2\n")
+    training_state(tmp_path, SETTINGS, resume=True)
+    assert capsys.readouterr().err == f"warning: {tmp_path / 'metrics.csv'} is damaged or was edited\n"
+    for change, message in (
+        ({"optimizer": {"state": {0: {}}, "param_groups": [{}]}}, "does not have exp_avg"),
+        ({"optimizer": {"state": {99: {}}, "param_groups": [{}]}}, "is of 99"),
+        ({"optimizer": {"state": {}, "param_groups": [{"step": "x"}]}}, "step of the optimizer is 'x'"),
+        ({"step": 0}, "step 0; expected"),
+        ({"version": 9}, "version 9"),
+    ):
+        progress = {"step": 1, "optimizer": {"state": {}, "param_groups": []}, **change}
+        save_finetuned(tmp_path / STATE_FILE, {**about, **progress}, model.state_dict())
+        with pytest.raises(UserError, match=message):
+            training_state(tmp_path, SETTINGS, resume=True).restore(model.state_dict(), optimizer)

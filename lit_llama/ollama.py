@@ -1,0 +1,45 @@
+"""Ollama's Modelfile: a GGUF with the template of its training, in the language of Go's templates.
+
+Ollama puts the bos before a conversation itself. Its templates cannot trim white space.
+"""
+
+from lit_llama.prompt import SMOLLM2_SYSTEM, Message, PromptStyle, alpaca_text, stop_ids
+from lit_llama.tokenizer import Tokenizer
+
+CHATML = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
+LLAMA_2 = (
+    '{{ $system := "" }}{{ range .Messages }}'
+    '{{ if eq .Role "system" }}{{ $system = printf "<<SYS>>\\n%s\\n<</SYS>>\\n\\n" .Content }}'
+    '{{ else if eq .Role "user" }}[INST] {{ $system }}{{ .Content }} [/INST]{{ $system = "" }}'
+    "{{ else }} {{ .Content }} EOSBOS{{ end }}{{ end }}"
+)
+LLAMA_3 = (
+    "{{ range .Messages }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n{{ .Content }}<|eot_id|>{{ end }}"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+ZEPHYR = "{{ range .Messages }}<|{{ .Role }}|>\n{{ .Content }}EOS\n{{ end }}<|assistant|>\n"
+ALPACA = alpaca_text(Message("user", "{{ .Prompt }}"))
+
+TEMPLATES: dict[PromptStyle, str] = {
+    "plain": "{{ .Prompt }}",
+    "alpaca": f"{ALPACA}\n",
+    "alpaca-stanford": ALPACA,
+    "chatml": CHATML,
+    "smollm2": CHATML,
+    "llama2": LLAMA_2,
+    "llama3": LLAMA_3,
+    "zephyr": ZEPHYR,
+}
+
+
+def modelfile(model: str, adapter: str | None, style: PromptStyle | None, tokenizer: Tokenizer) -> str:
+    """The Modelfile of a model, a GGUF or a name that Ollama knows, perhaps with the GGUF of a LoRA."""
+    lines = [f"FROM {model}"] + [f"ADAPTER {adapter}"] * bool(adapter)
+    if style:
+        bos, eos = ("" if i is None else tokenizer.token(i) for i in (tokenizer.bos_id, tokenizer.eos_id))
+        template = TEMPLATES[style].replace("BOS", bos).replace("EOS", eos)
+        lines.append(f'TEMPLATE """{template}"""')
+        if style == "smollm2":  # what the model says of itself, unless there is another system message
+            lines.append(f'SYSTEM """{SMOLLM2_SYSTEM}"""')
+        lines += [f'PARAMETER stop "{tokenizer.token(i)}"' for i in sorted(stop_ids(style, tokenizer))]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,57 @@
+"""What a run says before its first step: what it will do and take, and records as they are trained on."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning import Fabric
+from lightning.fabric.strategies import ModelParallelStrategy
+
+from lit_llama.data import BatchSchedule, Dataset
+from lit_llama.memory import free_memory, peak_of_training
+from lit_llama.model import LLaMA
+from lit_llama.optimizer import LearningRate
+from lit_llama.tokenizer import Tokenizer
+
+COLOUR, PLAIN = ("\033[32m", "\033[0m"), ("[[", "]]")  # around what is trained on
+
+
+def plan(schedule: BatchSchedule, val_data: Dataset, rate: LearningRate, llama: LLaMA) -> Iterator[str]:
+    """Lines about the records, the steps, the learning rate and the trained parameters of a run."""
+    data, size = schedule.dataset, schedule.batch_size
+    yield (
+        f"{len(data):,} records to train on ({data.n_cut:,} of them cut at {data.block_size} tokens; "
+        f"{data.n_dropped:,} more dropped, which had no room for a response), {len(val_data):,} to validate on"
+    )
+    yield f"{rate.n_steps:,} steps of {size} records, epochs: {rate.n_steps / schedule.steps_per_epoch:.3g}"
+    yield str(rate)
+    trained = sum(parameter.numel() for parameter in llama.parameters() if parameter.requires_grad)
+    yield f"{trained:,} trained parameters of {sum(parameter.numel() for parameter in llama.parameters()):,}"
+
+
+def expected_memory(
+    fabric: Fabric, llama: LLaMA, schedule: BatchSchedule, dtype: torch.dtype, make_optimizer: Callable[..., Any]
+) -> str:
+    """A line about the memory that the largest micro-batch will take, and what there is."""
+    if isinstance(fabric.strategy, ModelParallelStrategy):
+        return "memory: not estimated for a model that is spread over devices"
+    largest = max(schedule.step(0).micro_batches, key=schedule.dataset.n_tokens)
+    lengths = (schedule.dataset.lengths[largest] - 1).tolist()
+    peak, free = peak_of_training(llama, lengths, dtype, make_optimizer), free_memory(fabric.device)
+    warning = "; this may not fit, see --activation_checkpointing and --micro_batch_size" if peak > free else ""
+    return f"memory: tensors of about {peak / 1e9:.1f} GB expected, {free / 1e9:.1f} GB available{warning}"
+
+
+def show_records(dataset: Dataset, tokenizer: Tokenizer, n: int = 2) -> str:
+    """The text of the first records as a model sees it, what is trained on marked: green on a terminal, else [[so]]."""
+    begin, end = COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else PLAIN
+    texts = []
+    for i in range(min(n, len(dataset))):
+        tokens, place, text = dataset.record(i).tolist(), 0, ""
+        for start, stop in dataset.spans(i):
+            text += tokenizer.show(tokens[place:start]) + begin + tokenizer.show(tokens[start:stop]) + end
+            place = stop
+        texts.append(text + tokenizer.show(tokens[place:]))
+    return "\n\n".join(texts)

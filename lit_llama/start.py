@@ -1,0 +1,37 @@
+"""What ends a script while its libraries are still being loaded is one line, too; imported before all of them."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType, TracebackType
+
+SCRIPTS = (Path(__file__).parents[1], Path(__file__).parents[1] / "scripts")
+
+
+def end_in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if "--debug" in sys.argv:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        remedy = "; run: source .venv/bin/activate" if issubclass(kind, ModuleNotFoundError) else ""
+        text = " ".join(str(error).split())
+        print(f"error: {kind.__name__} while libraries were loaded ({text[:200]}){remedy}", file=sys.stderr)
+
+
+def interrupted(number: int, _frame: FrameType | None) -> None:
+    """Nothing has been begun. An exception here could come up in a place that prints it and goes on."""
+    os.write(2, b"interrupted\n")
+    os._exit(128 + number)
+
+
+def loaded() -> None:
+    """From here on, Ctrl-C is a KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+program = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+if program.resolve().parent in SCRIPTS:  # but not in the programs of others
+    sys.excepthook = end_in_one_line
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupted)

@@ -1,0 +1,150 @@
+"""Export a model folder, or a LoRA file alone, to GGUF for llama.cpp, with a Modelfile for Ollama."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from lit_llama.chat_templates import FILE_NAME as TEMPLATE_NAME
+from lit_llama.chat_templates import begins_with_bos, chat_template
+from lit_llama.checkpoint import check_state, load_model, own_prompt_style, read_config
+from lit_llama.cli import run
+from lit_llama.errors import UserError
+from lit_llama.files import check_apart, check_finite, read_file, replacing_folder, write_file
+from lit_llama.finetuned import read_finetuned
+from lit_llama.gguf_format import CHAT_TEMPLATE, lora_metadata, lora_to_gguf, model_metadata, to_gguf
+from lit_llama.lora import lora_shapes
+from lit_llama.ollama import modelfile
+from lit_llama.progress import progress
+from lit_llama.prompt import PromptStyle
+from lit_llama.tokenizer import Tokenizer, find_tokenizer
+from lit_llama.tokenizer_formats import to_gguf as tokenizer_metadata
+
+try:
+    from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quant_shape_to_byte_shape, quantize
+except ImportError:
+    sys.exit("error: GGUF files need one more library; run: pip install -e '.[gguf]'")
+
+FILES = r"{}-(F32|F16|Q8_0)\.gguf|Modelfile|chat_template\.jinja"
+FILE_TYPES = {"F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
+Q8_0_BLOCK = 32  # numbers that share a scale
+
+
+class Content(NamedTuple):
+    """What a GGUF holds, and the template that goes with it."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, Tensor]
+    style: PromptStyle | None
+
+
+def main(
+    out_dir: Path,
+    checkpoint_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    tokenizer_path: Path | None = None,
+    lora_path: Path | None = None,
+    lora_alpha: float | None = None,
+    base_model: str | None = None,
+    dtype: Literal["F32", "F16", "Q8_0"] = "F16",
+    prompt_style: PromptStyle | None = None,
+) -> None:
+    """Write model-F16.gguf or, of a LoRA file, lora-F16.gguf and chat_template.jinja; and a Modelfile.
+
+    Args:
+        out_dir: The folder to write.
+        checkpoint_path: The model: a base one, one that finetune_full.py wrote, or one that merge_lora.py wrote.
+        tokenizer_path: The tokenizer, if it is not next to the checkpoint.
+        lora_path: A file that finetune_lora.py wrote, to export it alone; the checkpoint is then that of its base.
+        lora_alpha: Only for a file of the archived Lit-LLaMA, which did not store it.
+        base_model: With a LoRA file, its base for the Modelfile: a GGUF, or a name that Ollama knows.
+        dtype: Of the matrices. Q8_0 is 8 bits with a scale for each 32 numbers; rows that do not divide by 32 are F16.
+        prompt_style: The template of the conversations (see lit_llama/prompt.py). By default that of the training.
+    """
+    check_apart(checkpoint_path.parent, out_dir)
+    tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
+    if lora_path is None:
+        content = read_model(checkpoint_path, tokenizer, prompt_style)
+        model, adapter = f"./model-{dtype}.gguf", None
+    elif base_model is None:
+        raise UserError("a Modelfile names the base of a LoRA; add --base_model, a GGUF or a name that Ollama knows")
+    else:
+        content = read_lora(lora_path, checkpoint_path, lora_alpha, prompt_style)
+        is_file = Path(base_model).is_file()
+        model, adapter = relative(Path(base_model), out_dir) if is_file else base_model, f"./lora-{dtype}.gguf"
+    ollama = modelfile(model, adapter, content.style, tokenizer)
+    with replacing_folder(out_dir, FILES.format("lora" if adapter else "model")) as part:
+        write_gguf(part / (adapter or model), content, dtype)
+        write_file(part / "Modelfile", ollama)
+        if adapter and content.style:
+            write_file(part / TEMPLATE_NAME, chat_template(content.style, tokenizer))
+    print(f"Saved {out_dir}", file=sys.stderr)
+
+
+def read_model(path: Path, tokenizer: Tokenizer, style: PromptStyle | None) -> Content:
+    style, model = style or own_prompt_style(path), load_model(path)
+    tokenizer.check_fits(model.config.vocab_size)
+    name = {"general.name": path.absolute().parent.name}
+    metadata = name | model_metadata(model.config) | tokenizer_metadata(tokenizer, model.config.vocab_size)
+    if style:
+        metadata[CHAT_TEMPLATE] = chat_template(style, tokenizer)
+    if style and not begins_with_bos(style):  # llama.cpp would put one before the template
+        metadata["tokenizer.ggml.add_bos_token"] = False
+    return Content(metadata, dict(to_gguf(model.state_dict(), model.config)), style)
+
+
+def read_lora(path: Path, base_path: Path, alpha: float | None, style: PromptStyle | None) -> Content:
+    base = read_config(base_path, read_file(base_path))
+    config, state, own_style = read_finetuned(path, "lora", base, alpha, base_path)
+    check_state(path, state, lora_shapes(base, config))
+    metadata = {"general.name": path.stem} | lora_metadata(config)
+    return Content(metadata, dict(lora_to_gguf(state, base, config)), style or own_style)
+
+
+def relative(path: Path, folder: Path) -> str:
+    """A path as a Modelfile in the folder names it."""
+    return os.path.join(".", os.path.relpath(path.resolve(), folder.resolve()))
+
+
+def write_gguf(path: Path, content: Content, dtype: str) -> None:
+    """Write one file; memory holds one converted tensor at a time."""
+    check_finite(path, content.tensors)
+    writer = GGUFWriter(path, "llama")
+    writer.add_file_type(FILE_TYPES[dtype])
+    if dtype == "Q8_0":
+        writer.add_quantization_version(2)
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in content.metadata.items():
+        add.get(type(value), writer.add_array)(key, value)
+    types = {name: stored_type(tensor, dtype) for name, tensor in content.tensors.items()}
+    for name, tensor in content.tensors.items():
+        shape = quant_shape_to_byte_shape(tensor.shape, types[name])
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), int(np.prod(shape)), types[name])
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, tensor in progress(content.tensors.items(), "Exporting", "tensor"):
+            writer.write_tensor_data(converted(path, name, tensor, types[name]))
+    finally:
+        writer.close()
+
+
+def stored_type(tensor: Tensor, dtype: str) -> GGMLQuantizationType:
+    """Matrices are stored as asked; vectors, which are small and which llama.cpp wants exact, in float32."""
+    if tensor.ndim == 1:
+        return GGMLQuantizationType.F32
+    return GGMLQuantizationType["F16" if dtype == "Q8_0" and tensor.size(-1) % Q8_0_BLOCK else dtype]
+
+
+def converted(path: Path, name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
+    """The numbers of a tensor as they are stored."""
+    if kind == GGMLQuantizationType.F16 and tensor.abs().max() > np.finfo(np.float16).max:
+        raise UserError(f"{path} was not written: {name} has numbers beyond 65504; use --dtype F32")
+    return quantize(tensor.detach().float().contiguous().numpy(), kind)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,254 @@
+"""What is damaged: tiny files of every kind that the project reads, and how each is read."""
+
+import base64
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import convert_gguf_checkpoint
+import convert_hf_checkpoint
+import convert_meta_checkpoint
+import export_hf
+import export_peft
+import import_peft
+import merge_lora
+import torch
+from builders import CONVERSATIONS, RECORDS, ROOT, TINY, random_model, randomize
+from builders_gguf import bpe_metadata, write_gguf
+from builders_tokenizers import train_byte_tokenizer, train_sentencepiece
+from lightning import Fabric
+from test_convert_meta import VARIANTS, write_folder
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
+from lit_llama.checkpoint import load_model, save_model_folder
+from lit_llama.data import Dataset
+from lit_llama.finetuned import describe, load_adapter, load_lora, save_finetuned
+from lit_llama.generation import Sampling, generate, read_prompts
+from lit_llama.integrity import identity
+from lit_llama.log import TrainingLog
+from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
+from lit_llama.model import LLaMA
+from lit_llama.optimizer import AdamW
+from lit_llama.prepared import prepare
+from lit_llama.records import read_records
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.tokenizer_formats import from_tiktoken
+from lit_llama.training import matching_tokenizer
+from lit_llama.training_state import TrainingState
+
+BASE = replace(TINY, n_layer=2, n_embd=16, n_hidden=16, n_head=2, n_kv_head=1)
+LORA, ADAPTER = LoRAConfig(2, 4, 0.0), AdapterConfig(3, 0)
+FABRIC = Fabric(accelerator="cpu", devices=1)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file of a world (a folder), and what is read from it.
+
+    `seal` says what tells a changed content: the file's "own" checksum, if it has one, or that of "another" file.
+    """
+
+    name: str
+    world: str
+    file: str
+    read: Callable[[Path], Any]
+    seal: str = ""
+
+
+def answer(model: LLaMA, folder: Path) -> list[Any]:
+    """A model's description, weights and first tokens."""
+    tokenizer = Tokenizer(folder / "tokenizer.json")
+    tokenizer.check_fits(model.config.vocab_size)
+    ids = tokenizer.encode("Count to 3")
+    return [repr(model.config), dict(model.state_dict()), [*generate(model.eval(), ids, Sampling(3, temperature=0))]]
+
+
+def read_model(folder: Path) -> Any:
+    return answer(load_model(folder / "lit-llama.pth"), folder)
+
+
+def read_lora(folder: Path) -> Any:
+    model = load_model(folder / "lit-llama.pth")
+    return [load_lora(model, folder / "lora.pth", None, folder / "lit-llama.pth"), answer(model, folder)]
+
+
+def read_adapter(folder: Path) -> Any:
+    model = load_model(folder / "lit-llama.pth")
+    return [load_adapter(model, folder / "adapter.pth", folder / "lit-llama.pth"), answer(model, folder)]
+
+
+def merge(folder: Path) -> Any:
+    merge_lora.main(folder / "merged", folder / "lora.pth", folder / "lit-llama.pth")
+    return read_model(folder / "merged")
+
+
+def export(folder: Path) -> Any:
+    export_peft.main(folder / "peft", "a model", folder / "lora.pth", folder / "lit-llama.pth")
+    import_peft.main(folder / "peft", folder / "imported.pth", folder / "lit-llama.pth")
+    return (folder / "peft" / "adapter_model.safetensors").read_bytes()
+
+
+def run_of(folder: Path, kind: str, resume: bool) -> tuple[TrainingState, dict[str, Tensor], Optimizer]:
+    """A run as a finetune script begins it: its state, its weights and an optimizer that has taken no step."""
+    state = TrainingState(FABRIC, folder / kind, [], identity(folder / "lit-llama.pth"), resume)
+    model = load_model(folder / "lit-llama.pth")
+    if kind == "full":
+        return state, model.state_dict(), AdamW(model.parameters(), lr=0.1)
+    add_lora(model, LORA)
+    weights = lora_state_dict(model)
+    return state, weights, torch.optim.AdamW([p for name, p in model.named_parameters() if name in weights], lr=0.1)
+
+
+def resume(kind: str) -> Callable[[Path], Any]:
+    def read(folder: Path) -> Any:
+        state, weights, optimizer = run_of(folder, kind, resume=True)
+        step = state.restore(weights, optimizer)
+        rows = TrainingLog(FABRIC, folder / kind, 9, step, 1).rows
+        return [step, weights, optimizer.state_dict(), rows]
+
+    return read
+
+
+def read_data(folder: Path) -> Any:
+    splits = [Dataset(folder / "data", split, 128) for split in ("train", "validation")]
+    for split in splits:
+        matching_tokenizer(split, LLaMA(BASE), folder / "lit-llama.pth", None)
+    batches = [split.batch(range(len(split))) for split in splits]
+    return [[split.meta for split in splits], [[*batch] for batch in batches]]
+
+
+def read_tokenizer(name: str) -> Callable[[Path], Any]:
+    def read(folder: Path) -> Any:
+        tokenizer = Tokenizer(folder / name)
+        ids = tokenizer.encode("Count to 3", eos=True)
+        return [ids, tokenizer.decode(ids), tokenizer.vocab_size, tokenizer.bos_id]
+
+    return read
+
+
+def convert(script: Any, source: str) -> Callable[[Path], Any]:
+    def read(folder: Path) -> Any:
+        script.main(folder / source, folder / "out")
+        return load_model(folder / "out" / "lit-llama.pth").state_dict()
+
+    return read
+
+
+def read_peft(folder: Path) -> Any:
+    import_peft.main(folder / "peft", folder / "imported.pth", folder / "lit-llama.pth")
+    return load_lora(load_model(folder / "lit-llama.pth"), folder / "imported.pth")
+
+
+def read_own(name: str) -> Callable[[Path], Any]:
+    def read(folder: Path) -> Any:
+        records = read_records(folder / name)
+        tokenizer = Tokenizer(folder / "tokenizer.json")
+        prepare(folder / "prepared", {"train": records, "validation": []}, tokenizer, [folder / name], "plain")
+        return records
+
+    return read
+
+
+def read_version_1(method: str) -> Callable[[Path], Any]:
+    def read(folder: Path) -> Any:
+        model = load_model(folder / "model" / "lit-llama.pth")
+        load = {"lora": load_lora, "adapter": load_adapter}[method]
+        return [load(model, folder / method / "finished.pth"), answer(model, folder / "model")]
+
+    return read
+
+
+def make_worlds(worlds: Path) -> None:
+    """Write all files, whole."""
+    model_world(worlds / "ours")
+    shutil.copytree(ROOT / "tests" / "version_1", worlds / "version 1")
+    foreign = worlds / "foreign"
+    shutil.copytree(worlds / "ours", foreign)
+    export_hf.main(foreign / "hf", foreign / "lit-llama.pth", max_shard_gb=1e-5)
+    shutil.copytree(foreign / "hf", foreign / "hf-1")
+    (foreign / "hf-1" / "model.safetensors.index.json").unlink()  # the shards are found by their names
+    next((foreign / "hf-1").glob("model-00002*")).rename(foreign / "hf-1" / "model.safetensors")
+    export_peft.main(foreign / "peft", "a model", foreign / "lora.pth", foreign / "lit-llama.pth")
+    write_folder(foreign / "meta", VARIANTS["Llama 2"], 2)
+    write_gguf(foreign / "m.gguf", bpe_metadata(train_byte_tokenizer()))
+    train_sentencepiece(foreign / "tokenizer.model")
+    shutil.copy(foreign / "hf" / "tokenizer.json", foreign / "hf" / "plain.json")
+    (foreign / "records.json").write_text(json.dumps(RECORDS))
+    (foreign / "records.jsonl").write_text("\n".join(map(json.dumps, RECORDS)))
+    (foreign / "prompts.txt").write_text("Say hello\nCount to 3\n")
+    tokens = [base64.b64encode(token).decode() for token in (*(bytes([i]) for i in range(256)), b"th", b"the")]
+    (foreign / "ranks.tiktoken").write_text("\n".join(f"{token} {i}" for i, token in enumerate(tokens)))
+
+
+def model_world(folder: Path) -> None:
+    tokenizer = {"tokenizer.json": train_byte_tokenizer().to_str()}
+    tokenizer["tokenizer_config.json"] = json.dumps({"eos_token": "<|im_end|>"})
+    base = random_model(BASE)
+    save_model_folder(folder, base.state_dict(), BASE, tokenizer)
+    settings = identity(folder / "lit-llama.pth")
+    for method, add, state_dict, name in (
+        (LORA, add_lora, lora_state_dict, "lora.pth"), (ADAPTER, add_adapter, adapter_state_dict, "adapter.pth"),
+    ):  # fmt: skip
+        model = random_model(BASE)
+        add(model, method)
+        state = {name: tensor.detach() for name, tensor in state_dict(model).items()}
+        randomize(state)
+        save_finetuned(folder / name, describe(method, BASE, "plain", settings), state)
+    prepare(
+        folder / "data", {"train": CONVERSATIONS[:6], "validation": CONVERSATIONS[6:9]},
+        Tokenizer(folder / "tokenizer.json"), [folder / "config.json"], "plain",
+    )  # fmt: skip
+    for kind, method in (("lora-run", LORA), ("full", None)):
+        state, weights, optimizer = run_of(folder, kind, resume=False)
+        for weight in weights.values():
+            weight.data.normal_()
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        log = TrainingLog(FABRIC, folder / kind, 9, 0, 1)
+        log.validation(0, 3.0)
+        log.validation(2, 2.5)
+        state.save(2, describe(method, BASE, "plain", settings), weights, optimizer)
+
+
+TARGETS = [
+    Target("config.json", "ours", "config.json", read_model, "own"),
+    Target("config.json, finetuning", "ours", "config.json", resume("lora-run"), "own"),
+    Target("lit-llama.pth", "ours", "lit-llama.pth", read_model, "another"),
+    Target("LoRA file, generate", "ours", "lora.pth", read_lora, "own"),
+    Target("LoRA file, merge", "ours", "lora.pth", merge, "own"),
+    Target("LoRA file, export_peft", "ours", "lora.pth", export, "own"),
+    Target("adapter file", "ours", "adapter.pth", read_adapter, "own"),
+    Target("training state, LoRA", "ours", "lora-run/training-state.pth", resume("lora-run"), "own"),
+    Target("training state, full", "ours", "full/training-state.pth", resume("full"), "own"),
+    Target("metrics.csv at a resume", "ours", "lora-run/metrics.csv", resume("lora-run"), "another"),
+    Target("prepared tokens", "ours", "data/train_tokens.npy", read_data, "another"),
+    Target("prepared offsets", "ours", "data/train_offsets.npy", read_data, "another"),
+    Target("prepared spans", "ours", "data/validation_spans.npy", read_data, "another"),
+    Target("meta.json", "ours", "data/meta.json", read_data, "own"),
+    Target("tokenizer_config.json", "ours", "tokenizer_config.json", read_tokenizer("tokenizer.json"), "another"),
+    Target("tokenizer.json", "ours", "tokenizer.json", read_tokenizer("tokenizer.json"), "another"),
+    Target("version 1: config.json", "version 1", "model/config.json", read_version_1("lora")),
+    Target("version 1: lit-llama.pth", "version 1", "model/lit-llama.pth", read_version_1("lora")),
+    Target("version 1: LoRA file", "version 1", "lora/finished.pth", read_version_1("lora")),
+    Target("version 1: adapter file", "version 1", "adapter/finished.pth", read_version_1("adapter")),
+    Target("foreign: tokenizer.model", "foreign", "tokenizer.model", read_tokenizer("tokenizer.model")),
+    Target("foreign: tokenizer.json", "foreign", "hf/plain.json", read_tokenizer("hf/plain.json")),
+    Target("foreign: tiktoken", "foreign", "ranks.tiktoken", lambda folder: from_tiktoken(folder / "ranks.tiktoken")),
+    Target("foreign: HF config.json", "foreign", "hf/config.json", convert(convert_hf_checkpoint, "hf")),
+    Target("foreign: HF index", "foreign", "hf/model.safetensors.index.json", convert(convert_hf_checkpoint, "hf")),
+    Target("foreign: safetensors", "foreign", "hf-1/model.safetensors", convert(convert_hf_checkpoint, "hf-1")),
+    Target("foreign: params.json", "foreign", "meta/params.json", convert(convert_meta_checkpoint, "meta")),
+    Target("foreign: Meta's .pth", "foreign", "meta/consolidated.01.pth", convert(convert_meta_checkpoint, "meta")),
+    Target("foreign: GGUF", "foreign", "m.gguf", convert(convert_gguf_checkpoint, "m.gguf")),
+    Target("foreign: adapter_config.json", "foreign", "peft/adapter_config.json", read_peft),
+    Target("foreign: PEFT's safetensors", "foreign", "peft/adapter_model.safetensors", read_peft),
+    Target("records, JSON", "foreign", "records.json", read_own("records.json")),
+    Target("records, JSONL", "foreign", "records.jsonl", read_own("records.jsonl")),
+    Target("prompt file", "foreign", "prompts.txt", lambda folder: read_prompts("", folder / "prompts.txt")),
+]

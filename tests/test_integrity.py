@@ -1,0 +1,144 @@
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from builders import TINY, random_model, run_script
+
+from lit_llama.checkpoint import load_model, save_model_folder
+from lit_llama.errors import UserError
+from lit_llama.files import read_file, write_file
+from lit_llama.finetuned import describe, load_lora, save_finetuned
+from lit_llama.integrity import MAX_PICKLE, check_archive, checksum, fingerprint, identity, sealed, unsealed
+from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
+from lit_llama.tokenizer import Tokenizer
+
+STATE = {"a": torch.arange(6.0), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(2.0)}
+
+
+def test_no_flipped_bit_changes_what_is_read(tmp_path: Path) -> None:
+    """Some bits mean nothing, such as those of padding: then the content is right."""
+    path = tmp_path / "x.pth"
+    write_file(path, STATE)
+    whole, right, refused = path.read_bytes(), checksum(STATE), 0
+    for place in range(0, len(whole), 5):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        try:
+            read = checksum(read_file(path))
+        except UserError as error:
+            read, refused = str(error), refused + 1
+        assert read == right or str(path) in read
+    assert refused > len(whole) / 5 / 3
+
+
+def test_a_bomb_is_not_opened(tmp_path: Path) -> None:
+    path, bomb = tmp_path / "x.pth", tmp_path / "bomb.pth"
+    write_file(path, STATE)
+    for name, compression in (("x/data/0", zipfile.ZIP_DEFLATED), ("x/data.pkl", zipfile.ZIP_STORED)):
+        with zipfile.ZipFile(path) as old, zipfile.ZipFile(bomb, "w", compression) as new:
+            for member in old.namelist():
+                new.writestr(member, old.read(member))
+            new.writestr(f"{name}-more", bytes(MAX_PICKLE + 1))
+        with pytest.raises(UserError, match="far more memory than its size"):
+            check_archive(bomb)
+
+
+def test_a_fingerprint_is_of_the_tensors_in_any_order(tmp_path: Path) -> None:
+    prints = []
+    for i, state in enumerate((STATE, dict(reversed(STATE.items())), {**STATE, "c": torch.tensor(3.0)})):
+        write_file(tmp_path / f"{i}.pth", state)
+        prints.append(fingerprint(tmp_path / f"{i}.pth"))
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_checksum_tells_values_types_and_places_apart() -> None:
+    contents = [{"x": 1}, {"x": "1"}, {"x": 1.0}, {"y": 1}, {"x": [1]}, {"x": {}}, {"x": None}]
+    contents += [{"x": torch.ones(2)}, {"x": torch.ones(1, 2)}, {"x": torch.ones(2).int()}, {"x": torch.zeros(2)}]
+    assert len({checksum(content) for content in contents}) == len(contents)
+
+
+def test_an_edited_json_is_named_and_kept_without_its_checksum(tmp_path: Path) -> None:
+    path, fields = tmp_path / "config.json", json.loads(sealed({"n_layer": 2, "norm_eps": 1e-6}))
+    assert unsealed(path, fields) == {"n_layer": 2, "norm_eps": 1e-6}
+    fields["n_layer"] = 3
+    with pytest.raises(UserError, match=r"config\.json is damaged or was edited.*remove that"):
+        unsealed(path, fields)
+    del fields["checksum"]
+    assert unsealed(path, fields) == {"n_layer": 3, "norm_eps": 1e-6}
+
+
+def test_an_exchanged_file_of_a_model_folder_is_named(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    save_model_folder(tmp_path / "other", random_model(TINY, seed=1).state_dict(), TINY, {})
+    shutil.copy(tmp_path / "other" / "lit-llama.pth", folder)
+    with pytest.raises(UserError, match=r"lit-llama\.pth is not the file that .*config\.json was written with"):
+        load_model(folder / "lit-llama.pth")
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    with pytest.raises(UserError, match=r"tokenizer_config\.json is not the file"):
+        Tokenizer(folder / "tokenizer.json")
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in fields.items() if k not in ("files", "checksum")}))
+    load_model(folder / "lit-llama.pth")
+    assert Tokenizer(folder / "tokenizer.json").eos_id == 0
+
+
+@pytest.fixture
+def lora_of_another(tmp_path: Path) -> Path:
+    """A LoRA file that was trained on another model of the same shape."""
+    save_model_folder(tmp_path / "other", random_model(TINY, seed=1).state_dict(), TINY, {})
+    model = random_model(TINY)
+    add_lora(model, LoRAConfig())
+    state = {name: torch.ones_like(tensor) for name, tensor in lora_state_dict(model).items()}
+    about = describe(LoRAConfig(), TINY, "plain", identity(tmp_path / "other" / "lit-llama.pth"))
+    save_finetuned(tmp_path / "lora.pth", about, state)
+    return tmp_path / "lora.pth"
+
+
+def test_a_lora_file_of_another_base_is_refused_naming_both(
+    lora_of_another: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    common = ["--lora_path", lora_of_another]
+    for script, flags in (
+        ("generate_lora", ["--pretrained_path", checkpoint, "--max_new_tokens", 3]),
+        ("merge_lora", ["--pretrained_path", checkpoint, "--out_dir", tmp_path / "merged", "--prompt", "a"]),
+        ("export_peft", ["--pretrained_path", checkpoint, "--out_dir", tmp_path / "peft", "--base_model", "x"]),
+    ):
+        ended = str(run_script(script, *common, *flags))
+        assert f"was trained on {tmp_path / 'other' / 'lit-llama.pth'}" in ended
+        assert str(checkpoint) in ended
+        assert "--force true" in ended
+        assert run_script(script, *common, *flags, "--force", "true") is None
+    capsys.readouterr()
+    content = torch.load(lora_of_another, weights_only=True)
+    content["lora"]["alpha"] = 999
+    torch.save(content, lora_of_another)
+    with pytest.raises(UserError, match="does not fit its checksum"):
+        load_lora(random_model(TINY), lora_of_another)
+
+
+def test_what_was_not_trained_is_not_saved(tmp_path: Path) -> None:
+    model = random_model(TINY)
+    add_lora(model, LoRAConfig())
+    with pytest.raises(UserError, match="nothing was learned"):
+        save_finetuned(tmp_path / "x.pth", describe(LoRAConfig(), TINY, "plain", {}), lora_state_dict(model))
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_the_check_of_tensors_can_be_left_out_and_that_is_said(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(checkpoint.parent, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "lit-llama.pth"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    arguments = ["--checkpoint_path", path, "--max_new_tokens", 1]
+    assert "is damaged: its data/" in str(run_script("generate", *arguments))
+    assert run_script("generate", *arguments, "--check_files", "false") is None
+    assert f"{path} was read without comparing" in capsys.readouterr().err
+    assert "is damaged" in str(run_script("generate", *arguments))
