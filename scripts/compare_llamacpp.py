@@ -130,7 +130,7 @@ def answer_here(checkpoint: Path, style: PromptStyle, max_new_tokens: int) -> An
 
 
 def answer_of_transformers(folder: Path, max_new_tokens: int) -> Answer:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     messages = [{"role": message.role, "content": message.content} for message in CONVERSATION]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
