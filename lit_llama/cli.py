@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser
 
 from lit_llama import files, start
 from lit_llama.errors import Stopped, UserError
+from lit_llama.locks import release
 
 MISTAKE, WRONG_FLAG = 1, 2  # exit statuses; 128 and the signal's number after a signal
 
@@ -60,6 +61,8 @@ def run(main: Callable[..., None]) -> None:
         if debug:
             traceback.print_exc()
         end(*explain(error))
+    finally:
+        release()
 
 
 def explain(error: BaseException) -> tuple[str, int]:
