@@ -1,6 +1,6 @@
 """Where the memory of a training step goes: a table of the three methods, for a small model and a large one.
 
-Weights, gradients and moments are counted, the step's peak is that of estimate_memory.py, and the rest is the difference.
+Weights, gradients and moments are counted; the step's peak is that of estimate_memory.py, the rest is the difference.
 """
 
 import torch
