@@ -22,6 +22,7 @@ from lit_llama import files, start
 from lit_llama.checkpoint import WEIGHTS, default_model, file_in
 from lit_llama.errors import Stopped, UserError
 from lit_llama.finetuned import FILE_NAMES
+from lit_llama.locks import release
 
 MISTAKE, WRONG_FLAG = 1, 2  # exit statuses; 128 and the signal's number after a signal
 FILES = {  # what a folder stands for, by the names of flags
@@ -83,6 +84,8 @@ def run(main: Callable[..., None]) -> None:
         if debug:
             traceback.print_exc()
         end(*explain(error))
+    finally:
+        release()
 
 
 def explain(error: BaseException) -> tuple[str, int]:

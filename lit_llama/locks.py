@@ -30,7 +30,7 @@ def alone(path: Path, target: Path) -> Iterator[None]:
 
 
 def claim(folder: Path) -> None:
-    """Make a folder, if need be, and lock it until this process ends; a UserError if it is locked or not writable."""
+    """Make a folder, if need be, and lock it until the script ends; a UserError if it is locked or not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = lock(folder, folder)
@@ -40,6 +40,12 @@ def claim(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def release() -> None:
+    """Let go of all claimed folders."""
+    while CLAIMED:
+        os.close(CLAIMED.popitem()[1])
 
 
 def lock(path: Path, target: Path) -> int | None:

@@ -19,7 +19,7 @@ from lit_llama.gguf_format import CHAT_TEMPLATE, lora_metadata, lora_to_gguf, mo
 from lit_llama.lora import lora_shapes
 from lit_llama.ollama import modelfile
 from lit_llama.progress import progress
-from lit_llama.prompt import PromptStyle
+from lit_llama.prompt import PromptStyle, stop_ids
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 from lit_llama.tokenizer_formats import to_gguf as tokenizer_metadata
 
@@ -89,10 +89,17 @@ def read_model(path: Path, tokenizer: Tokenizer, style: PromptStyle | None) -> C
     name = {"general.name": path.absolute().parent.name}
     metadata = name | model_metadata(model.config) | tokenizer_metadata(tokenizer, model.config.vocab_size)
     if style:
-        metadata[CHAT_TEMPLATE] = chat_template(style, tokenizer)
-    if style and not begins_with_bos(style):  # llama.cpp would put one before the template
-        metadata["tokenizer.ggml.add_bos_token"] = False
+        metadata |= template_metadata(style, tokenizer)
     return Content(metadata, dict(to_gguf(model.state_dict(), model.config)), style)
+
+
+def template_metadata(style: PromptStyle, tokenizer: Tokenizer) -> dict[str, Any]:
+    metadata: dict[str, Any] = {CHAT_TEMPLATE: chat_template(style, tokenizer)}
+    for turn_end in stop_ids(style, tokenizer) - {tokenizer.eos_id}:
+        metadata["tokenizer.ggml.eot_token_id"] = turn_end
+    if not begins_with_bos(style):  # llama.cpp would put one before the template
+        metadata["tokenizer.ggml.add_bos_token"] = False
+    return metadata
 
 
 def read_lora(path: Path, base_path: Path, alpha: float | None, style: PromptStyle | None) -> Content:

@@ -80,9 +80,7 @@ def trial(number: int, target: Target, worlds: Path, work: Path, watch: Watch, r
     except BaseException as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         outcome, what = "TRACEBACK", f"{type(error).__name__}: {error} in {place.filename}:{place.lineno}"
-    for descriptor in locks.CLAIMED.values():
-        os.close(descriptor)
-    locks.CLAIMED.clear()
+    locks.release()
     if memory("VmHWM") - before > 2 * size + SPARE:
         outcome, what = "MEMORY", f"{(memory('VmHWM') - before) / 1e6:.0f} MB"
     if watch.elsewhere:

@@ -148,7 +148,9 @@ def write_finetuned(out: Path, number: int) -> None:
 
 def write_training_state(out: Path, number: int) -> None:
     about = describe(LORA[number], CONFIGS[number], "plain", {})
-    TrainingState(FABRIC, out, [], {}, resume=number == 1).save(number, about, lora_state(number), optimizer(number))
+    TrainingState(FABRIC, out, [], {}, resume=number == 1).save(
+        1 + number, about, lora_state(number), optimizer(number)
+    )
 
 
 def write_metrics(out: Path, number: int) -> None:

@@ -122,6 +122,7 @@ def test_a_flag_for_several_values_is_given_once_or_often() -> None:
     assert join_lists(["--y", "1"], flags) == ["--y", "1"]
 
 
+@pytest.mark.slow
 def test_exit_statuses_tell_a_mistake_from_a_wrong_flag_and_a_stop(script: Path) -> None:
     assert call(script, "--steps", "many").returncode == 2
     assert call(script, "--names", "fail").returncode == 1
@@ -151,6 +152,7 @@ def test_whatever_happens_ends_in_one_line(error: BaseException, line: str) -> N
     assert not isinstance(error, KeyError) or ("test_cli.py, line" in text and "--debug true" in text)
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback(script: Path) -> None:
     script.write_text(script.read_text().replace("derived =", "{}[names]\n    derived ="))
     short, long = call(script), call(script, "--debug", "true")
@@ -160,6 +162,7 @@ def test_debug_shows_the_traceback(script: Path) -> None:
     assert (short.returncode, long.returncode) == (1, 1)
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_libraries_are_loaded_is_one_line() -> None:
     for delay in (0.15, 0.4, 0.7):
         process = subprocess.Popen(command("finetune_lora.py"), stderr=subprocess.PIPE, text=True)

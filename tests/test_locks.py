@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from lit_llama import locks
 from lit_llama.errors import UserError
 from lit_llama.files import replacing, replacing_folder, write_file
-from lit_llama.locks import alone, check_room, claim
+from lit_llama.locks import alone, check_room, claim, release
 
 
 @pytest.fixture
@@ -33,9 +32,7 @@ def held(tmp_path: Path) -> Path:
         pass
     write_file(folder / "file", "whole")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "file", "out"]
-    for descriptor in locks.CLAIMED.values():
-        os.close(descriptor)
-    locks.CLAIMED.clear()
+    release()
 
 
 def test_there_is_one_writer_at_a_time(held: Path) -> None:
