@@ -36,6 +36,7 @@ from lit_llama.training import (
 )
 from lit_llama.training_state import TrainingState, save_model
 
+# optimisation
 learning_rate: PositiveFloat = 3e-5
 batch_size: PositiveInt = 128  # records per optimizer step, over all devices
 micro_batch_size: PositiveInt = 4  # records that a device computes at once; lower it if memory runs out
@@ -44,21 +45,24 @@ max_steps: PositiveInt | None = None  # stop after this many optimizer steps, if
 warmup_steps: NonNegativeInt = 100  # optimizer steps in which the learning rate rises to its value
 lr_schedule: LRSchedule = "constant"  # after the warm-up; linear and cosine fall to 0 at the end
 weight_decay: NonNegativeFloat = 0.0
+moments_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of AdamW; weights are float32, to lose no small updates
 max_grad_norm: PositiveFloat | None = None  # gradients of a larger norm are scaled down to it
+seed: NonNegativeInt = 1337
+# data
 block_size: PositiveInt = 512  # tokens; longer records are cut
 mask_prompt = True  # train on the responses alone
-moments_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of AdamW; weights are float32, to lose no small updates
+# evaluation and saving
 eval_interval: PositiveInt = 100  # optimizer steps
 eval_records: PositiveInt | None = 400  # the first ones of the validation split. None: all (null on the command line)
 patience: PositiveInt | None = None  # stop after so many validations without a new lowest loss
 save_interval: PositiveInt = 100  # optimizer steps
 log_interval: PositiveInt = 1  # optimizer steps between two lines, when not on a terminal
-seed: NonNegativeInt = 1337
+logger: str | None = None  # in addition to metrics.csv: tensorboard, or the class of another Lightning logger
+# devices
 devices: PositiveInt = 1  # per node
 num_nodes: PositiveInt = 1
 strategy: Strategy = "auto"  # fsdp on several devices: each stores its share of weights, gradients and moments
 activation_checkpointing = True  # recompute blocks in the backward pass: less memory, a third more time
-logger: str | None = None  # in addition to metrics.csv: tensorboard, or the class of another Lightning logger
 precision: TrainingPrecision | None = None  # None: bf16-mixed on a GPU that has bfloat16, else 32-true
 
 BEST_FOLDER = "best"

@@ -80,7 +80,7 @@ def run_script(name: str, *arguments: object) -> str | None:
         with mock.patch.object(cli, "end", lambda message, status: (messages.append(message), sys.exit(status))):
             cli.run(module.main)
     except SystemExit:
-        return messages[-1]
+        return messages[-1] if messages else None  # --help ends without one
     finally:
         sys.argv = argv
         for number, handler in zip(SIGNALS, handlers, strict=True):

@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -220,3 +221,10 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.Captu
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == ["Counting: number 1 of 3", "Counting: number 2 of 3"]
     assert lines[2].startswith("Counting: number 3 of 3, ")
+
+
+@pytest.mark.parametrize(("kind", "method"), [("lora", ["LoRA"]), ("adapter", ["adapter"]), ("full", [])])
+def test_the_help_of_training_is_in_groups(kind: str, method: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert run_script(f"finetune_{kind}", "--help") is None
+    groups = re.findall(r"^(\w.*):$", capsys.readouterr().out, re.MULTILINE)
+    assert groups[2:] == ["optimisation", "data", *method, "evaluation and saving", "devices"]
