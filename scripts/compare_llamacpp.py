@@ -28,7 +28,7 @@ from lit_llama.tokenizer import find_tokenizer
 CONVERSATION = [
     Message("user", "What is the capital of France?"),
     Message("assistant", "Paris, with about 2,100,000 people."),
-    Message("user", "And of Italy? Tell me a little about it."),
+    Message("user", "And of Italy? Tell me in four sentences what to see there."),
 ]
 Answer = tuple[list[int], str]  # the ids of the prompt, and the text
 

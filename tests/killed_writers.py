@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import convert_hf_checkpoint
+import export_gguf
 import export_hf
 import export_peft
 import import_peft
@@ -118,6 +119,10 @@ def write_model_folder(out: Path, number: int) -> None:
 
 def write_hf(out: Path, number: int) -> None:
     export_hf.main(out, checkpoint(number), max_shard_gb=(1e-5, 5.0)[number])
+
+
+def write_gguf(out: Path, number: int) -> None:
+    export_gguf.main(out, checkpoint(number))
 
 
 def write_peft(out: Path, number: int) -> None:
