@@ -40,7 +40,9 @@ batch_size: PositiveInt = 128  # records per optimizer step, over all devices
 micro_batch_size: PositiveInt = 4  # records that a device computes at once; lower it if memory runs out
 num_epochs: PositiveInt = 5
 max_steps: PositiveInt | None = None  # stop after this many optimizer steps, if sooner than num_epochs
-warmup_steps: NonNegativeInt = 100  # optimizer steps in which the learning rate rises to its value
+warmup_steps: NonNegativeInt = (
+    100  # optimizer steps in which the learning rate rises to its value; at most a tenth of the run
+)
 lr_schedule: LRSchedule = "constant"  # after the warm-up; linear and cosine fall to 0 at the end
 weight_decay: NonNegativeFloat = 0.0
 max_grad_norm: PositiveFloat | None = None  # gradients of a larger norm are scaled down to it
