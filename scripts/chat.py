@@ -190,6 +190,8 @@ def typed_lines() -> Iterator[str]:
         try:
             yield input("> " if in_terminal else "")
         except EOFError:
+            if in_terminal:
+                print()
             return
         except KeyboardInterrupt:
             print("\n/quit or Ctrl-D ends the conversation", file=sys.stderr)
