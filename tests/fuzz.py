@@ -53,8 +53,10 @@ class Watch:
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
         if writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate"):
-            path = arguments[0]
-            if isinstance(path, str | os.PathLike) and not str(path).startswith((self.folder, "/dev/", "/proc/")):
+            path, relative = arguments[0], event in ("os.remove", "os.rmdir") and arguments[1] != -1
+            if relative or not isinstance(path, str | os.PathLike):  # to a folder that is open, or to no name
+                return
+            if not str(path).startswith((self.folder, "/dev/", "/proc/")):
                 self.elsewhere = str(path)
 
 

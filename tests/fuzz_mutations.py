@@ -125,7 +125,7 @@ def damage_numpy(content: bytes, rng: Random) -> tuple[bytes, str]:
     array, file = np.load(io.BytesIO(content)).copy(), io.BytesIO()
     how = pick(rng, ["value", "value", "float", "more", "fewer", "shape", "object", "none"])
     if how == "value" and array.size:
-        array[int(rng.integers(array.size))] = pick(rng, [-1, 0, 1, 2**31 - 1, -(2**31), 12345])
+        array.flat[int(rng.integers(array.size))] = pick(rng, [-1, 0, 1, 2**31 - 1, -(2**31), 12345])
     new = {"float": array.astype(float), "more": np.append(array, array), "fewer": array[:-1], "shape": array[None]}
     new |= {"object": array.astype(object), "none": array[:0]}
     np.save(file, new.get(how, array), allow_pickle=True)
