@@ -67,11 +67,12 @@ def draw_subspaces(figure: "Figure", grids: dict[str, Tensor], factors: dict[int
     """phi(i, j) as a map for each pair of runs (rows) and kind of direction, and the amplification by layer."""
     figure.set_size_inches(11, 6)
     panels = figure.subplots(2, 4)
+    largest = max(float(grid.max()) for grid in grids.values())
     for axes, (title, grid) in zip(panels[:, :3].flat, grids.items(), strict=True):
         axes.imshow(
             grid.numpy(),
             vmin=0,
-            vmax=1,
+            vmax=largest,
             cmap="viridis",
             aspect="auto",
             extent=(0.5, grid.size(1) + 0.5, grid.size(0) + 0.5, 0.5),
@@ -106,13 +107,13 @@ def draw_targets(figure: "Figure", results: dict[str, list[float]]) -> None:
 def draw_settings(figure: "Figure", losses: dict[str, dict[str, dict[float, list[float]]]], deviation: float) -> None:
     """Dots for seeds, lines through their means, bars of one standard deviation of a mean."""
     for axes, (x, series) in zip(figure.subplots(1, len(losses), sharey=True), losses.items(), strict=True):
-        for (title, points), color in zip(series.items(), (COLORS["lora"], COLORS["full"]), strict=True):
+        for (title, points), color in zip(series.items(), (COLORS["lora"], COLORS["adapter"]), strict=True):
             means = [mean(values) for values in points.values()]
             bars = [deviation / len(values) ** 0.5 for values in points.values()]
             axes.errorbar(list(points), means, yerr=bars, capsize=4, label=title, color=color)
             for at, values in points.items():
                 axes.plot([at] * len(values), values, ".", color=color, alpha=0.6)
-        axes.set(xscale="log", xlabel=x, title=f"{x}, everything else fixed".capitalize())
+        axes.set(xscale="log", xlabel=x, title=f"Only the {x} varies")
         axes.set_xticks(sorted({at for points in series.values() for at in points}))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.minorticks_off()
@@ -123,22 +124,22 @@ def draw_settings(figure: "Figure", losses: dict[str, dict[str, dict[float, list
 
 
 def draw_forgetting(figure: "Figure", rows: list[list[Any]]) -> None:
-    """What was learned against what was forgotten, and the intruders of each run."""
+    """What was learned against what was forgotten, and how far the top directions of the weights have turned."""
     left, right = figure.subplots(1, 2)
     colors = [COLORS["lora" if "LoRA" in row[0] else "full" if "full" in row[0] else "base"] for row in rows]
-    for (title, learned, forgotten, *_), color in zip(rows, colors, strict=True):
-        left.plot(learned, forgotten, "o", color=color)
-        left.annotate(title, (learned, forgotten), (5, 4), textcoords="offset points", fontsize=8)
-    left.margins(0.25)
+    base = rows[0][1]
+    for i, ((title, learned, forgotten, *_), color) in enumerate(zip(rows, colors, strict=True)):
+        if learned <= base:  # a run that diverged would be far outside
+            left.plot(learned, forgotten, "o", color=color)
+            left.annotate(title, (learned, forgotten), (6, 5 if i % 2 else -11), textcoords="offset points", fontsize=8)
+    left.margins(0.3)
     left.set(xlabel="validation loss (lower: learned more)", ylabel="loss of an unrelated text (higher: forgot more)")
     left.grid(alpha=0.3)
-    trained = [(row[0], row[-1], color) for row, color in zip(rows, colors, strict=True) if len(row) > 4]
-    titles, counts, of_bars = zip(*trained, strict=True)
-    bars = right.barh(titles, counts, color=of_bars)
-    right.bar_label(bars, [f"{count:.1f}" for count in counts], padding=3, fontsize=9)
-    right.set(
-        xlim=(0, 11), xlabel="of the top 10 singular vectors of a matrix, on average", title="Intruder dimensions"
-    )
+    titles, cosines = [row[0] for row in rows[1:]], [row[5] for row in rows[1:]]
+    right.bar_label(right.barh(titles, cosines, color=colors[1:]), fmt="%.2f", padding=3, fontsize=9)
+    right.axvline(0.5, color="black", linestyle="--", label="below: an intruder")
+    right.set(xlim=(0, 1.15), title="Lowest cosine of the top 10 singular vectors\nwith those of the base model")
+    right.legend(fontsize=8, loc="lower right")
     right.invert_yaxis()
 
 

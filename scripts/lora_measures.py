@@ -79,11 +79,10 @@ def amplification(W: Tensor, update: SVD, r: int) -> tuple[float, float, float]:
     return of_update, of_W, of_update / of_W
 
 
-def intruders(U: Tensor, updated: Tensor, k: int = 10, threshold: float = 0.5) -> list[int]:
-    """Which of the top k left singular vectors of an updated matrix are unlike all of the original's, U.
+def nearest_cosines(U: Tensor, updated: Tensor, k: int = 10) -> Tensor:
+    """How near the top k left singular vectors of an updated matrix are to the original's, U (out, d).
 
-    The intruder dimensions of arXiv 2410.21228. Unlike means that the cosine with each of them, whatever its sign, is
-    below the threshold. This measure, alone here, takes an SVD of the whole matrix.
+    For each, the largest cosine with any of those, whatever its sign: (k,). One below 0.5 is an intruder dimension
+    (arXiv 2410.21228). This measure, alone here, takes an SVD of the whole matrix.
     """
-    cosines = (svd(updated).U[:, :k].mT @ U).abs()  # (k, d)
-    return torch.nonzero(cosines.amax(1) < threshold).flatten().tolist()
+    return (svd(updated).U[:, :k].mT @ U).abs().amax(1)
