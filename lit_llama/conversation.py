@@ -46,7 +46,7 @@ class Conversation:
         prompt = encode(self.style, asked, self.tokenizer).ids
         context = self.model.config.block_size
         if len(prompt) >= context:
-            raise UserError(f"no room for an answer: the context has {context} tokens, the messages {len(prompt)}")
+            raise UserError(f"no room for an answer: the messages have {len(prompt)} tokens, the context {context}")
         tokens = self._answer(
             prompt, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context - len(prompt)))
         )

@@ -76,9 +76,7 @@ def check_room(folder: Path, n_bytes: int) -> None:
     """Raise a UserError if a file of this size cannot be written to a folder."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if limit != resource.RLIM_INFINITY and n_bytes > limit:
-        raise UserError(
-            f"a file of {n_bytes / 1e9:.2g} GB is to be written, but ulimit -f allows {limit} bytes"
-        )
+        raise UserError(f"a file of {n_bytes / 1e9:.2g} GB is to be written, but ulimit -f allows {limit} bytes")
     free = shutil.disk_usage(folder).free
     if n_bytes > free:
         raise UserError(
