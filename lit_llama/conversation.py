@@ -46,7 +46,7 @@ class Conversation:
         prompt = encode(self.style, asked, self.tokenizer).ids
         context = self.model.config.block_size
         if len(prompt) >= context:
-            raise UserError(f"no room for an answer: the messages have {len(prompt)} tokens, the context {context}")
+            raise UserError(f"no room for an answer: the context has {context} tokens, the messages {len(prompt)}")
         tokens = self._answer(
             prompt, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context - len(prompt)))
         )
@@ -91,7 +91,7 @@ class Conversation:
         self.messages = [Message("system", text), *turns] if text else turns
 
     def reset(self) -> None:
-        """Begin anew, with the same system message."""
+        """Start over, with the same system message."""
         self.messages = [message for message in self.messages if message.role == "system"]
 
     @property

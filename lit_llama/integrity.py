@@ -1,4 +1,4 @@
-"""Whether a file is what was written: checksums, and fingerprints by which a model is known again.
+"""Whether a file is what was written: checksums, and fingerprints by which a model is recognised.
 
 A file of torch.save is a zip archive in which each tensor's bytes are a member, uncompressed and with a CRC32. That is
 checked when the file is read, whoever wrote it, on all CPU cores at once. Descriptions of models and data

@@ -66,7 +66,8 @@ def main(
 ) -> None:
     """Write comparison.md and comparison.png, or, with --ranks, ranks.md and ranks.png.
 
-    A run in out_dir that was cut off goes on, and a finished one is not repeated: change rates in a new out_dir.
+    An interrupted run in out_dir is continued, and a finished one is not repeated: after a change of settings, give a new
+    out_dir.
 
     Args:
         data_dir: What one of scripts/prepare_*.py wrote, with a validation split.
