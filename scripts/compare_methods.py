@@ -66,8 +66,7 @@ def main(
 ) -> None:
     """Write comparison.md and comparison.png, or, with --ranks, ranks.md and ranks.png.
 
-    An interrupted run in out_dir is continued, and a finished one is not repeated: after a change of settings, give a new
-    out_dir.
+    An interrupted run in out_dir is continued, and a finished one is not repeated: for other settings, give a new one.
 
     Args:
         data_dir: What one of scripts/prepare_*.py wrote, with a validation split.
