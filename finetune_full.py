@@ -52,10 +52,10 @@ seed: NonNegativeInt = 1337
 block_size: PositiveInt = 512  # tokens; longer records are cut
 mask_prompt = True  # train on the responses only
 # evaluation and saving
-eval_interval: PositiveInt = 100  # optimizer steps
-eval_records: PositiveInt | None = 400  # of the validation split, the first ones. None: all (null on the command line)
+eval_interval: PositiveInt = 100  # optimizer steps between two validations
+eval_records: PositiveInt | None = 400  # validate on the first so many. None: on all (null on the command line)
 patience: PositiveInt | None = None  # stop after so many validations without a new lowest loss
-save_interval: PositiveInt = 100  # optimizer steps
+save_interval: PositiveInt = 100  # optimizer steps between two saved states
 log_interval: PositiveInt = 1  # optimizer steps between two lines, when not on a terminal
 logger: str | None = None  # in addition to metrics.csv: tensorboard, or the class of another Lightning logger
 # devices
