@@ -1,9 +1,9 @@
 # make quickstart   finetune a real LLaMA with LoRA on this machine, in a few minutes
-# make test         lint and all tests
+# make test         lint, types and all tests
 # make lab          experiments on LoRA, with tables and pictures in out/lab (up to 40 minutes on 2 cores)
 # make figures      measure every figure of README and guides again (two hours on 2 cores)
 # make fuzz         damage every kind of file that is read, for an hour, and count what comes of it
-# make format       put the code into its format
+# make format       format the code
 # make clean        remove the environment and what make quickstart has made, no other checkpoint or result
 
 PYTHON ?= python3

@@ -35,7 +35,7 @@ from lit_llama.training import (
 from lit_llama.training_state import TrainingState, save_weights
 
 # optimisation
-learning_rate: PositiveFloat = 1.1e-3  # of LLaMA-Adapter's recipe: 9e-3 for 256 records per step, of which it takes 32
+learning_rate: PositiveFloat = 1.1e-3  # as in LLaMA-Adapter's recipe: 9e-3 for 256 records per step, scaled to its 32
 batch_size: PositiveInt = 128  # records per optimizer step, over all devices
 micro_batch_size: PositiveInt = 4  # records that a device computes at once; lower it if memory runs out
 num_epochs: PositiveInt = 5
@@ -47,22 +47,22 @@ max_grad_norm: PositiveFloat | None = None  # gradients of a larger norm are sca
 seed: NonNegativeInt = 1337
 # data
 block_size: PositiveInt = 512  # tokens; longer records are cut
-mask_prompt = True  # train on the responses alone
+mask_prompt = True  # train on the responses only
 # adapter
-prompt_length: PositiveInt = 10  # prefix vectors a layer
+prompt_length: PositiveInt = 10  # prefix vectors per layer
 start_layer: NonNegativeInt = 2  # the first layer that gets a prefix, counted from 0
 # evaluation and saving
-eval_interval: PositiveInt = 100  # optimizer steps
-eval_records: PositiveInt | None = 400  # the first ones of the validation split. None: all (null on the command line)
+eval_interval: PositiveInt = 100  # optimizer steps between two validations
+eval_records: PositiveInt | None = 400  # validate on the first so many. None: on all (null on the command line)
 patience: PositiveInt | None = None  # stop after so many validations without a new lowest loss
-save_interval: PositiveInt = 100  # optimizer steps
+save_interval: PositiveInt = 100  # optimizer steps between two saved states
 log_interval: PositiveInt = 1  # optimizer steps between two lines, when not on a terminal
 logger: str | None = None  # in addition to metrics.csv: tensorboard, or the class of another Lightning logger
 # devices
 devices: PositiveInt = 1  # per node
 num_nodes: PositiveInt = 1
 strategy: Strategy = "auto"  # ddp: the whole model on each device; fsdp: spread over them, if it does not fit on one
-activation_checkpointing = False  # recompute blocks in the backward pass: less memory, a third more time
+activation_checkpointing = False  # recompute blocks in the backward pass: less memory, up to half more time
 precision: TrainingPrecision | None = None  # None: bf16-mixed on a GPU that has bfloat16, else 32-true
 
 ADAPTER_FILE, BEST_FILE = "lit-llama-adapter-finetuned.pth", "lit-llama-adapter-finetuned-best.pth"

@@ -42,9 +42,7 @@ batch_size: PositiveInt = 128  # records per optimizer step, over all devices
 micro_batch_size: PositiveInt = 4  # records that a device computes at once; lower it if memory runs out
 num_epochs: PositiveInt = 5
 max_steps: PositiveInt | None = None  # stop after this many optimizer steps, if sooner than num_epochs
-warmup_steps: NonNegativeInt = (
-    100  # optimizer steps in which the learning rate rises to its value; at most a tenth of the run
-)
+warmup_steps: NonNegativeInt = 100  # optimizer steps in which the rate rises to its value; at most a tenth of the run
 lr_schedule: LRSchedule = "constant"  # after the warm-up; linear and cosine fall to 0 at the end
 weight_decay: NonNegativeFloat = 0.0
 moments_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of AdamW; weights are float32, to lose no small updates
@@ -52,12 +50,12 @@ max_grad_norm: PositiveFloat | None = None  # gradients of a larger norm are sca
 seed: NonNegativeInt = 1337
 # data
 block_size: PositiveInt = 512  # tokens; longer records are cut
-mask_prompt = True  # train on the responses alone
+mask_prompt = True  # train on the responses only
 # evaluation and saving
-eval_interval: PositiveInt = 100  # optimizer steps
-eval_records: PositiveInt | None = 400  # the first ones of the validation split. None: all (null on the command line)
+eval_interval: PositiveInt = 100  # optimizer steps between two validations
+eval_records: PositiveInt | None = 400  # validate on the first so many. None: on all (null on the command line)
 patience: PositiveInt | None = None  # stop after so many validations without a new lowest loss
-save_interval: PositiveInt = 100  # optimizer steps
+save_interval: PositiveInt = 100  # optimizer steps between two saved states
 log_interval: PositiveInt = 1  # optimizer steps between two lines, when not on a terminal
 logger: str | None = None  # in addition to metrics.csv: tensorboard, or the class of another Lightning logger
 # devices

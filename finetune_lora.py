@@ -40,33 +40,31 @@ batch_size: PositiveInt = 128  # records per optimizer step, over all devices
 micro_batch_size: PositiveInt = 4  # records that a device computes at once; lower it if memory runs out
 num_epochs: PositiveInt = 5
 max_steps: PositiveInt | None = None  # stop after this many optimizer steps, if sooner than num_epochs
-warmup_steps: NonNegativeInt = (
-    100  # optimizer steps in which the learning rate rises to its value; at most a tenth of the run
-)
+warmup_steps: NonNegativeInt = 100  # optimizer steps in which the rate rises to its value; at most a tenth of the run
 lr_schedule: LRSchedule = "constant"  # after the warm-up; linear and cosine fall to 0 at the end
 weight_decay: NonNegativeFloat = 0.0
 max_grad_norm: PositiveFloat | None = None  # gradients of a larger norm are scaled down to it
 seed: NonNegativeInt = 1337
 # data
 block_size: PositiveInt = 512  # tokens; longer records are cut
-mask_prompt = True  # train on the responses alone
+mask_prompt = True  # train on the responses only
 # LoRA
-lora_r: PositiveInt = 8
-lora_alpha = 16
+lora_r: PositiveInt = 8  # rank of the updates
+lora_alpha = 16  # the updates are scaled by lora_alpha / lora_r
 lora_dropout = 0.05
 lora_targets = "query,value"  # of query, key, value, projection, mlp, head; all: all of them but the head
 # evaluation and saving
-eval_interval: PositiveInt = 100  # optimizer steps
-eval_records: PositiveInt | None = 400  # the first ones of the validation split. None: all (null on the command line)
+eval_interval: PositiveInt = 100  # optimizer steps between two validations
+eval_records: PositiveInt | None = 400  # validate on the first so many. None: on all (null on the command line)
 patience: PositiveInt | None = None  # stop after so many validations without a new lowest loss
-save_interval: PositiveInt = 100  # optimizer steps
+save_interval: PositiveInt = 100  # optimizer steps between two saved states
 log_interval: PositiveInt = 1  # optimizer steps between two lines, when not on a terminal
 logger: str | None = None  # in addition to metrics.csv: tensorboard, or the class of another Lightning logger
 # devices
 devices: PositiveInt = 1  # per node
 num_nodes: PositiveInt = 1
 strategy: Strategy = "auto"  # ddp: the whole model on each device; fsdp: spread over them, if it does not fit on one
-activation_checkpointing = False  # recompute blocks in the backward pass: less memory, a third more time
+activation_checkpointing = False  # recompute blocks in the backward pass: less memory, up to half more time
 precision: TrainingPrecision | None = None  # None: bf16-mixed on a GPU that has bfloat16, else 32-true
 
 LORA_FILE, BEST_FILE = "lit-llama-lora-finetuned.pth", "lit-llama-lora-finetuned-best.pth"

@@ -33,7 +33,7 @@ def main(
     Args:
         prompt: The text to continue.
         input: What an instruction works on, if anything.
-        prompt_file: Several prompts, one a line, instead.
+        prompt_file: A file of prompts, one per line, to use instead.
         prompt_style: plain for a text to continue, or the template of an instruction (see lit_llama/prompt.py). By
             default the one that the model's config.json names, or plain.
         checkpoint_path: The model.
@@ -41,8 +41,8 @@ def main(
         num_samples: Continuations per prompt.
         max_new_tokens: The longest continuation, in tokens.
         temperature: Below 1 for likelier text, above for more varied; 0 always takes the likeliest token.
-        top_k: Draw from this many of the likeliest tokens only; 0 for all.
-        top_p: Draw from the likeliest tokens that make up this probability only.
+        top_k: Draw only from this many of the likeliest tokens; 0 for all.
+        top_p: Draw only from the likeliest tokens that together have this probability.
         seed: Of the sampling; sample i uses seed + i.
         precision: By default the weights are bfloat16 on a GPU that has it, else float32.
     """

@@ -38,17 +38,17 @@ def main(
     Args:
         prompt: The instruction.
         input: What the instruction works on, if anything.
-        prompt_file: Several instructions, one a line, instead.
+        prompt_file: A file of instructions, one per line, to use instead.
         lora_path: The file that finetune_lora.py wrote, or several, which answer one after the other on the same base.
         lora_alpha: Only for a file of the archived Lit-LLaMA, which did not store it.
         pretrained_path: The checkpoint of the base model.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         merge: Fold the update into the weights first, which is faster. Default: true for one file, false for several.
-        force: Use the file on another base model of the same shape than the one that it was trained on.
+        force: Use the file even if it was trained on a different base model of the same shape.
         max_new_tokens: The longest response, in tokens.
         temperature: Below 1 for likelier text, above for more varied; 0 always takes the likeliest token.
-        top_k: Draw from this many of the likeliest tokens only; 0 for all.
-        top_p: Draw from the likeliest tokens that make up this probability only.
+        top_k: Draw only from this many of the likeliest tokens; 0 for all.
+        top_p: Draw only from the likeliest tokens that together have this probability.
         seed: Of the sampling.
         precision: By default the weights are bfloat16 on a GPU that has it, else float32.
     """

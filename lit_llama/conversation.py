@@ -91,7 +91,7 @@ class Conversation:
         self.messages = [Message("system", text), *turns] if text else turns
 
     def reset(self) -> None:
-        """Begin anew, with the same system message."""
+        """Start over, with the same system message."""
         self.messages = [message for message in self.messages if message.role == "system"]
 
     @property

@@ -92,7 +92,7 @@ class Dataset:
                 wrong.append(f"{name}.npy")
         wrong += [f"{split}_{name}.npy" for name in impossible(self.tokens, self.offsets, spans)]
         if wrong:
-            raise UserError(f"{self.data_dir} is damaged: {wrong[0]} does not fit the rest; prepare the data again")
+            raise UserError(f"{self.data_dir} is damaged: {wrong[0]} does not match the rest; prepare the data again")
 
     def __len__(self) -> int:
         return len(self.index)

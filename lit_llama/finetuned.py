@@ -66,7 +66,7 @@ def read_described(path: Path) -> dict[str, Any]:
         return content
     expected = content.pop(SEAL, None)
     if expected is not None and expected != checksum(content):
-        raise UserError(f"{path} is damaged: it does not fit its checksum; copy or write it again")
+        raise UserError(f"{path} is damaged: it does not match its checksum; copy or write it again")
     with naming(path, "it may be damaged: copy or write it again"):
         method = {content["kind"]: Mapping} if content["kind"] in ("lora", "adapter", "full") else {}
         check_types(content, {"kind": str, **method, **FIELDS}, PROGRESS)

@@ -66,7 +66,7 @@ def next_tokens(
     """
     longest = max(map(len, prompts), default=0)
     if not prompts or not all(prompts):
-        raise UserError("a prompt is empty; expected one token at least")
+        raise UserError("a prompt is empty; expected at least one token")
     before = cache[0].length if cache else 0
     if before + longest + sampling.max_new_tokens > model.config.block_size:
         raise UserError(
@@ -154,12 +154,12 @@ def kept(tokens: Iterator[int], into: list[int]) -> Iterator[int]:
 
 
 def read_prompts(prompt: str, prompt_file: Path | None) -> list[str]:
-    """The prompts of a file, one a line, or the one that is given."""
+    """The prompts of a file, one per line, or the one that is given."""
     if prompt_file is None and not prompt.strip():
         raise UserError("the prompt is empty; give a text by --prompt")
     if prompt_file is None:
         return [prompt]
     prompts = [line for line in read_text(prompt_file).splitlines() if line.strip()]
     if not prompts:
-        raise UserError(f"{prompt_file} has no prompts, expected one a line")
+        raise UserError(f"{prompt_file} has no prompts; expected one per line")
     return prompts

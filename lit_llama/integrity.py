@@ -1,7 +1,7 @@
-"""Whether a file is what was written: checksums, and fingerprints by which a model is known again.
+"""Whether a file is what was written: checksums, and fingerprints by which a model is recognised.
 
 A file of torch.save is a zip archive in which each tensor's bytes are a member, uncompressed and with a CRC32. That is
-checked when the file is read, whoever wrote it, at 2.4 GB/s for each CPU core. Descriptions of models and data
+checked when the file is read, whoever wrote it, on all CPU cores at once. Descriptions of models and data
 (config.json, meta.json) and files of finetuned weights hold a sha256 of their own in addition.
 """
 
@@ -45,9 +45,9 @@ def check_archive(path: Path, tensors: bool = True) -> None:
             f"{path} is truncated, or not a checkpoint of PyTorch 1.6 or later; copy or convert it again"
         ) from None
     if inflated or excessive:
-        raise UserError(f"{path} would take far more memory than its size, and was not opened; get it elsewhere")
+        raise UserError(f"{path} would take far more memory than its size, and was not opened; get it from elsewhere")
     if problems:
-        raise UserError(f"{path} is damaged: its {problems[0]} does not fit its checksum; copy or write it again")
+        raise UserError(f"{path} is damaged: its {problems[0]} does not match its checksum; copy or write it again")
 
 
 def damage(archive: ZipFile, member: ZipInfo) -> str:
@@ -146,7 +146,7 @@ def unsealed(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of a JSON file that `sealed` made, or that has no checksum; a UserError if they have changed."""
     rest = {name: value for name, value in fields.items() if name != SEAL}
     if SEAL in fields and fields[SEAL] != seal(rest):
-        raise UserError(f'{path} is damaged or was edited: it does not fit its "{SEAL}"; remove that to keep an edit')
+        raise UserError(f'{path} is damaged or was edited: it does not match its "{SEAL}"; remove that to keep an edit')
     return rest
 
 

@@ -64,7 +64,7 @@ def lock(path: Path, target: Path) -> int | None:
         free = error.errno != errno.EWOULDBLOCK  # a file system without locks
     if not free:
         os.close(descriptor)
-        raise UserError(f"{target} is being written by another process; wait for its end, or write elsewhere")
+        raise UserError(f"{target} is being written by another process; wait until it ends, or write elsewhere")
     return descriptor
 
 
@@ -76,10 +76,10 @@ def check_room(folder: Path, n_bytes: int) -> None:
     """Raise a UserError if a file of this size cannot be written to a folder."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if limit != resource.RLIM_INFINITY and n_bytes > limit:
-        raise UserError(f"a file of {n_bytes / 1e9:.2g} GB has to be written, the limit (ulimit -f) is {limit} bytes")
+        raise UserError(f"a file of {n_bytes / 1e9:.2g} GB is to be written, but ulimit -f allows {limit} bytes")
     free = shutil.disk_usage(folder).free
     if n_bytes > free:
         raise UserError(
-            f"a file of {n_bytes / 1e9:.2g} GB has to be written to {folder}, where {free / 1e9:.2g} GB are free; make "
-            "room or write elsewhere"
+            f"a file of {n_bytes / 1e9:.2g} GB is to be written to {folder}, where only {free / 1e9:.2g} GB are free; "
+            "make room or write elsewhere"
         )

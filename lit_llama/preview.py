@@ -23,7 +23,7 @@ def plan(schedule: BatchSchedule, val_data: Dataset, rate: LearningRate, llama: 
     data, size = schedule.dataset, schedule.batch_size
     yield (
         f"{len(data):,} records to train on ({data.n_cut:,} of them cut at {data.block_size} tokens; "
-        f"{data.n_dropped:,} more dropped, which had no room for a response), {len(val_data):,} to validate on"
+        f"{data.n_dropped:,} more dropped, which left no room for a response), {len(val_data):,} to validate on"
     )
     yield f"{rate.n_steps:,} steps of {size} records, epochs: {rate.n_steps / schedule.steps_per_epoch:.3g}"
     yield str(rate)

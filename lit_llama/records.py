@@ -84,7 +84,7 @@ def message(turn: object) -> Message:
 def text_of(row: dict[str, Any], name: str) -> str:
     text = row.get(name)
     if not isinstance(text, str) or not text.strip():
-        what = f"has no {name!r} but {', '.join(map(repr, row))}" if name not in row else f"has no text in {name!r}"
+        what = f"has no {name!r}, only {', '.join(map(repr, row))}" if name not in row else f"has no text in {name!r}"
         raise ValueError(what)
     try:
         text.encode()

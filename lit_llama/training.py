@@ -39,7 +39,7 @@ def launch(
     n, gpus = devices * num_nodes, torch.cuda.device_count()
     if devices > (gpus or os.cpu_count() or 1):
         has = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else f"no GPU and {os.cpu_count()} CPU cores"
-        raise UserError(f"{devices} devices were requested, this machine has {has}; lower --devices")
+        raise UserError(f"{devices} devices were requested, but this machine has {has}; lower --devices")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would build a plan for every new length of a record
     chosen: Any = "auto"
     if strategy == "fsdp":
@@ -54,7 +54,7 @@ def launch(
         raise UserError(f"could not launch {n} processes: {str(error).splitlines()[0]}") from None
     if fabric.world_size != n:
         launched = fabric.world_size
-        raise UserError(f"expected {n} processes (devices x nodes), {launched} were launched; change --devices")
+        raise UserError(f"expected {n} processes (devices x nodes), but {launched} were launched; change --devices")
     return fabric
 
 
@@ -123,11 +123,10 @@ class StepCheck:
             damaged = [
                 name for name, tensor in self.model.named_parameters() if not whole_tensor(tensor).isfinite().all()
             ]
-            why = f"{damaged[0]} is not finite either" if damaged else f"look at {records}"
-            raise UserError(
-                f"the loss of step {number + 1} is {loss:.4g}, its gradient's norm {norm:.4g}, so it was not taken; "
-                f"what was saved stays: resume with a lower --learning_rate, or {why}"
-            )
+            what = f"the loss of step {number + 1} is {loss:.4g}, its gradient's norm {norm:.4g}, so it was not taken"
+            if damaged:
+                raise UserError(f"{what}; {damaged[0]} is not finite either: the weights were damaged before this step")
+            raise UserError(f"{what}; what was saved stays: resume with a lower --learning_rate, or look at {records}")
         if self.mean is not None and loss > 10 * self.mean:
             self.log.say(
                 f"warning: the loss of step {number + 1} is {loss:.4g}, after {self.mean:.4g} on average: {records}"

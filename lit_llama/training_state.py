@@ -139,7 +139,7 @@ def check_settings(path: Path, saved: Mapping[str, Any], settings: Mapping[str, 
         raise UserError(f"{path} is not a training state")
     if not 1 <= saved.get("version", 1) <= VERSION or saved["step"] < 1:
         version, step = saved.get("version", 1), saved["step"]
-        raise UserError(f"{path} is of version {version}, step {step}; expected 1 to {VERSION}, and 1 or more")
+        raise UserError(f"{path} has version {version} and step {step}; expected 1 to {VERSION}, and 1 or more")
     for name, value in saved["hyperparameters"].items():
         if name not in MAY_CHANGE and settings.get(name) != value:
             raise UserError(f"cannot resume: the run of {path} has {name} {value}, not {settings.get(name)}")

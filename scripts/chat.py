@@ -58,11 +58,11 @@ def main(
             one that the model's config.json names.
         system: A system message, if the template has one.
         lora_alpha: Only for LoRA files of the archived Lit-LLaMA, which did not store it.
-        force: Use a file on another base model of the same shape than the one that it was trained on.
+        force: Use a file even if it was trained on a different base model of the same shape.
         max_new_tokens: The longest answer, in tokens.
         temperature: Below 1 for likelier text, above for more varied; 0 always takes the likeliest token.
-        top_k: Draw from this many of the likeliest tokens only; 0 for all.
-        top_p: Draw from the likeliest tokens that make up this probability only.
+        top_k: Draw only from this many of the likeliest tokens; 0 for all.
+        top_p: Draw only from the likeliest tokens that together have this probability.
         seed: Of the sampling.
         precision: By default the weights are bfloat16 on a GPU that has it, else float32.
     """

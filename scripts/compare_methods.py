@@ -1,8 +1,7 @@
 """Compare base, LLaMA-Adapter, LoRA and full finetuning on one model and data set, or LoRA of several ranks.
 
-LoRA is trained with the article's settings, for 5 epochs in batches of 128, and with settings for small data sets.
-
-Each is trained, evaluated and asked by the scripts that users run, one after the other.
+LoRA is trained twice: with the article's settings, for 5 epochs in batches of 128, and with settings for small data
+sets. Each method is trained, evaluated and asked by the scripts that users run, one after the other.
 """
 
 import datetime
@@ -67,7 +66,7 @@ def main(
 ) -> None:
     """Write comparison.md and comparison.png, or, with --ranks, ranks.md and ranks.png.
 
-    A run in out_dir that was cut off goes on, and a finished one is not repeated: change rates in a new out_dir.
+    An interrupted run in out_dir is continued, and a finished one is not repeated: for other settings, give a new one.
 
     Args:
         data_dir: What one of scripts/prepare_*.py wrote, with a validation split.
@@ -77,7 +76,7 @@ def main(
         new_topics_dir: Data whose validation split is on topics that data_dir does not touch.
         questions: What each model is asked.
         verdicts: JSON that maps an exact answer to a verdict on it, which is shown after the answer.
-        ranks: LoRA of these ranks instead of the four methods, for example 1,2,4,8,16.
+        ranks: LoRA of these ranks instead of all methods, for example 1,2,4,8,16.
     """
     methods = lora_ranks(data_dir, ranks) if ranks else four_methods(data_dir, own_template_dir)
     known = read_json(verdicts) if verdicts else {}

@@ -47,8 +47,8 @@ def main(
     Args:
         checkpoint_dir: The folder with params.json, consolidated.*.pth and, there or one folder up, tokenizer.model.
         out_dir: The model folder to write: lit-llama.pth, config.json and the tokenizer.
-        block_size: The most tokens that the model takes, which the files do not tell. By default what was published.
-        prompt_style: The template of an instruct model, llama2 or llama3, which the files do not tell either.
+        block_size: The most tokens that the model takes, which the files do not say. By default as published.
+        prompt_style: The template of an instruct model, llama2 or llama3, which the files do not say either.
     """
     check_apart(checkpoint_dir, out_dir)
     shards = find_shards(checkpoint_dir)

@@ -55,7 +55,7 @@ def fetch(repo_id: str, folder: Path, revision: str | None, endpoint: str | None
             f"{repo_id} is gated: accept its licence on its page on the hub, then run `hf auth login` and this again"
         ) from None
     except errors.RepositoryNotFoundError:
-        raise UserError(f"there is no {repo_id} on the hub, or it is private: then run hf auth login") from None
+        raise UserError(f"{repo_id} is not on the hub, or is private: if so, run hf auth login") from None
     except errors.RevisionNotFoundError:
         raise UserError(f"{repo_id} has no revision {revision}") from None
     except Exception as error:  # of the client or of a network library beneath it, which differs between versions

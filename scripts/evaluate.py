@@ -83,7 +83,7 @@ def main(
         lora_alpha: Only for a LoRA file of the archived Lit-LLaMA, which did not store it.
         precision: By default the weights are bfloat16 on a GPU that has it, else float32.
         json: Print JSON instead of the table.
-        force: Use the file on another base model of the same shape than the one that it was trained on.
+        force: Use the file even if it was trained on a different base model of the same shape.
     """
     if not text and data_dir is None:
         raise UserError("there is nothing to evaluate on; give --text, --data_dir or both")

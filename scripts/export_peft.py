@@ -34,7 +34,7 @@ def main(
         pretrained_path: The checkpoint of the base model.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         lora_alpha: Only for a file of the archived Lit-LLaMA, which did not store it.
-        force: Use the file on another base model of the same shape than the one that it was trained on.
+        force: Use the file even if it was trained on a different base model of the same shape.
     """
     base = read_config(pretrained_path, read_file(pretrained_path, check_tensors=False))
     config, state, prompt_style = read_finetuned(lora_path, "lora", base, lora_alpha, pretrained_path, force)

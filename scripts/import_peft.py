@@ -1,4 +1,4 @@
-"""Import a LoRA that Hugging Face's PEFT has trained, for generate_lora.py and all else that takes a LoRA file."""
+"""Import a LoRA that Hugging Face's PEFT has trained, for generate_lora.py and all others that take a LoRA file."""
 
 import sys
 from pathlib import Path

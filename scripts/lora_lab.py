@@ -1,6 +1,6 @@
 """Experiments on LoRA, each a table and a picture in out_dir; howto/understand_lora.md says what they show.
 
-They share their trainings, which the scripts that users run do once. A lab that was cut off goes on where it was.
+They share their trainings, each done once by the scripts that users run. An interrupted lab continues where it stopped.
 """
 
 import math

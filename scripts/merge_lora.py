@@ -33,7 +33,7 @@ def main(
         pretrained_path: The checkpoint of the base model.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         lora_alpha: Only for a file of the archived Lit-LLaMA, which did not store it.
-        force: Use the file on another base model of the same shape than the one that it was trained on.
+        force: Use the file even if it was trained on a different base model of the same shape.
         prompt: An instruction to compare logits on.
     """
     check_apart(pretrained_path.parent, out_dir)

@@ -40,11 +40,11 @@ def main(
         pretrained_path: The checkpoint that will be finetuned; its tokenizer is used.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         prompt_style: The template of the conversations (see lit_llama/prompt.py); plain for documents.
-        instruction_key: What the file calls the instruction of a record,
-        input_key: what the instruction works on,
-        output_key: and the answer;
-        messages_key: or the list of messages;
-        text_key: or the text of a document.
+        instruction_key: The field that holds the instruction of a record.
+        input_key: The field that holds what the instruction works on.
+        output_key: The field that holds the answer.
+        messages_key: The field that holds the list of messages of a conversation.
+        text_key: The field that holds the text of a document.
         val_split_size: Records to hold out if there is no validation_file. By default 2000, or a tenth if less.
         seed: Of the split.
     """

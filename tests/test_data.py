@@ -277,8 +277,8 @@ def test_arrays_that_cannot_be_right_are_named_without_a_checksum_too(
     shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
     path, meta = tmp_path / f"train_{name}.npy", json.loads((tmp_path / "meta.json").read_text())
     np.save(path, change(np.load(path)))
-    with pytest.raises(UserError, match=f"train_{name}.npy does not fit"):
+    with pytest.raises(UserError, match=f"train_{name}.npy does not match"):
         Dataset(tmp_path, "train", 128)
     (tmp_path / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k not in ("sha256", "checksum")}))
-    with pytest.raises(UserError, match=r"train_\w+\.npy does not fit"):
+    with pytest.raises(UserError, match=r"train_\w+\.npy does not match"):
         Dataset(tmp_path, "train", 128)

@@ -179,7 +179,7 @@ def test_more_devices_than_there_are_end_in_one_line(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     rest = [*arguments("lora", checkpoint, data_dir, tmp_path), "--devices", 2]
     assert run_script("finetune_lora", *rest) == (
-        "error: 2 devices were requested, this machine has 1 GPU; lower --devices"
+        "error: 2 devices were requested, but this machine has 1 GPU; lower --devices"
     )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert "2000 devices were requested" in run_script("finetune_lora", *rest, "--devices", 2000)

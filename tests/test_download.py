@@ -146,7 +146,7 @@ def test_a_broken_download_goes_on_where_it_stopped(hub: Hub, tmp_path: Path, mo
 
 
 def test_gated_and_unknown_models_are_told_apart(hub: Hub, tmp_path: Path) -> None:
-    assert "there is no tiny/other" in str(call(hub, "tiny/other"))
+    assert "tiny/other is not on the hub" in str(call(hub, "tiny/other"))
     hub.gated = True
     message = str(call(hub))
     assert "accept its licence" in message

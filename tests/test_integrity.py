@@ -117,7 +117,7 @@ def test_a_lora_file_of_another_base_is_refused_naming_both(
     content = torch.load(lora_of_another, weights_only=True)
     content["lora"]["alpha"] = 999
     torch.save(content, lora_of_another)
-    with pytest.raises(UserError, match="does not fit its checksum"):
+    with pytest.raises(UserError, match="does not match its checksum"):
         load_lora(random_model(TINY), lora_of_another)
 
 
