@@ -48,7 +48,7 @@ test: .venv/test
 	ruff format --check .
 	ruff check .
 	pyrefly check
-	pytest -q
+	pytest -q -n auto --dist loadfile
 
 figures: .venv/test
 	python scripts/figures.py
