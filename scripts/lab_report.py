@@ -107,7 +107,7 @@ def draw_targets(figure: "Figure", results: dict[str, list[float]]) -> None:
 def draw_settings(figure: "Figure", losses: dict[str, dict[str, dict[float, list[float]]]], deviation: float) -> None:
     """Dots for seeds, lines through their means, bars of one standard deviation of a mean."""
     for axes, (x, series) in zip(figure.subplots(1, len(losses), sharey=True), losses.items(), strict=True):
-        for (title, points), color in zip(series.items(), (COLORS["lora"], COLORS["adapter"]), strict=True):
+        for (title, points), color in zip(series.items(), (COLORS["lora"], COLORS["full"]), strict=True):
             means = [mean(values) for values in points.values()]
             bars = [deviation / len(values) ** 0.5 for values in points.values()]
             axes.errorbar(list(points), means, yerr=bars, capsize=4, label=title, color=color)
@@ -131,14 +131,17 @@ def draw_forgetting(figure: "Figure", rows: list[list[Any]]) -> None:
     for i, ((title, learned, forgotten, *_), color) in enumerate(zip(rows, colors, strict=True)):
         if learned <= base:  # a run that diverged would be far outside
             left.plot(learned, forgotten, "o", color=color)
-            left.annotate(title, (learned, forgotten), (6, 5 if i % 2 else -11), textcoords="offset points", fontsize=8)
-    left.margins(0.3)
+            x, side = (7, "left") if i % 2 else (-7, "right")
+            place = {"textcoords": "offset points", "ha": side, "va": "center", "fontsize": 8}
+            left.annotate(title, (learned, forgotten), (x, 0), **place)
+    left.margins(x=0.7, y=0.2)
     left.set(xlabel="validation loss (lower: learned more)", ylabel="loss of an unrelated text (higher: forgot more)")
     left.grid(alpha=0.3)
     titles, cosines = [row[0] for row in rows[1:]], [row[5] for row in rows[1:]]
     right.bar_label(right.barh(titles, cosines, color=colors[1:]), fmt="%.2f", padding=3, fontsize=9)
     right.axvline(0.5, color="black", linestyle="--", label="below: an intruder")
-    right.set(xlim=(0, 1.15), title="Lowest cosine of the top 10 singular vectors\nwith those of the base model")
+    right.set_xlim(0, 1.15)
+    right.set_title("Lowest cosine of the top 10 singular vectors\nwith those of the base model", fontsize=10)
     right.legend(fontsize=8, loc="lower right")
     right.invert_yaxis()
 
