@@ -152,8 +152,8 @@ def adapter() -> str:
 
 def speed() -> str:
     """Against transformers + PEFT, on equal batches."""
-    table = script("benchmark.py", "--rounds", 3, "--n_records", 24, "--new_tokens", 60)
-    return f"{table}\nMedians of 3 rounds of 24 records, each side in turn ({sitting()})."
+    table = script("benchmark.py", "--rounds", 2, "--n_records", 24, "--new_tokens", 60)
+    return f"{table}\nMedians of 2 rounds of 24 records, each side in turn ({sitting()})."
 
 
 def batches() -> str:

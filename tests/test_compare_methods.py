@@ -23,8 +23,9 @@ def test_four_methods_are_trained_evaluated_and_asked(
     monkeypatch.setattr(compare_methods, "four_methods", lambda *places: with_layer_0(four_methods(*places)))
     places = ("--data_dir", data_dir, "--pretrained_path", checkpoint, "--out_dir", tmp_path)
     limits = ("--max_new_tokens", 8, "--block_size", 100, "--n_answers", 3, "--num_epochs", 2)
+    settings = ("--lora_r", 2, "--full_learning_rate", 0.01, "--article_settings", "true")
     others = ("--own_template_dir", data_dir, "--new_topics_dir", data_dir, "--questions", "Count to 3")
-    assert run_script("compare_methods", *places, *limits, *others, "--lora_r", 2, "--full_learning_rate", 0.01) is None
+    assert run_script("compare_methods", *places, *limits, *others, *settings) is None
     text = (tmp_path / "comparison.md").read_text()
     rows = {cells[0].strip(): cells[1:] for cells in (line.strip("|").split("|") for line in text.splitlines())}
     loss = list(COLUMNS).index("loss")
