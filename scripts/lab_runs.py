@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from compare_methods import RESULTS, call
 from evaluate import response_loss, text_loss
+from lora_measures import svd
 from torch import Tensor
 
 from lit_llama.checkpoint import load_model
@@ -85,6 +86,11 @@ class Lab:
     def weights(self) -> dict[str, Tensor]:
         """Each matrix of the blocks by the name of PEFT: query, key and value apart."""
         return self.split(self.base.state_dict())
+
+    @cached_property
+    def directions(self) -> dict[str, Tensor]:
+        """The left singular vectors of the matrices of every third block."""
+        return {name: svd(weight).U for name, weight in self.weights.items() if int(name.split(".")[2]) % 3 == 0}
 
     def split(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The matrices of the blocks in a state dict, the rows of the fused layer cut into query, key and value."""

@@ -230,16 +230,12 @@ def pooled_deviation(points: list[list[float]]) -> float:
 def forgetting(lab: Lab, figure: "Figure") -> str:
     """What happens to an unrelated text, and which new directions the weights get."""
     runs: dict[str, Run | None] = {"base": None, **FORGETFUL}
-    every_third = [name for name in lab.weights if int(name.split(".")[2]) % 3 == 0]
-    U = {name: svd(lab.weights[name]).U for name in every_third}
     rows: list[list[object]] = []
     for title, one in runs.items():
         row: list[object] = [title, lab.loss(one), lab.unrelated_loss(one), math.exp(lab.unrelated_loss(one))]
         if one is not None:
-            updates = lab.updates(one)
-            size = mean(float(updates[name].norm() / lab.weights[name].norm()) for name in every_third)
-            cosines = [nearest_cosines(U[name], lab.weights[name] + updates[name]) for name in every_third]
-            row += [f"{size:.1%}", mean(one.min() for one in cosines), mean((one < 0.5).sum() for one in cosines)]
+            size, lowest, count = lab.kept(f"{one.name}: turned", lambda one=one: turned(lab, one))
+            row += [f"{size:.1%}", lowest, count]
         rows.append(row)
     draw_forgetting(figure, rows)
     titles = [
@@ -251,6 +247,18 @@ def forgetting(lab: Lab, figure: "Figure") -> str:
         "intruders",
     ]
     return table(["", *titles], rows)
+
+
+def turned(lab: Lab, of: Run) -> list[float]:
+    """How large a run's change is, how near its top directions are to the base's, and how many are new: means."""
+    updates = lab.updates(of)
+    cosines = {name: nearest_cosines(U, lab.weights[name] + updates[name]) for name, U in lab.directions.items()}
+    sizes = [float(updates[name].norm() / lab.weights[name].norm()) for name in cosines]
+    return [
+        mean(sizes),
+        mean(one.min() for one in cosines.values()),
+        mean((one < 0.5).sum() for one in cosines.values()),
+    ]
 
 
 FORGETFUL: dict[str, Run] = {
