@@ -117,25 +117,6 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def ranks() -> str:
-    """LoRA of several ranks."""
-    script("compare_methods.py", "--ranks", "1,4,16", "--out_dir", "out/ranks", "--n_answers", 1)
-    table = Path("out/ranks/ranks.md").read_text(encoding="utf-8").split("![")[0].strip()
-    return "\n".join(drop_columns(table.splitlines(), ("ROUGE-L", "generation")))
-
-
-def drop_columns(lines: list[str], titles: tuple[str, ...]) -> list[str]:
-    """A Markdown table, and what stands around it, without the columns whose titles begin so."""
-    head = next(line for line in lines if line.startswith("|"))
-    keep = [not cell.strip().startswith(titles) for cell in head.split("|")]
-    result = []
-    for line in lines:
-        cells = line.split("|")
-        is_row = line.startswith("|")
-        result.append("|".join(c for c, kept in zip(cells, keep, strict=True) if kept) if is_row else line)
-    return result
-
-
 def adapter() -> str:
     """LLaMA-Adapter at several learning rates, for one epoch on the quickstart's records."""
     rows = ["| learning rate | validation loss |", "|---:|---:|"]
@@ -152,8 +133,8 @@ def adapter() -> str:
 
 def speed() -> str:
     """Against transformers + PEFT, on equal batches."""
-    table = script("benchmark.py", "--rounds", 2, "--n_records", 24, "--new_tokens", 60)
-    return f"{table}\nMedians of 2 rounds of 24 records, each side in turn ({sitting()})."
+    table = script("benchmark.py", "--rounds", 2, "--n_records", 16, "--new_tokens", 50)
+    return f"{table}\nMedians of 2 rounds of 16 records, each side in turn ({sitting()})."
 
 
 def batches() -> str:
@@ -236,7 +217,6 @@ FIGURES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "recipes": recipes,
     "adapter": adapter,
-    "ranks": ranks,
     "ledger": ledger,
     **{f"lab-{name}": experiment(name) for name in EXPERIMENTS},
 }
