@@ -23,6 +23,7 @@ from lit_llama.log import TrainingLog, make_logger
 from lit_llama.optimizer import LearningRate, LRSchedule, clip_gradients
 from lit_llama.preview import expected_memory, plan, show_records
 from lit_llama.training import (
+    Quantize,
     StepCheck,
     StopSignal,
     Strategy,
@@ -64,6 +65,7 @@ num_nodes: PositiveInt = 1
 strategy: Strategy = "auto"  # ddp: the whole model on each device; fsdp: spread over them, if it does not fit on one
 activation_checkpointing = False  # recompute blocks in the backward pass: less memory, up to half more time
 precision: TrainingPrecision | None = None  # None: bf16-mixed on a GPU that has bfloat16, else 32-true
+quantize: Quantize | None = None  # nf4: the frozen matrices take 4 bits a weight; slower
 
 ADAPTER_FILE, BEST_FILE = "lit-llama-adapter-finetuned.pth", "lit-llama-adapter-finetuned-best.pth"
 
@@ -96,7 +98,7 @@ def main(
     schedule = SCHEDULES[state.version](train_data, batch_size, micro_batch_size, seed)
 
     torch.manual_seed(seed)
-    llama = load_base(fabric, pretrained_path, dtype)
+    llama = load_base(fabric, pretrained_path, dtype, quantize)
     tokenizer = matching_tokenizer(train_data, llama, pretrained_path, tokenizer_path)
     config = AdapterConfig(prompt_length, start_layer)
     add_adapter(llama, config)

@@ -16,6 +16,7 @@ from lit_llama.errors import UserError
 from lit_llama.files import CONFIG, check_finite, check_listed, read_file, read_json, replacing_folder, write_file
 from lit_llama.integrity import digest, fingerprint, is_plain, sealed, unsealed
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
+from lit_llama.nf4 import quantize_blocks
 from lit_llama.progress import say
 from lit_llama.prompt import TEMPLATES, PromptStyle
 from lit_llama.schema import naming, parse, short
@@ -60,10 +61,13 @@ def write_model(
     write_file(folder / CONFIG, sealed({**fields, "files": prints}))
 
 
-def load_model(path: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LLaMA:
+def load_model(
+    path: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", nf4: bool = False
+) -> LLaMA:
     """The model of a checkpoint `lit-llama.pth`, its weights in `dtype` (None: as they are stored).
 
     The weights are mapped from the file and copied, if at all, one by one: loading takes no second copy of the model.
+    With `nf4`, the matrices of the blocks are quantised to 4 bits on their way.
     """
     if path.is_file():
         say(f"Loading {path} ({path.stat().st_size / 1e9:.1f} GB)")
@@ -79,9 +83,12 @@ def load_model(path: Path, dtype: torch.dtype | None = None, device: torch.devic
     if dtype is None and len(stored) > 1:
         raise UserError(f"{path} mixes {' and '.join(sorted(stored))}; convert the model again, to one of them")
     for name in state:
-        state[name] = state[name].to(device, dtype)
+        if not (nf4 and name.startswith("transformer.h.") and state[name].dim() == 2):
+            state[name] = state[name].to(device, dtype)
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
+    if nf4:
+        quantize_blocks(model, device, dtype)
     return model
 
 

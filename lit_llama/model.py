@@ -224,7 +224,8 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.numel() == self.in_features and self.out_features % 16 == 0:
+        single = x.device.type == "cpu" and x.numel() == self.in_features and self.out_features % 16 == 0
+        if single and type(self.weight) is nn.Parameter:  # an ordinary one, not quantised
             return matrix_vector(x, self.weight)
         return super().forward(x)
 

@@ -25,6 +25,7 @@ from lit_llama.sharding import shard, whole_tensor
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 
 Strategy = Literal["auto", "ddp", "fsdp"]
+Quantize = Literal["nf4"]
 
 
 def launch(
@@ -58,11 +59,13 @@ def launch(
     return fabric
 
 
-def load_base(fabric: Fabric, path: Path, dtype: torch.dtype) -> LLaMA:
+def load_base(fabric: Fabric, path: Path, dtype: torch.dtype, quantize: Quantize | None = None) -> LLaMA:
     """The pretrained model in `dtype` on this process's device, or mapped from its file if it is to be sharded."""
-    if isinstance(fabric.strategy, ModelParallelStrategy):
-        return load_model(path)
-    return load_model(path, dtype, fabric.device)
+    if not isinstance(fabric.strategy, ModelParallelStrategy):
+        return load_model(path, dtype, fabric.device, quantize == "nf4")
+    if quantize:
+        raise UserError("a 4-bit base is not sharded: with --quantize, choose --strategy ddp")
+    return load_model(path)
 
 
 def matching_tokenizer(dataset: Dataset, model: LLaMA, pretrained_path: Path, tokenizer_path: Path | None) -> Tokenizer:

@@ -1,0 +1,81 @@
+"""A frozen base in 4 bits: NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3), by bitsandbytes.
+
+A matrix is cut into blocks of 64 weights; each block is divided by its largest absolute value, and each weight becomes
+the nearest of 16 numbers, the quantiles of a normal distribution. The largest values of 256 blocks are quantised
+again, to 8 bits: 4.13 bits a weight in all.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+from lit_llama.errors import UserError
+from lit_llama.model import Linear, LLaMA
+
+
+class NF4Weight(Tensor):
+    """A matrix (out, in) that is stored in 4 bits a weight, and is dequantised by every operation that reads it.
+
+    A layer with such a weight computes as before. Of its matrix product, nothing but the input's gradient is kept for
+    the backward pass, which dequantises the matrix again.
+    """
+
+    packed: Tensor  # two weights a byte
+    quant_state: Any  # the blocks' scales, bitsandbytes' QuantState
+
+    @staticmethod
+    def __new__(cls, packed: Tensor, quant_state: Any) -> "NF4Weight":
+        return Tensor._make_wrapper_subclass(cls, quant_state.shape, dtype=quant_state.dtype, device=packed.device)
+
+    def __init__(self, packed: Tensor, quant_state: Any) -> None:
+        self.packed, self.quant_state = packed, quant_state
+
+    @classmethod
+    def quantize(cls, weight: Tensor) -> "NF4Weight":
+        """The matrix `weight` (out, in), rounded to 4 bits a weight."""
+        packed, state = bitsandbytes().functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        return cls(packed, state)
+
+    def dequantize(self) -> Tensor:
+        """An ordinary tensor (out, in) in the dtype that was quantised."""
+        return bitsandbytes().functional.dequantize_4bit(self.packed, self.quant_state)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is F.linear:
+            x, weight = args[:2]
+            return bitsandbytes().matmul_4bit(x, weight.packed.t(), quant_state=weight.quant_state)
+        with torch._C.DisableTorchFunctionSubclass():  # which would make results NF4Weights, too
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].packed, args[0].quant_state)
+        plain = tree_map(lambda leaf: leaf.dequantize() if isinstance(leaf, cls) else leaf, (args, kwargs or {}))
+        return func(*plain[0], **plain[1])
+
+
+def quantize_blocks(model: LLaMA, device: torch.device | str, dtype: torch.dtype | None) -> None:
+    """Quantise the matrices of all blocks, as QLoRA does, one by one: `device` never holds two that are not.
+
+    Embedding and head stay as they are. `dtype` is what is quantised and computed in (None: as they are stored).
+    """
+    for layer in model.transformer.h.modules():
+        if isinstance(layer, Linear):
+            weight = NF4Weight.quantize(layer.weight.detach().to(device, dtype))
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def bitsandbytes() -> Any:
+    """The library, which is an extra."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would recommend further packages
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise UserError("a 4-bit base needs bitsandbytes; run: pip install -e '.[nf4]'") from None
+    return bitsandbytes

@@ -1,0 +1,140 @@
+"""A frozen base in 4 bits: what is stored, computed, trained, and what is not."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from builders import TINY, random_model, randomize
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, mark_only_adapter_as_trainable
+from lit_llama.checkpoint import load_model, save_model_folder
+from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable, merge_lora
+from lit_llama.model import Linear, LLaMA
+from lit_llama.nf4 import NF4Weight, quantize_blocks
+
+LORA = LoRAConfig(r=4, dropout=0.0, targets=TARGETS)
+
+
+def nf4_values() -> Tensor:
+    """The 16 numbers, by the definition of bitsandbytes' create_normal_map: quantiles of a normal distribution."""
+    offset, quantile = 0.9677083, torch.distributions.Normal(0, 1).icdf
+    positive = quantile(torch.linspace(offset, 0.5, 9)[:-1])
+    negative = -quantile(torch.linspace(offset, 0.5, 8)[:-1])
+    values = torch.cat([positive, negative, torch.zeros(1)]).sort().values
+    return values / values.max()
+
+
+def nearest(weight: Tensor) -> Tensor:
+    """A matrix rounded to NF4 in blocks of 64, by the paper's formula (section 3); scales are not quantised."""
+    blocks = weight.reshape(-1, 64)
+    scale = blocks.abs().amax(1, keepdim=True)
+    values = nf4_values()
+    index = (blocks / scale).unsqueeze(-1).sub(values).abs().argmin(-1)
+    return (values[index] * scale).view_as(weight)
+
+
+def quantized_and_plain() -> tuple[LLaMA, LLaMA]:
+    """A model with a 4-bit base, and an ordinary one with the very same numbers."""
+    model = random_model(TINY)
+    plain = copy.deepcopy(model)
+    quantize_blocks(model, "cpu", None)
+    for layer, other in zip(model.transformer.h.modules(), plain.transformer.h.modules(), strict=True):
+        if isinstance(layer, Linear):
+            assert isinstance(layer.weight, NF4Weight)
+            other.weight = nn.Parameter(layer.weight.dequantize())
+    return model, plain
+
+
+def gradients(model: LLaMA) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model.train()(torch.randint(TINY.vocab_size, (2, 11))).square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_values_are_those_of_the_paper_up_to_the_scales_of_8_bits() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(128, 192)
+    stored, expected = NF4Weight.quantize(weight).dequantize(), nearest(weight)
+    assert (stored - expected).norm() / expected.norm() < 0.01  # the second quantisation
+    assert (expected - weight).norm() / weight.norm() == pytest.approx(0.092, abs=0.004)
+
+
+def test_a_weight_takes_4_bits_and_an_eighth() -> None:
+    weight = NF4Weight.quantize(torch.randn(256, 512))
+    state = weight.quant_state
+    tensors = (weight.packed, state.absmax, state.state2.absmax)
+    bits = 8 * sum(tensor.numel() * tensor.itemsize for tensor in tensors) / weight.numel()
+    assert bits == pytest.approx(4 + 8 / 64 + 32 / (64 * 256))
+
+
+def test_only_the_matrices_of_blocks_are_quantised() -> None:
+    model, _ = quantized_and_plain()
+    quantised = {name for name, p in model.named_parameters() if isinstance(p, NF4Weight)}
+    kinds = ("attn.c_attn", "attn.c_proj", "mlp.c_fc1", "mlp.c_fc2", "mlp.c_proj")
+    assert quantised == {f"transformer.h.{i}.{kind}.weight" for i in range(TINY.n_layer) for kind in kinds}
+
+
+def test_lora_gets_the_gradients_of_the_dequantised_base() -> None:
+    results = []
+    for model in quantized_and_plain():
+        torch.manual_seed(1)
+        add_lora(model, LORA)
+        randomize({name: tensor for name, tensor in lora_state_dict(model).items() if name.endswith("B")})
+        mark_only_lora_as_trainable(model)
+        results.append(gradients(model))
+    assert results[0].keys() == results[1].keys() == lora_state_dict(model).keys()
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(gradient, results[1][name])
+
+
+def test_the_adapter_gets_the_gradients_of_the_dequantised_base() -> None:
+    results = []
+    for model in quantized_and_plain():
+        torch.manual_seed(1)
+        add_adapter(model, AdapterConfig(prompt_length=3, start_layer=0))
+        randomize(adapter_state_dict(model))
+        mark_only_adapter_as_trainable(model)
+        results.append(gradients(model))
+    assert results[0].keys() == results[1].keys() == adapter_state_dict(model).keys()
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(gradient, results[1][name])
+
+
+def test_the_backward_pass_keeps_no_dequantised_matrix() -> None:
+    weight = NF4Weight.quantize(torch.randn(128, 64))
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        F.linear(torch.randn(3, 64, requires_grad=True), weight)
+    assert not any(tensor.is_floating_point() and tensor.numel() >= weight.numel() for tensor in kept)
+
+
+def test_merging_adds_to_the_dequantised_weights() -> None:
+    model, plain = quantized_and_plain()
+    for one in (model, plain):
+        torch.manual_seed(1)
+        add_lora(one, LORA)
+        randomize(lora_state_dict(one))
+        merge_lora(one)
+    for (name, weight), other in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert type(weight) is Tensor, name
+        assert torch.equal(weight, other)
+
+
+def test_a_single_token_goes_the_same_way() -> None:
+    model, plain = quantized_and_plain()
+    idx = torch.tensor([[5]])
+    with torch.inference_mode():
+        torch.testing.assert_close(model(idx), plain(idx))
+
+
+def test_loading_quantises_and_keeps_the_rest_as_it_is(tmp_path: Path) -> None:
+    model = random_model(TINY)
+    save_model_folder(tmp_path / "model", model.state_dict(), model.config, {})
+    loaded = load_model(tmp_path / "model" / "lit-llama.pth", nf4=True)
+    quantize_blocks(model, "cpu", None)
+    for (name, weight), other in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert type(weight) is type(other), name
+        assert torch.equal(*(w.dequantize() if isinstance(w, NF4Weight) else w for w in (weight, other)))
