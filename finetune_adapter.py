@@ -27,6 +27,7 @@ from lit_llama.training import (
     StepCheck,
     StopSignal,
     Strategy,
+    compile_blocks,
     launch,
     load_base,
     matching_tokenizer,
@@ -64,6 +65,7 @@ devices: PositiveInt = 1  # per node
 num_nodes: PositiveInt = 1
 strategy: Strategy = "auto"  # ddp: the whole model on each device; fsdp: spread over them, if it does not fit on one
 activation_checkpointing = False  # recompute blocks in the backward pass: less memory, up to half more time
+compile = False  # fuse the operations of blocks with torch.compile, for a GPU; needs a C++ compiler
 precision: TrainingPrecision | None = None  # None: bf16-mixed on a GPU that has bfloat16, else 32-true
 quantize: Quantize | None = None  # nf4: the frozen matrices take 4 bits a weight; slower
 
@@ -104,6 +106,8 @@ def main(
     add_adapter(llama, config)
     mark_only_adapter_as_trainable(llama)
     llama.recompute_blocks = activation_checkpointing
+    if compile:
+        compile_blocks(llama)
     model = fabric.setup(llama)
     trained = [parameter for parameter in llama.parameters() if parameter.requires_grad]
     optimizer: Any = fabric.setup_optimizers(torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay))

@@ -28,6 +28,7 @@ from lit_llama.training import (
     StepCheck,
     StopSignal,
     Strategy,
+    compile_blocks,
     launch,
     load_base,
     matching_tokenizer,
@@ -63,6 +64,7 @@ devices: PositiveInt = 1  # per node
 num_nodes: PositiveInt = 1
 strategy: Strategy = "auto"  # fsdp on several devices: each stores its share of weights, gradients and moments
 activation_checkpointing = True  # recompute blocks in the backward pass: less memory, a third more time
+compile = False  # fuse the operations of blocks with torch.compile, for a GPU; needs a C++ compiler
 precision: TrainingPrecision | None = None  # None: bf16-mixed on a GPU that has bfloat16, else 32-true
 
 BEST_FOLDER = "best"
@@ -102,6 +104,8 @@ def main(
     llama = load_base(fabric, pretrained_path, torch.float32)
     tokenizer = matching_tokenizer(train_data, llama, pretrained_path, tokenizer_path)
     llama.recompute_blocks = activation_checkpointing
+    if compile:
+        compile_blocks(llama)
     model = fabric.setup(llama)
     trained = list(llama.parameters())
     moments = getattr(torch, moments_dtype)

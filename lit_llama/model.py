@@ -133,9 +133,7 @@ class LLaMA(nn.Module):
             targets: the tokens (N,) that follow the selected ones; the result is their cross-entropy, summed.
         """
         T, start = idx.size(1), cache[0].length if cache else 0
-        positions = torch.arange(start, start + T, device=idx.device)  # (T,)
-        if lengths is not None:
-            positions = torch.cat([torch.arange(n, device=idx.device) for n in lengths])  # (T,)
+        positions = torch.cat([torch.arange(start, start + n, device=idx.device) for n in lengths or (T,)])  # (T,)
         if n_pad is not None:
             positions = positions - n_pad[:, None, None]  # (B, 1, T)
         rope = rotary_table(self.config, positions)
@@ -224,8 +222,8 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        single = x.device.type == "cpu" and x.numel() == self.in_features and self.out_features % 16 == 0
-        if single and type(self.weight) is nn.Parameter:  # an ordinary one, not quantised
+        is_plain = type(self.weight) is nn.Parameter  # not quantised
+        if is_plain and x.device.type == "cpu" and x.numel() == self.in_features and self.out_features % 16 == 0:
             return matrix_vector(x, self.weight)
         return super().forward(x)
 
@@ -271,17 +269,18 @@ def attention_mask(T: int, S: int, n_pad: Tensor | None, device: torch.device) -
 
 
 def rotary_table(config: LLaMAConfig, positions: Tensor) -> Tensor:
-    """The rotations cos + i sin (..., T, hs / 2) of token positions (..., T), complex64.
+    """Cosines and sines (2, ..., T, hs) by which `apply_rope` rotates the channels at token positions (..., T).
 
-    Always float32: in bfloat16, 2048 positions would share 641 angles. They are recomputed in each forward pass, which
-    costs next to nothing and leaves no state to cast, move or save.
+    Always float32: in bfloat16, 2048 positions would share 641 angles. Computed anew in each forward pass, they cost
+    next to nothing and leave no state to cast, move or save.
     """
     exponents = torch.arange(0, config.head_size, 2, device=positions.device, dtype=torch.float32) / config.head_size
     freqs = 1.0 / config.rope_base**exponents  # (hs / 2,)
     if config.rope_scaling is not None:
         freqs = stretch_frequencies(freqs, config.rope_scaling)
-    angles = positions.float().unsqueeze(-1) * freqs  # (..., T, hs / 2)
-    return torch.polar(torch.ones_like(angles), angles)
+    angles = positions.float().unsqueeze(-1) * freqs  # (..., T, hs / 2), one for each pair of channels
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((torch.stack((cos, cos), -1), torch.stack((-sin, sin), -1))).flatten(-2)  # (2, ..., T, hs)
 
 
 def stretch_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
@@ -294,5 +293,7 @@ def stretch_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate each pair of neighbouring channels of x (B, heads, T, hs) by its position's angle (arXiv 2104.09864)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, heads, T, hs / 2)
-    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)  # (B, heads, T, hs)
+    cos, sin = rope  # (..., T, hs)
+    ab = x.float()
+    ba = ab.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # each pair swapped
+    return torch.addcmul(ab * cos, ba, sin).to(x.dtype)  # a cos - b sin, b cos + a sin (B, heads, T, hs)

@@ -68,6 +68,12 @@ def load_base(fabric: Fabric, path: Path, dtype: torch.dtype, quantize: Quantize
     return load_model(path)
 
 
+def compile_blocks(llama: LLaMA) -> None:
+    """Have torch.compile fuse the operations of each kind of block, once for batches of all sizes."""
+    for block in llama.transformer.h:
+        block.compile(dynamic=True)
+
+
 def matching_tokenizer(dataset: Dataset, model: LLaMA, pretrained_path: Path, tokenizer_path: Path | None) -> Tokenizer:
     """The model's tokenizer, or a UserError if the data was tokenised with another one or is too long for the model."""
     if dataset.block_size > model.config.block_size:

@@ -1,0 +1,57 @@
+"""Blocks under torch.compile compute what they compute without, and are compiled once for batches of all sizes."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from builders import TINY, random_model, randomize
+from torch import Tensor
+
+from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, mark_only_adapter_as_trainable
+from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable
+from lit_llama.model import LLaMA
+from lit_llama.training import compile_blocks
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler"),
+]
+BATCHES = ([5, 9, 3, 7], [30, 11, 2, 8], [6, 6, 6, 6], [17, 40, 4, 21])  # lengths of packed records
+
+
+def losses_and_gradients(model: LLaMA) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    results = []
+    for lengths in BATCHES:
+        idx = torch.arange(sum(lengths)).unsqueeze(0) % TINY.vocab_size
+        select = torch.arange(0, sum(lengths), 2)
+        loss = model(idx, lengths=lengths, select=select, targets=select % 7)
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        model.zero_grad()
+    return results
+
+
+@pytest.mark.parametrize(("method", "n_graphs"), [("lora", 2), ("adapter", 3)])
+def test_compiled_blocks_compute_the_same_with_few_graphs(method: str, n_graphs: int) -> None:
+    model = random_model(TINY).train()
+    if method == "lora":
+        add_lora(model, LoRAConfig(dropout=0.0))
+        randomize(lora_state_dict(model))
+        mark_only_lora_as_trainable(model)
+    else:
+        add_adapter(model, AdapterConfig(prompt_length=3, start_layer=1))
+        randomize(adapter_state_dict(model))
+        mark_only_adapter_as_trainable(model)
+    expected = losses_and_gradients(copy.deepcopy(model))
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_blocks(model)
+    for (loss, gradients), (eager_loss, eager_gradients) in zip(losses_and_gradients(model), expected, strict=True):
+        torch.testing.assert_close(loss, eager_loss)
+        assert gradients.keys() == eager_gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, eager_gradients[name], rtol=1e-4, atol=1e-4 * gradient.abs().max())
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= n_graphs
