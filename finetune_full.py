@@ -65,7 +65,7 @@ num_nodes: PositiveInt = 1
 strategy: Strategy = "auto"  # fsdp on several devices: each stores its share of weights, gradients and moments
 activation_checkpointing = True  # recompute blocks in the backward pass: less memory, a third more time
 compile = False  # fuse the operations of blocks with torch.compile, for a GPU; needs a C++ compiler
-precision: TrainingPrecision | None = None  # None: bf16-mixed on a GPU that has bfloat16, else 32-true
+precision: TrainingPrecision | None = None  # None: bf16-mixed on a GPU, or 16-mixed on an old one; else 32-true
 
 BEST_FOLDER = "best"
 
@@ -123,7 +123,7 @@ def main(
         fabric.print(show_records(train_data, tokenizer))
         return
     log = TrainingLog(fabric, out_dir, last_step, first_step, log_interval)
-    stop, check_step = StopSignal(), StepCheck(log, llama)
+    stop, check_step = StopSignal(), StepCheck(log, llama, fabric.strategy.precision)
     if first_step == 0:
         log.validation(0, validation_loss(fabric, model, val_data, micro_batch_size))
     # A step depends on nothing but its number and the state before it: a resumed run ends like an uninterrupted one.
@@ -144,6 +144,7 @@ def main(
             fabric.backward(loss * fabric.world_size)  # gradients are averaged over the devices
             step_loss += loss.detach()
         mean_loss = sum_over_devices(fabric, step_loss)
+        fabric.strategy.precision.unscale_gradients(optimizer.optimizer)  # float16's are scaled, lest they vanish
         gradient_norm = clip_gradients(trained, max_grad_norm)
         check_step(step, number, mean_loss, gradient_norm)
         optimizer.step()

@@ -68,7 +68,7 @@ num_nodes: PositiveInt = 1
 strategy: Strategy = "auto"  # ddp: the whole model on each device; fsdp: spread over them, if it does not fit on one
 activation_checkpointing = False  # recompute blocks in the backward pass: less memory, up to half more time
 compile = False  # fuse the operations of blocks with torch.compile, for a GPU; needs a C++ compiler
-precision: TrainingPrecision | None = None  # None: bf16-mixed on a GPU that has bfloat16, else 32-true
+precision: TrainingPrecision | None = None  # None: bf16-mixed on a GPU, or 16-mixed on an old one; else 32-true
 quantize: Quantize | None = None  # nf4: the frozen matrices take 4 bits a weight; slower
 
 LORA_FILE, BEST_FILE = "lit-llama-lora-finetuned.pth", "lit-llama-lora-finetuned-best.pth"
@@ -124,7 +124,7 @@ def main(
         fabric.print(show_records(train_data, tokenizer))
         return
     log = TrainingLog(fabric, out_dir, last_step, first_step, log_interval)
-    stop, check_step = StopSignal(), StepCheck(log, llama)
+    stop, check_step = StopSignal(), StepCheck(log, llama, fabric.strategy.precision)
     if first_step == 0:
         log.validation(0, validation_loss(fabric, model, val_data, micro_batch_size))
     # A step depends on nothing but its number and the state before it: a resumed run ends like an uninterrupted one.
@@ -147,6 +147,7 @@ def main(
                 fabric.backward(loss * fabric.world_size)  # gradients are averaged over the devices
             step_loss += loss.detach()
         mean_loss = sum_over_devices(fabric, step_loss)
+        fabric.strategy.precision.unscale_gradients(optimizer.optimizer)  # float16's are scaled, lest they vanish
         gradient_norm = clip_gradients(trained, max_grad_norm)
         check_step(step, number, mean_loss, gradient_norm)
         optimizer.step()

@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 
-Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-true"]  # as Fabric spells them
-TrainingPrecision = Literal["32-true", "bf16-mixed"]  # the others store what is trained in too low a precision
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"]  # as Fabric spells them
+TrainingPrecision = Literal["32-true", "bf16-mixed", "16-mixed"]  # the others store trained weights too coarsely
 
 
 def default_device() -> torch.device:
@@ -18,14 +18,15 @@ def default_device() -> torch.device:
 
 
 def default_precision() -> TrainingPrecision:
-    """Default compute precision: bf16-mixed on a GPU that has bfloat16, else 32-true."""
-    has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16-mixed" if has_bfloat16 else "32-true"
+    """Default compute precision: bf16-mixed on a GPU that has bfloat16, 16-mixed on an older one, else 32-true."""
+    if not torch.cuda.is_available():
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
 def storage_dtype(precision: Precision) -> torch.dtype:
     """What frozen weights are stored in: the 16-bit type if all or most is computed in it, else float32."""
-    dtypes = {"32-true": torch.float32, "16-true": torch.float16}
+    dtypes = {"32-true": torch.float32, "16-true": torch.float16, "16-mixed": torch.float16}
     return dtypes.get(precision, torch.bfloat16)
 
 

@@ -188,7 +188,8 @@ def plot_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         for point in {validation[0], validation[-1]}:
             axes.annotate(f"{point[1]:.2f}", point, (0, 9), textcoords="offset points", ha="center", bbox=box)
-    norms = [(row["step"], row["gradient_norm"]) for row in rows if "gradient_norm" in row]  # version 1.0 had none
+    norms = [(row["step"], row.get("gradient_norm", math.nan)) for row in rows]  # version 1.0 had none
+    norms = [(step, norm) for step, norm in norms if math.isfinite(norm)]
     below.plot(*zip(*norms or [(0, 0)], strict=True), color="#7a7a7a", linewidth=1)
     axes.set(title=title, ylabel="cross-entropy per response token (nats)")
     below.set(xlabel="optimizer step", ylabel="gradient norm", ylim=(0, None))

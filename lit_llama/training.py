@@ -43,6 +43,8 @@ def launch(
         raise UserError(f"{devices} devices were requested, but this machine has {has}; lower --devices")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would build a plan for every new length of a record
     chosen: Any = "auto"
+    if strategy == "fsdp" and precision == "16-mixed":
+        raise UserError("16-mixed is for whole models; with --strategy fsdp, give --precision 32-true or bf16-mixed")
     if strategy == "fsdp":
         spread = partial(shard, compute_dtype=storage_dtype(precision))
         chosen = ModelParallelStrategy(spread, data_parallel_size=n, tensor_parallel_size=1)
@@ -120,15 +122,18 @@ def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
 class StepCheck:
     """Looks at each step before it is taken: at its loss and at the gradients, which are the same on all devices."""
 
-    def __init__(self, log: TrainingLog, model: LLaMA) -> None:
-        self.log, self.model = log, model
+    def __init__(self, log: TrainingLog, model: LLaMA, precision: Any = None) -> None:
+        """`precision` is Fabric's, which in float16 scales the loss, and skips steps until the scale is right."""
+        self.log, self.model, self.scaler = log, model, getattr(precision, "scaler", None)
         self.mean: float | None = None  # of the latest losses
 
     def __call__(self, step: Step, number: int, loss: float, norm: float) -> None:
         """Report a loss that has shot up; raise a UserError if it or the norm of the gradients is inf or nan."""
         records = ", ".join(map(str, sorted(step.dataset.index[step.records])[:8]))
         records = f"records {records}{' and others' if step.n_records > 8 else ''} (counted from 0, as prepared)"
-        if not math.isfinite(loss + norm):
+        if math.isfinite(loss) and not math.isfinite(norm) and self.scaler and self.scaler.get_scale() > 1:
+            self.log.say(f"step {number + 1} is skipped: its gradient is too large for float16, so it is scaled down")
+        elif not math.isfinite(loss + norm):
             damaged = [
                 name for name, tensor in self.model.named_parameters() if not whole_tensor(tensor).isfinite().all()
             ]
