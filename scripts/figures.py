@@ -162,7 +162,7 @@ def experiment(name: str) -> Callable[[], str]:
     def figure() -> str:
         text = script("lora_lab.py", "--only", name).strip()
         shutil.copy(f"out/lab/{name}.png", IMAGES / f"lab_{name}.png")
-        picture = f"![the figures of the table as a picture](images/lab_{name}.png)"
+        picture = f"![the experiment as a picture](images/lab_{name}.png)"
         return f"{text}\n\n{picture}\n\n(`python scripts/lora_lab.py --only {name}`, {sitting()})"
 
     return figure

@@ -100,6 +100,6 @@ def draw(figure: "Figure", lab: Lab, speeds: dict[str, float]) -> None:
     ratios = [(update / lab.weights[name]).abs().flatten()[::50] for name, update in lab.updates(RUN).items()]
     sizes = torch.cat(ratios).clamp_min(2**-24).log2()
     right.hist(sizes.clamp(-16, 4).numpy(), bins=60, color=COLORS["lora"])
-    right.axvline(-9, color="black", linestyle="--", label="1/512: bfloat16 loses what is left of it")
+    right.axvline(-9, color="black", linestyle="--", label="1/512: left of it, bfloat16 loses the update")
     right.set(title="Size of an update's entry, relative to its weight", xlabel="log2 |dW / W|", yticks=[])
     right.legend(fontsize=8, loc="lower center")

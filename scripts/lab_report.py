@@ -128,13 +128,11 @@ def draw_forgetting(figure: "Figure", rows: list[list[Any]]) -> None:
     left, right = figure.subplots(1, 2)
     colors = [COLORS["lora" if "LoRA" in row[0] else "full" if "full" in row[0] else "base"] for row in rows]
     base = rows[0][1]
-    for i, ((title, learned, forgotten, *_), color) in enumerate(zip(rows, colors, strict=True)):
+    for (title, learned, forgotten, *_), color, marker in zip(rows, colors, "osD^vPX*", strict=False):
         if learned <= base:  # a run that diverged would be far outside
-            left.plot(learned, forgotten, "o", color=color)
-            x, side = (7, "left") if i % 2 else (-7, "right")
-            place = {"textcoords": "offset points", "ha": side, "va": "center", "fontsize": 8}
-            left.annotate(title, (learned, forgotten), (x, 0), **place)
-    left.margins(x=0.7, y=0.2)
+            left.plot(learned, forgotten, marker, color=color, label=title)
+    left.legend(fontsize=8, loc="upper right")
+    left.margins(0.1)
     left.set(xlabel="validation loss (lower: learned more)", ylabel="loss of an unrelated text (higher: forgot more)")
     left.grid(alpha=0.3)
     titles, cosines = [row[0] for row in rows[1:]], [row[5] for row in rows[1:]]

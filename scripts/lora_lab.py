@@ -109,7 +109,7 @@ def low_rank(lab: Lab, figure: "Figure") -> str:
     rows.append(["not cut, with embedding and norms", "", levels["full finetuning"]])
     rows.append(["base", "", levels["base"], levels["base"]])
     losses = table(["rank r", "of its squared norm", "full finetuning, cut to rank r", "LoRA of rank r"], rows)
-    titles = ["matrix", "its rank", "rank that holds 50%", "rank that holds 90%", "90% of a random matrix"]
+    titles = ["matrix", "full rank", "rank that holds 50%", "rank that holds 90%", "90% of a random matrix"]
     return f"{losses}\n\n{table(titles, of_kinds)}"
 
 

@@ -1,4 +1,4 @@
-"""Exercises to howto/understand_lora.md. Edit this file, then check one of them, here the merge:
+"""Exercises for howto/understand_lora.md. Edit this file, then check one of them, here the merge:
 
     pytest howto/exercises/test_exercises.py -k merge
 
@@ -17,7 +17,7 @@ def gradients(x: Tensor, dh: Tensor, A: Tensor, B: Tensor, scaling: float) -> tu
 
     Args:
         x: the input of the layer, (C,).
-        dh: the gradient of the loss by the layer's output h = W x + scaling B A x, (out,).
+        dh: the gradient of the loss with respect to the layer's output h = W x + scaling B A x, (out,).
         A: (r, C).
         B: (out, r).
         scaling: alpha / r.
@@ -31,7 +31,8 @@ def gradients(x: Tensor, dh: Tensor, A: Tensor, B: Tensor, scaling: float) -> tu
 def stabilize_rank(model: LLaMA, config: LoRAConfig) -> None:
     """scaling: after add_lora(model, config), scale the updates by alpha / sqrt(r) instead of alpha / r.
 
-    This is rsLoRA (arXiv 2312.03732), after which a large rank needs no larger alpha.
+    This is rsLoRA (arXiv 2312.03732): with alpha fixed, the norm of the update no longer shrinks as r grows.
+    `lora_layers` of lit_llama/lora.py gives the model's LoRA layers.
     """
     raise NotImplementedError
 

@@ -15,7 +15,10 @@ def gradients(x: Tensor, dh: Tensor, A: Tensor, B: Tensor, scaling: float) -> tu
 
 
 def stabilize_rank(model: LLaMA, config: LoRAConfig) -> None:
-    """The scale is applied in one place, LoRALinear.scaling; forward and merge both read it."""
+    """The scale is applied in one place, LoRALinear.scaling; forward and merge both read it.
+
+    A sum of r terms that do not depend on each other grows like sqrt(r); dividing it by r makes it smaller as r grows.
+    """
     for _, layer in lora_layers(model):
         layer.scaling = config.alpha / config.r**0.5
 
