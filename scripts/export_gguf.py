@@ -50,6 +50,7 @@ def main(
     base_model: str | None = None,
     dtype: Literal["F32", "F16", "Q8_0"] = "F16",
     prompt_style: PromptStyle | None = None,
+    force: bool = False,
 ) -> None:
     """Write model-F16.gguf or, of a LoRA file, lora-F16.gguf and chat_template.jinja; and a Modelfile.
 
@@ -62,7 +63,10 @@ def main(
         base_model: With a LoRA file, its base for the Modelfile: a GGUF, or a name that Ollama knows.
         dtype: Of the matrices. Q8_0 is 8 bits with a scale for each 32 numbers; rows that do not divide by 32 are F16.
         prompt_style: The template of the conversations (see lit_llama/prompt.py). By default that of the training.
+        force: Use the LoRA file even if it was trained on a different base model of the same shape.
     """
+    if base_model and lora_path is None:
+        raise UserError("--base_model goes with --lora_path: a whole model has no other base")
     check_apart(checkpoint_path.parent, out_dir)
     tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
     if lora_path is None:
@@ -71,7 +75,8 @@ def main(
     elif base_model is None:
         raise UserError("a Modelfile names the base of a LoRA; add --base_model, a GGUF or a name that Ollama knows")
     else:
-        content = read_lora(lora_path, checkpoint_path, lora_alpha, prompt_style)
+        content = read_lora(lora_path, checkpoint_path, lora_alpha, force)
+        content = content._replace(style=prompt_style or content.style)
         is_file = Path(base_model).is_file()
         model, adapter = relative(Path(base_model), out_dir) if is_file else base_model, f"./lora-{dtype}.gguf"
     ollama = modelfile(model, adapter, content.style, tokenizer)
@@ -102,12 +107,12 @@ def template_metadata(style: PromptStyle, tokenizer: Tokenizer) -> dict[str, Any
     return metadata
 
 
-def read_lora(path: Path, base_path: Path, alpha: float | None, style: PromptStyle | None) -> Content:
+def read_lora(path: Path, base_path: Path, alpha: float | None, force: bool) -> Content:
     base = read_config(base_path, read_file(base_path))
-    config, state, own_style = read_finetuned(path, "lora", base, alpha, base_path)
+    config, state, style = read_finetuned(path, "lora", base, alpha, base_path, force)
     check_state(path, state, lora_shapes(base, config))
     metadata = {"general.name": path.stem} | lora_metadata(config)
-    return Content(metadata, dict(lora_to_gguf(state, base, config)), style or own_style)
+    return Content(metadata, dict(lora_to_gguf(state, base, config)), style)
 
 
 def relative(path: Path, folder: Path) -> str:

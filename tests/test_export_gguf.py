@@ -157,6 +157,7 @@ def test_what_cannot_be_exported_leaves_nothing(tmp_path: Path) -> None:
     lora = (*flags, "--base_model", "x", "--lora_path")
     assert "merge it" in str(run_script("export_gguf", *lora, tmp_path / "lora.pth"))
     assert "finetune_lora.py" in str(run_script("export_gguf", *lora, checkpoint))
+    assert "goes with --lora_path" in str(run_script("export_gguf", *flags, "--base_model", "x"))
     model = random_model(TINY)
     with torch.no_grad():
         model.lm_head.weight[3, 4] = 1e5
