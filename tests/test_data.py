@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import CONVERSATIONS, RECORDS, TINY, Lengths, random_model
+from builders import RECORDS, TINY, Lengths, prepare_records, random_model
 from torch.nn import functional as F
 
 from lit_llama.data import BatchSchedule, Dataset, GroupedSchedule
+from lit_llama.encoder import Encoder
 from lit_llama.errors import UserError
 from lit_llama.prepared import prepare
 from lit_llama.prompt import Message, encode, encode_prompt
@@ -194,13 +195,13 @@ def test_a_source_is_not_written_over(tmp_path: Path, tokenizer: Tokenizer) -> N
     source = tmp_path / "meta.json"
     source.write_text(json.dumps(RECORDS))
     with pytest.raises(UserError, match="would be replaced"):
-        prepare(tmp_path, {"train": CONVERSATIONS}, tokenizer, [source], "plain")
+        prepare(tmp_path, {"train": source}, Encoder(tokenizer, "plain"))
     assert json.loads(source.read_text()) == RECORDS
 
 
 def test_preparing_no_records_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="no training records"):
-        prepare(tmp_path / "out", {"train": [], "validation": []}, tokenizer, [tmp_path], "plain")
+        prepare_records(tmp_path / "out", {"train": [], "validation": []}, tokenizer.path)
     assert not (tmp_path / "out").exists()
 
 
@@ -216,6 +217,10 @@ def test_data_of_version_1_is_to_be_prepared_again(data_dir: Path, tmp_path: Pat
         Dataset(tmp_path, "train", 128)
 
 
+def as_row(record: list[Message]) -> dict:
+    return {"messages": [{"role": message.role, "content": message.content} for message in record]}
+
+
 def long_conversation(n_turns: int) -> list[Message]:
     return [Message("user" if i % 2 == 0 else "assistant", f"words {i}") for i in range(2 * n_turns)]
 
@@ -225,7 +230,7 @@ def test_all_answers_of_a_conversation_are_trained_on_up_to_the_limit(
     tmp_path: Path, tokenizer: Tokenizer, block_size: int
 ) -> None:
     records = [long_conversation(n) for n in (1, 4, 2)]
-    prepare(tmp_path / "data", {"train": records}, tokenizer, [tmp_path], "zephyr")
+    prepare_records(tmp_path / "data", {"train": [as_row(record) for record in records]}, tokenizer.path, "zephyr")
     dataset = Dataset(tmp_path / "data", "train", block_size)
     used = []
     for record in records:
@@ -247,7 +252,7 @@ def test_all_answers_of_a_conversation_are_trained_on_up_to_the_limit(
 
 def test_documents_are_cut_into_blocks_and_trained_on_as_a_whole(tmp_path: Path, tokenizer: Tokenizer) -> None:
     records = [[Message("assistant", "a b c d e f g h i j k")], [Message("assistant", "short")]]
-    prepare(tmp_path / "data", {"train": records}, tokenizer, [tmp_path], "plain")
+    prepare_records(tmp_path / "data", {"train": [as_row(record) for record in records]}, tokenizer.path)
     dataset = Dataset(tmp_path / "data", "train", block_size=8)
     blocks = [dataset.record(i).tolist() for i in range(len(dataset))]
     whole = [encode("plain", record, tokenizer).ids for record in records]

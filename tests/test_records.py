@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from builders import CONVERSATIONS, RECORDS
+from builders import CONVERSATIONS, RECORDS, read_records
 
 from lit_llama.errors import UserError
 from lit_llama.prompt import Message
-from lit_llama.records import Fields, read_records, split_records
+from lit_llama.records import Fields, split_records
 
 HI = [Message("user", "Hi"), Message("assistant", "Hello")]
 
@@ -110,14 +111,13 @@ def test_malformed_records_are_named(tmp_path: Path, text: str, message: str) ->
 
 
 def test_splits_are_disjoint_and_depend_on_the_seed_alone() -> None:
-    records = [[Message("user", str(i)), Message("assistant", "o")] for i in range(100)]
-    split = split_records(records, None, seed=1)
-    assert (len(split["train"]), len(split["validation"])) == (90, 10)
-    assert not {record[0] for record in split["train"]} & {record[0] for record in split["validation"]}
-    assert split == split_records(records, None, seed=1) != split_records(records, None, seed=2)
-    assert len(split_records(records, 25, seed=1)["validation"]) == 25
+    train, validation = split_records(100, None, seed=1).values()
+    assert (len(train), len(validation)) == (90, 10)
+    order = np.random.default_rng(1).permutation(100)  # a split is that of version 1.0
+    assert np.array_equal(np.concatenate([validation, train]), order)
+    assert len(split_records(100, 25, seed=1)["validation"]) == 25
     with pytest.raises(UserError):
-        split_records(records, 100, seed=1)
+        split_records(100, 100, seed=1)
 
 
 @pytest.mark.parametrize("name", ["nowhere.json", "no/where/at/all"])

@@ -1,0 +1,93 @@
+"""Arrays that are larger than memory: written part by part, and read back in another order."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryFile
+from types import TracebackType
+
+import numpy as np
+
+BLOCK = 2**20  # numbers that are looked at at once
+MOST_PIECES, MOST_NUMBERS = 2**16, 2**24  # that are read at once
+
+
+def number_type(n: int) -> type[np.signedinteger]:
+    """The smallest type that is used to count to n."""
+    return np.int32 if n < 2**31 else np.int64
+
+
+def rises(array: np.ndarray, least: int) -> bool:
+    """Whether each number is by at least so much larger than the one before it."""
+    return all((np.diff(array[i : i + BLOCK + 1]) >= least).all() for i in range(0, len(array), BLOCK))
+
+
+class Spool:
+    """Pieces of int32 of any length in a temporary file, added one after the other and then read in any order.
+
+    Attributes:
+        starts: (n + 1,) the place of each piece, and the end of the last; once `complete` was called.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = TemporaryFile(dir=folder)  # noqa: SIM115 - has no name, and goes with this object
+        self.added = [np.zeros(1, np.int32)]
+        self.starts = np.empty(0, np.int64)
+
+    def add(self, pieces: np.ndarray, lengths: np.ndarray) -> None:
+        """Append some pieces, given as one array, and the length of each."""
+        self.file.write(pieces.data)
+        self.added.append(lengths)
+
+    def complete(self) -> None:
+        lengths = np.concatenate(self.added)
+        self.added.clear()
+        self.starts = np.cumsum(lengths, dtype=np.int64)
+
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """How long the pieces of these numbers are."""
+        return self.starts[numbers + 1] - self.starts[numbers]
+
+    def total(self, numbers: np.ndarray) -> int:
+        """How long they are together."""
+        return sum(int(self.lengths(block).sum()) for block in self.blocks(numbers))
+
+    def blocks(self, numbers: np.ndarray) -> Iterator[np.ndarray]:
+        """These numbers, so many at once as can be read at once."""
+        for first in range(0, len(numbers), MOST_PIECES):
+            block = numbers[first : first + MOST_PIECES]
+            ends = np.cumsum(self.lengths(block))
+            cuts = np.searchsorted(ends, np.arange(MOST_NUMBERS, ends[-1], MOST_NUMBERS))
+            yield from (part for part in np.split(block, cuts) if len(part))
+
+    def read(self, numbers: np.ndarray) -> np.ndarray:
+        """The pieces of these numbers, one after the other. The disk is read in the order of the file."""
+        starts, lengths = self.starts[numbers].tolist(), self.lengths(numbers).tolist()
+        pieces = [b""] * len(numbers)
+        for i in np.argsort(numbers).tolist():
+            self.file.seek(4 * starts[i])
+            pieces[i] = self.file.read(4 * lengths[i])
+        return np.frombuffer(b"".join(pieces), np.int32)
+
+
+class ArrayFile:
+    """A .npy file as np.save writes it, whose rows come in parts; `sha256` is of its numbers."""
+
+    def __init__(self, path: Path, dtype: type, shape: tuple[int, ...]) -> None:
+        self.dtype, self.sha256 = np.dtype(dtype), hashlib.sha256()
+        self.file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def __enter__(self) -> "ArrayFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()
+
+    def write(self, part: np.ndarray) -> None:
+        data = np.ascontiguousarray(part, self.dtype).data
+        self.file.write(data)
+        self.sha256.update(data)
