@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryFile
-from types import TracebackType
 
 import numpy as np
 
@@ -30,9 +29,12 @@ class Spool:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.file = TemporaryFile(dir=folder)  # noqa: SIM115 - has no name, and goes with this object
+        self.file = TemporaryFile(dir=folder)  # noqa: SIM115 - closed by close
         self.added = [np.zeros(1, np.int32)]
         self.starts = np.empty(0, np.int64)
+
+    def close(self) -> None:
+        self.file.close()
 
     def add(self, pieces: np.ndarray, lengths: np.ndarray) -> None:
         """Append some pieces, given as one array, and the length of each."""
@@ -75,16 +77,11 @@ class ArrayFile:
 
     def __init__(self, path: Path, dtype: type, shape: tuple[int, ...]) -> None:
         self.dtype, self.sha256 = np.dtype(dtype), hashlib.sha256()
-        self.file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
+        self.file = open(path, "wb")  # noqa: SIM115 - closed by close
         header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self.file, header)
 
-    def __enter__(self) -> "ArrayFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self.file.close()
 
     def write(self, part: np.ndarray) -> None:

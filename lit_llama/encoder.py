@@ -6,6 +6,7 @@ can be written in any order. Only where each record begins is kept in memory.
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
@@ -129,20 +130,20 @@ class Spools(NamedTuple):
     documents: np.ndarray  # (n,) whether each is one
 
 
-def fill_spools(folder: Path, source: Path, n: int, encoder: Encoder, num_workers: int) -> Spools:
-    """Tokenise the `n` records of a source into temporary files in `folder`."""
-    tokens, edges, documents = Spool(folder), Spool(folder), [np.empty(0, bool)]
-    results = in_processes(encoder.tokenise, chunks(source), num_workers)
-    for result in progress(
-        results, f"Tokenising {source.name}", "record", n=n, count=lambda result: len(result.lengths)
-    ):
-        if isinstance(result, str):
-            raise UserError(f"{source}, {result}")
-        tokens.add(result.tokens, result.lengths)
-        edges.add(result.edges, result.n_edges)
-        documents.append(result.documents)
-    tokens.complete()
-    edges.complete()
-    if len(tokens.starts) - 1 != n:
-        raise UserError(f"{source} was changed while it was read; run this again")
-    return Spools(tokens, edges, np.concatenate(documents))
+@contextmanager
+def tokenised(source: Path, n: int, encoder: Encoder, folder: Path, num_workers: int) -> Iterator[Spools]:
+    """The `n` records of a source, tokenised into temporary files in `folder`."""
+    with closing(Spool(folder)) as tokens, closing(Spool(folder)) as edges:
+        documents = [np.empty(0, bool)]
+        results = in_processes(encoder.tokenise, chunks(source), num_workers)
+        for result in progress(results, f"Tokenising {source.name}", "record", n=n, count=lambda r: len(r.lengths)):
+            if isinstance(result, str):
+                raise UserError(f"{source}, {result}")
+            tokens.add(result.tokens, result.lengths)
+            edges.add(result.edges, result.n_edges)
+            documents.append(result.documents)
+        tokens.complete()
+        edges.complete()
+        if len(tokens.starts) - 1 != n:
+            raise UserError(f"{source} was changed while it was read; run this again")
+        yield Spools(tokens, edges, np.concatenate(documents))

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from lit_llama import files
 from lit_llama.arrays import ArrayFile, rises
-from lit_llama.encoder import Encoder, Spools, count_records, fill_spools
+from lit_llama.encoder import Encoder, Spools, count_records, tokenised
 from lit_llama.errors import UserError
 from lit_llama.integrity import digest, sealed, unsealed
 from lit_llama.progress import progress, say
@@ -59,10 +59,10 @@ def prepare(
     checksums, documents = {}, {}
     with files.replacing_folder(data_dir, DATA_FILES) as part:
         for name, source in sources.items():
-            spools = fill_spools(part, source, counts[name], encoder, num_workers)
-            for split, records in splits[name].items():
-                checksums |= write_split(part, split, spools, records)
-                documents[split] = bool(spools.documents[records].all())
+            with tokenised(source, counts[name], encoder, part, num_workers) as spools:
+                for split, records in splits[name].items():
+                    checksums |= write_split(part, split, spools, records)
+                    documents[split] = bool(spools.documents[records].all())
         n_records = {split: len(records) for parts in splits.values() for split, records in parts.items()}
         meta = {
             "sources": [{"path": str(path), "sha256": identify(path, checksums)} for path in sources.values()],
@@ -86,14 +86,15 @@ def identify(source: Path, checksums: Mapping[str, str]) -> str:
 def write_split(folder: Path, split: str, spools: Spools, records: np.ndarray) -> dict[str, str]:
     """Write the arrays of a split that has these records in this order; their sha256s by their names."""
     n_tokens, n_edges = (spool.total(records) for spool in (spools.tokens, spools.edges))
-    shapes = (np.int32, (n_tokens,)), (np.int64, (len(records) + 1,)), (np.int64, (n_edges // 2, 2))
-    names = [f"{split}_{name}" for name in ARRAYS]
-    with ExitStack() as stack:
-        files = [
-            stack.enter_context(ArrayFile(folder / f"{name}.npy", *shape))
-            for name, shape in zip(names, shapes, strict=True)
-        ]
-        tokens, offsets, spans = files
+
+    def array_file(name: str, kind: type, *shape: int) -> closing[ArrayFile]:
+        return closing(ArrayFile(folder / f"{split}_{name}.npy", kind, shape))
+
+    with (
+        array_file("tokens", np.int32, n_tokens) as tokens,
+        array_file("offsets", np.int64, len(records) + 1) as offsets,
+        array_file("spans", np.int64, n_edges // 2, 2) as spans,
+    ):
         end = 0
         offsets.write(np.zeros(1))
         for block in progress(spools.tokens.blocks(records), f"Writing {split}", "record", n=len(records), count=len):
@@ -103,7 +104,7 @@ def write_split(folder: Path, split: str, spools: Spools, records: np.ndarray) -
             offsets.write(ends)
             spans.write(spools.edges.read(block) + np.repeat(ends - lengths, spools.edges.lengths(block)))
             end = ends[-1]
-    return {name: file.sha256.hexdigest() for name, file in zip(names, files, strict=True)}
+    return {f"{split}_{name}": a.sha256.hexdigest() for name, a in zip(ARRAYS, (tokens, offsets, spans), strict=True)}
 
 
 def read_split(data_dir: Path, split: str) -> tuple[dict[str, Any], list[np.ndarray]]:

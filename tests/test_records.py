@@ -38,6 +38,21 @@ def test_another_encoding_is_told(tmp_path: Path) -> None:
         read_records(tmp_path / "a.json")
 
 
+def test_a_line_in_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + '{"text": "é"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"1 of 2 .* line 2 is not text in UTF-8"):
+        read_records(tmp_path / "a.jsonl")
+    (tmp_path / "a.csv").write_bytes("text\na\né\n".encode("latin-1"))
+    with pytest.raises(UserError, match="not text in UTF-8"):
+        read_records(tmp_path / "a.csv")
+
+
+def test_a_jsonl_file_whose_first_line_is_broken_is_still_one_of_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"\n{"text": "b"}\n')
+    with pytest.raises(UserError, match=r"1 of 2 .* line 1 is not valid JSON"):
+        read_records(tmp_path / "a.jsonl")
+
+
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
@@ -101,6 +116,7 @@ def test_a_csv_with_line_breaks_in_its_cells(tmp_path: Path) -> None:
         ('{"messages": []}', "take turns"),
         ('{"messages": "hello"}', "take turns"),
         ('{"messages": [{"role": "user"}]}', "no 'value', only 'role'"),
+        ('{"text": "a"}\nb\n{"text": "c"}\n{}', "2 of 4 .* line 2 is not valid JSON; line 4 has no 'instruction'"),
     ],
 )
 def test_malformed_records_are_named(tmp_path: Path, text: str, message: str) -> None:
