@@ -1,4 +1,4 @@
-"""Arrays that are larger than memory: written part by part, and read back in another order."""
+"""Arrays that may be larger than memory: written part by part, and read back in another order."""
 
 import hashlib
 from collections.abc import Iterator
@@ -7,12 +7,12 @@ from tempfile import TemporaryFile
 
 import numpy as np
 
-BLOCK = 2**20  # numbers that are looked at at once
-MOST_PIECES, MOST_NUMBERS = 2**16, 2**24  # that are read at once
+BLOCK = 2**20  # values of an array that are looked at at a time
+MOST_PIECES, MOST_VALUES = 2**16, 2**24  # that are read at a time
 
 
 def number_type(n: int) -> type[np.signedinteger]:
-    """The smallest type that is used to count to n."""
+    """The type of numbers up to n: four bytes if that is enough."""
     return np.int32 if n < 2**31 else np.int64
 
 
@@ -46,27 +46,27 @@ class Spool:
         self.added.clear()
         self.starts = np.cumsum(lengths, dtype=np.int64)
 
-    def lengths(self, numbers: np.ndarray) -> np.ndarray:
-        """How long the pieces of these numbers are."""
-        return self.starts[numbers + 1] - self.starts[numbers]
+    def lengths(self, chosen: np.ndarray) -> np.ndarray:
+        """How long the pieces are that are chosen by their numbers."""
+        return self.starts[chosen + 1] - self.starts[chosen]
 
-    def total(self, numbers: np.ndarray) -> int:
+    def total(self, chosen: np.ndarray) -> int:
         """How long they are together."""
-        return sum(int(self.lengths(block).sum()) for block in self.blocks(numbers))
+        return sum(int(self.lengths(block).sum()) for block in self.blocks(chosen))
 
-    def blocks(self, numbers: np.ndarray) -> Iterator[np.ndarray]:
-        """These numbers, so many at once as can be read at once."""
-        for first in range(0, len(numbers), MOST_PIECES):
-            block = numbers[first : first + MOST_PIECES]
+    def blocks(self, chosen: np.ndarray) -> Iterator[np.ndarray]:
+        """The same, as many at a time as should be read at a time."""
+        for first in range(0, len(chosen), MOST_PIECES):
+            block = chosen[first : first + MOST_PIECES]
             ends = np.cumsum(self.lengths(block))
-            cuts = np.searchsorted(ends, np.arange(MOST_NUMBERS, ends[-1], MOST_NUMBERS))
+            cuts = np.searchsorted(ends, np.arange(MOST_VALUES, ends[-1], MOST_VALUES))
             yield from (part for part in np.split(block, cuts) if len(part))
 
-    def read(self, numbers: np.ndarray) -> np.ndarray:
-        """The pieces of these numbers, one after the other. The disk is read in the order of the file."""
-        starts, lengths = self.starts[numbers].tolist(), self.lengths(numbers).tolist()
-        pieces = [b""] * len(numbers)
-        for i in np.argsort(numbers).tolist():
+    def read(self, chosen: np.ndarray) -> np.ndarray:
+        """These pieces, one after the other. The disk is read in the order of the file."""
+        starts, lengths = self.starts[chosen].tolist(), self.lengths(chosen).tolist()
+        pieces = [b""] * len(chosen)
+        for i in np.argsort(chosen).tolist():
             self.file.seek(4 * starts[i])
             pieces[i] = self.file.read(4 * lengths[i])
         return np.frombuffer(b"".join(pieces), np.int32)

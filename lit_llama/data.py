@@ -39,7 +39,7 @@ class Dataset:
     Records are cut at `block_size` tokens (a response that was cut has no end of sequence); one whose prompt leaves no
     room for a response is dropped and counted in `n_dropped`. Documents are cut into blocks, each a record of its own.
     With `mask_prompt` False, all tokens are trained on. `limit` takes the first so many of the records that are left.
-    The arrays stay on the disk; 12 bytes of each record are held in memory.
+    The arrays stay on the disk; 12 bytes of each record are held in memory, 20 of each block of a document.
 
     Attributes:
         index: the numbers, in the folder, of the records that are left.
@@ -231,17 +231,18 @@ class BatchSchedule:
         return Step(self.dataset, deal(records, self.dataset.lengths, self.micro_batch_size))
 
     def _find_largest(self) -> int:
-        """The first of the steps with a micro-batch of the most tokens; whole steps are dealt out many at a time."""
+        """The first of the steps whose largest micro-batch has the most tokens."""
         lengths, size = self.dataset.lengths, self.batch_size
         n_whole = len(self._order) // size * size
         dealt = seats(size, size // self.micro_batch_size)
         order = np.argsort(dealt, kind="stable")
         starts = np.searchsorted(dealt[order], np.arange(size // self.micro_batch_size))  # of each micro-batch
+        n = max(BLOCK // size, 1) * size  # records at a time
         most = []  # tokens of a micro-batch, of each step
-        for first in range(0, n_whole, n := max(BLOCK // size, 1) * size):
+        for first in range(0, n_whole, n):
             steps = lengths[self._order[first : min(first + n, n_whole)]].reshape(-1, size)  # (steps, size)
             steps = np.sort(steps)[:, ::-1]
-            most.append(np.add.reduceat(steps[:, order], starts, axis=1).max(1))
+            most.append(np.add.reduceat(steps[:, order], starts, axis=1).max(1))  # (steps,)
         if n_whole < len(self._order):
             rest = deal(self._order[n_whole:], lengths, self.micro_batch_size)
             most.append(np.array([max(map(self.dataset.n_tokens, rest))]))

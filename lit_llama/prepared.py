@@ -46,9 +46,7 @@ def prepare(
         n_validation: how many; None: 2,000, or a tenth if that is less.
         num_workers: processes that tokenise; the result does not depend on it.
     """
-    for source in sources.values():
-        if source.resolve().parent == data_dir.resolve() and re.fullmatch(DATA_FILES, source.name):
-            raise UserError(f"{source} would be replaced; give another --data_dir")
+    check_not_replaced(sources, data_dir)
     counts = {name: count_records(source, encoder.fields, num_workers) for name, source in sources.items()}
     if not counts["train"]:
         raise UserError(f"no training records in {sources['train']}")
@@ -56,6 +54,7 @@ def prepare(
         splits = {name: {name: np.arange(n)} for name, n in counts.items()}
     else:
         splits = {"train": split_records(counts["train"], n_validation, split_seed)}
+    n_records = {split: len(records) for parts in splits.values() for split, records in parts.items()}
     checksums, documents = {}, {}
     with files.replacing_folder(data_dir, DATA_FILES) as part:
         for name, source in sources.items():
@@ -63,7 +62,6 @@ def prepare(
                 for split, records in splits[name].items():
                     checksums |= write_split(part, split, spools, records)
                     documents[split] = bool(spools.documents[records].all())
-        n_records = {split: len(records) for parts in splits.values() for split, records in parts.items()}
         meta = {
             "sources": [{"path": str(path), "sha256": identify(path, checksums)} for path in sources.values()],
             "tokenizer": encoder.tokenizer.fingerprint(),
@@ -73,7 +71,17 @@ def prepare(
             "records": n_records,
         }
         files.write_file(part / "meta.json", sealed({**meta, "sha256": checksums}))
-    if (n := n_records.get("validation", 0)) < 2:
+    warn_if_few(n_records.get("validation", 0))
+
+
+def check_not_replaced(sources: Mapping[str, Path], data_dir: Path) -> None:
+    for source in sources.values():
+        if source.resolve().parent == data_dir.resolve() and re.fullmatch(DATA_FILES, source.name):
+            raise UserError(f"{source} would be replaced; give another --data_dir")
+
+
+def warn_if_few(n: int) -> None:
+    if n < 2:
         what = "one record to validate on: its loss says little" if n else "no records to validate on"
         say(f"warning: {what}; hold out more, or give a --validation_file")
 

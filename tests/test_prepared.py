@@ -28,7 +28,7 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("num_workers", "most_pieces", "most_numbers"), [(1, 2**16, 2**24), (2, 70, 300), (3, 1, 1)])
+@pytest.mark.parametrize(("num_workers", "most_pieces", "most_values"), [(1, 2**16, 2**24), (2, 70, 300), (3, 1, 1)])
 def test_arrays_are_those_of_records_encoded_one_by_one_in_the_order_of_the_split(
     tmp_path: Path,
     model_folder: Path,
@@ -36,12 +36,12 @@ def test_arrays_are_those_of_records_encoded_one_by_one_in_the_order_of_the_spli
     monkeypatch: pytest.MonkeyPatch,
     num_workers: int,
     most_pieces: int,
-    most_numbers: int,
+    most_values: int,
 ) -> None:
     tokenizer = Tokenizer(model_folder / "tokenizer.json")
     monkeypatch.setattr(encoder, "N_CORES", 2)
     monkeypatch.setattr(arrays, "MOST_PIECES", most_pieces)
-    monkeypatch.setattr(arrays, "MOST_NUMBERS", most_numbers)
+    monkeypatch.setattr(arrays, "MOST_VALUES", most_values)
     prepare(tmp_path / "out", {"train": source}, Encoder(tokenizer, "plain"), 7, 20, num_workers)
     records = [conversation(json.loads(line), Fields()) for line in source.read_text().split("\n")]
     order = np.random.default_rng(7).permutation(300)
@@ -87,7 +87,7 @@ from lit_llama.data import Dataset
 from lit_llama.encoder import Encoder
 from lit_llama.prepared import prepare
 from lit_llama.tokenizer import Tokenizer
-lit_llama.arrays.MOST_NUMBERS = 2**16
+lit_llama.arrays.MOST_VALUES = 2**16
 lit_llama.arrays.BLOCK = lit_llama.data.BLOCK = 2**10
 encoder = Encoder(Tokenizer(Path({str(model_folder / "tokenizer.json")!r})), "plain")
 {actions[0]}"""
