@@ -26,6 +26,7 @@ from lit_llama.tokenizer import Tokenizer
 
 N_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 CHUNK = 128  # records that a process is given at once
+FEW = 16  # chunks that are done sooner than other processes are started
 
 
 class Tokenised(NamedTuple):
@@ -111,8 +112,8 @@ class Calls(TorchDataset):
 def in_processes(function: Callable[[Any], Any], arguments: Iterable[Any], num_workers: int) -> Iterator[Any]:
     """function(argument) for each argument in turn, a few of them computed ahead by other processes."""
     arguments = iter(arguments)
-    first = list(islice(arguments, 2))
-    n = min(num_workers, N_CORES) if num_workers > 1 and len(first) > 1 else 0
+    first = list(islice(arguments, FEW))
+    n = min(num_workers, N_CORES) if num_workers > 1 and len(first) == FEW else 0
     calls, arguments = Calls(function), chain(first, arguments)
     yield from DataLoader(calls, sampler=arguments, batch_size=None, collate_fn=as_it_is, num_workers=n)
 

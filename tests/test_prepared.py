@@ -11,7 +11,7 @@ import pytest
 from builders import RECORDS, command, peak_of
 
 from lit_llama import arrays, encoder
-from lit_llama.encoder import Encoder
+from lit_llama.encoder import Encoder, in_processes
 from lit_llama.errors import UserError
 from lit_llama.prepared import ARRAYS, prepare
 from lit_llama.prompt import encode
@@ -21,11 +21,28 @@ from lit_llama.tokenizer import Tokenizer
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """300 records, all different, so that there are several chunks."""
+    """300 records, all different, which are several chunks if one has 10."""
     path = tmp_path / "records.jsonl"
     rows = ({**RECORDS[i % 14], "instruction": f"{i}: {RECORDS[i % 14]['instruction']}"} for i in range(300))
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
+
+
+def process_of(number: int) -> tuple[int, int]:
+    return number, os.getpid()
+
+
+def test_calls_are_shared_by_processes_in_order_and_not_drawn_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder, "N_CORES", 2)
+    drawn = []
+    results = in_processes(process_of, (drawn.append(i) or i for i in range(200)), num_workers=2)
+    first = next(results)
+    assert len(drawn) < 30
+    numbers, processes = zip(first, *results, strict=True)
+    assert numbers == tuple(range(200))
+    assert len({*processes}) == 2
+    assert os.getpid() not in processes
+    assert [*in_processes(process_of, range(3), num_workers=2)] == [process_of(i) for i in range(3)]
 
 
 @pytest.mark.parametrize(("num_workers", "most_pieces", "most_values"), [(1, 2**16, 2**24), (2, 70, 300), (3, 1, 1)])
@@ -40,6 +57,7 @@ def test_arrays_are_those_of_records_encoded_one_by_one_in_the_order_of_the_spli
 ) -> None:
     tokenizer = Tokenizer(model_folder / "tokenizer.json")
     monkeypatch.setattr(encoder, "N_CORES", 2)
+    monkeypatch.setattr(encoder, "CHUNK", 10)
     monkeypatch.setattr(arrays, "MOST_PIECES", most_pieces)
     monkeypatch.setattr(arrays, "MOST_VALUES", most_values)
     prepare(tmp_path / "out", {"train": source}, Encoder(tokenizer, "plain"), 7, 20, num_workers)
@@ -62,6 +80,7 @@ def test_a_record_that_a_template_cannot_take_is_named_by_its_place(
     tmp_path: Path, model_folder: Path, source: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
 ) -> None:
     monkeypatch.setattr(encoder, "N_CORES", 2)
+    monkeypatch.setattr(encoder, "CHUNK", 10)
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
     source.write_text(f"{source.read_text()}\n{json.dumps({'messages': turns})}")
     to_alpaca = Encoder(Tokenizer(model_folder / "tokenizer.json"), "alpaca")
