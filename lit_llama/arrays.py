@@ -7,8 +7,8 @@ from tempfile import TemporaryFile
 
 import numpy as np
 
-BLOCK = 2**20  # values of an array that are looked at at a time
-MOST_PIECES, MOST_VALUES = 2**16, 2**24  # that are read at a time
+BLOCK = 2**18  # values of an array that are looked at at a time
+MOST_PIECES, MOST_VALUES = 2**16, 2**22  # that are read at a time
 
 
 def number_type(n: int) -> type[np.signedinteger]:
@@ -30,21 +30,22 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self.file = TemporaryFile(dir=folder)  # noqa: SIM115 - closed by close
-        self.added = [np.zeros(1, np.int32)]
+        self.added = bytearray()  # the lengths so far
         self.starts = np.empty(0, np.int64)
 
     def close(self) -> None:
         self.file.close()
 
     def add(self, pieces: np.ndarray, lengths: np.ndarray) -> None:
-        """Append some pieces, given as one array, and the length of each."""
+        """Append some pieces, given as one array, and the length of each as int32."""
         self.file.write(pieces.data)
-        self.added.append(lengths)
+        self.added += lengths.data
 
     def complete(self) -> None:
-        lengths = np.concatenate(self.added)
-        self.added.clear()
-        self.starts = np.cumsum(lengths, dtype=np.int64)
+        lengths = np.frombuffer(self.added, np.int32)
+        self.starts = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=self.starts[1:])
+        self.added = bytearray()
 
     def lengths(self, chosen: np.ndarray) -> np.ndarray:
         """How long the pieces are that are chosen by their numbers."""

@@ -135,16 +135,16 @@ class Spools(NamedTuple):
 def tokenised(source: Path, n: int, encoder: Encoder, folder: Path, num_workers: int) -> Iterator[Spools]:
     """The `n` records of a source, tokenised into temporary files in `folder`."""
     with closing(Spool(folder)) as tokens, closing(Spool(folder)) as edges:
-        documents = [np.empty(0, bool)]
+        documents = bytearray()
         results = in_processes(encoder.tokenise, chunks(source), num_workers)
         for result in progress(results, f"Tokenising {source.name}", "record", n=n, count=lambda r: len(r.lengths)):
             if isinstance(result, str):
                 raise UserError(f"{source}, {result}")
             tokens.add(result.tokens, result.lengths)
             edges.add(result.edges, result.n_edges)
-            documents.append(result.documents)
+            documents += result.documents.data
         tokens.complete()
         edges.complete()
         if len(tokens.starts) - 1 != n:
             raise UserError(f"{source} was changed while it was read; run this again")
-        yield Spools(tokens, edges, np.concatenate(documents))
+        yield Spools(tokens, edges, np.frombuffer(documents, bool))

@@ -45,7 +45,7 @@ def test_calls_are_shared_by_processes_in_order_and_not_drawn_far_ahead(monkeypa
     assert [*in_processes(process_of, range(3), num_workers=2)] == [process_of(i) for i in range(3)]
 
 
-@pytest.mark.parametrize(("num_workers", "most_pieces", "most_values"), [(1, 2**16, 2**24), (2, 70, 300), (3, 1, 1)])
+@pytest.mark.parametrize(("num_workers", "most_pieces", "most_values"), [(1, 2**16, 2**22), (2, 70, 300), (3, 1, 1)])
 def test_arrays_are_those_of_records_encoded_one_by_one_in_the_order_of_the_split(
     tmp_path: Path,
     model_folder: Path,
