@@ -120,7 +120,7 @@ def parse(main: Callable[..., None], module: ModuleType) -> tuple[dict[str, Any]
     )
     parser.add_function_arguments(main, fail_untyped=True)
     parser.add_argument("--debug", type=bool, default=False, help="show the traceback of an error")
-    check = "compare tensors with their checksums when they are read"
+    check = "compare tensors and tokens with their checksums when they are read"
     parser.add_argument("--check_files", type=bool, default=True, help=check)
     types = {**inspect.get_annotations(main), "debug": bool, "check_files": bool}
     groups: dict[str, Any] = {}

@@ -7,23 +7,21 @@ changing them needs no new preparation.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
+from lit_llama.arrays import BLOCK, number_type
 from lit_llama.errors import UserError
-from lit_llama.files import read_json
-from lit_llama.integrity import unsealed
-from lit_llama.prepared import ARRAYS
-from lit_llama.prompt import TEMPLATES, PromptStyle
-from lit_llama.schema import check_types
-
-META = {"sources": list, "tokenizer": str, "prompt_style": str, "records": Mapping, "split_seed": int | None}
+from lit_llama.prepared import read_split
+from lit_llama.prompt import PromptStyle
+from lit_llama.records import shuffled
 
 
 class Batch(NamedTuple):
@@ -41,58 +39,53 @@ class Dataset:
     Records are cut at `block_size` tokens (a response that was cut has no end of sequence); one whose prompt leaves no
     room for a response is dropped and counted in `n_dropped`. Documents are cut into blocks, each a record of its own.
     With `mask_prompt` False, all tokens are trained on. `limit` takes the first so many of the records that are left.
+    The arrays stay on the disk; 12 bytes of each record are held in memory, 20 of each block of a document.
+
+    Attributes:
+        index: the numbers, in the folder, of the records that are left.
+        lengths: their tokens.
+        target_counts: how many of those are trained on.
     """
 
     def __init__(
         self, data_dir: Path, split: str, block_size: int, mask_prompt: bool = True, limit: int | None = None
     ) -> None:
         self.data_dir, self.block_size = data_dir, block_size
-        try:
-            self.meta = unsealed(data_dir / "meta.json", read_json(data_dir / "meta.json"))
-            check_types(self.meta, META, {"sha256": Mapping, "documents": bool})
-            if (data_dir / f"{split}_prompt_lengths.npy").is_file():
-                raise UserError("it is of version 1.0")
-            self.tokens, self.offsets, spans = (
-                np.load(data_dir / f"{split}_{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS
-            )
-        except Exception as error:  # NumPy raises many kinds
-            reason = " ".join(str(error).split())
-            raise UserError(f"{data_dir} holds no prepared data ({reason}); run one of scripts/prepare_*.py") from None
-        self._check(split, spans)
+        self.meta, (self.tokens, self.offsets, spans) = read_split(data_dir, split)
+        self.has_checksum = f"{split}_tokens" in self.meta.get("sha256", {})
         self.prompt_style: PromptStyle = self.meta["prompt_style"]
         origin = {name: self.meta[name] for name in ("sources", "tokenizer", "prompt_style", "split_seed", "records")}
         self.fingerprint = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
-        starts, ends = self.offsets[:-1], self.offsets[1:]
-        if self.meta.get("documents"):
-            blocks = [np.arange(*edges, block_size) for edges in zip(starts, ends, strict=True)]
-            starts, ends = np.concatenate(blocks), np.repeat(ends, list(map(len, blocks)))
-        lengths = np.minimum(ends - starts, block_size)
-        self.targets = spans if mask_prompt else np.stack([self.offsets[:-1], self.offsets[1:]], axis=1)
-        counts = self._targets_before(starts + lengths) - self._targets_before(starts + 1)  # nothing predicts the first
-        self.index = np.flatnonzero(counts)[:limit]  # of the records that are left
-        self.n_dropped = int((counts == 0).sum())
-        self.n_cut = int((lengths < ends - starts)[self.index].sum()) if not self.meta.get("documents") else 0
-        self.starts, self.lengths, self.target_counts = (a[self.index] for a in (starts, lengths, counts))
+        self.targets = spans if mask_prompt else sliding_window_view(self.offsets, 2)
+        self._measure(limit)
 
-    def _targets_before(self, places: np.ndarray) -> np.ndarray:
-        """How many of all tokens before each of some places in the file are trained on."""
-        starts, ends = self.targets.T
-        before = np.searchsorted(ends, places, side="right")  # spans that end there or earlier
-        whole = np.concatenate([[0], np.cumsum(ends - starts)])[before]
-        begun = np.append(starts, np.iinfo(np.int64).max)[before]  # the span that a place may be in
-        return whole + np.maximum(places - begun, 0)
+    def _measure(self, limit: int | None) -> None:
+        """Find the records that are left, and how long they are."""
+        documents, size = self.meta.get("documents", False), self.block_size
+        kind = number_type(len(self.offsets) + len(self.tokens) // size)
+        n_seen = self.n_dropped = self.n_cut = n = 0
+        all_starts, parts = [], []
+        for first in range(0, max(len(self.offsets) - 1, 1), BLOCK):
+            edges = np.array(self.offsets[first : first + BLOCK + 1])
+            starts, ends = cut(edges, size) if documents else (edges[:-1], edges[1:])
+            lengths = np.minimum(ends - starts, size)
+            spans = np.array(self._spans(edges[0], edges[-1]))
+            # Nothing predicts the first token.
+            counts = targets_before(spans, starts + lengths) - targets_before(spans, starts + 1)
+            left = np.flatnonzero(counts)
+            taken = left if limit is None else left[: max(limit - n, 0)]
+            self.n_dropped += len(starts) - len(left)
+            self.n_cut += 0 if documents else int((lengths < ends - starts)[taken].sum())
+            parts.append(((n_seen + taken).astype(kind), *(a[taken].astype(np.int32) for a in (lengths, counts))))
+            all_starts += [starts] if documents else []
+            n_seen, n = n_seen + len(starts), n + len(taken)
+        self.index, self.lengths, self.target_counts = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        self._starts = np.concatenate(all_starts) if documents else self.offsets
 
-    def _check(self, split: str, spans: np.ndarray) -> None:
-        """Raise a UserError unless the arrays are those that meta.json was written for."""
-        arrays = dict(zip(ARRAYS, (self.tokens, self.offsets, spans), strict=True))
-        wrong = [] if self.meta["prompt_style"] in TEMPLATES else ["the prompt_style of meta.json"]
-        for name, expected in self.meta.get("sha256", {}).items():
-            kind = name.removeprefix(f"{split}_")
-            if kind in arrays and hashlib.sha256(arrays[kind].data).hexdigest() != expected:
-                wrong.append(f"{name}.npy")
-        wrong += [f"{split}_{name}.npy" for name in impossible(self.tokens, self.offsets, spans)]
-        if wrong:
-            raise UserError(f"{self.data_dir} is damaged: {wrong[0]} does not match the rest; prepare the data again")
+    def _spans(self, start: int, end: int) -> np.ndarray:
+        """The spans that reach into tokens[start:end]."""
+        first, last = np.searchsorted(self.targets[:, 1], start, side="right"), np.searchsorted(self.targets[:, 0], end)
+        return self.targets[first:last]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -107,14 +100,14 @@ class Dataset:
 
     def record(self, i: int) -> Tensor:
         """The tokens of a record: its prompt, then its response."""
-        start = self.starts[i]
+        start = self._starts[self.index[i]]
         return torch.from_numpy(self.tokens[start : start + self.lengths[i]].astype(np.int64))
 
     def spans(self, i: int) -> np.ndarray:
         """The spans (n, 2) of a record's tokens that are trained on, as places in the record."""
-        start, end = self.starts[i], self.starts[i] + self.lengths[i]
-        first, last = np.searchsorted(self.targets[:, 1], start, side="right"), np.searchsorted(self.targets[:, 0], end)
-        return np.clip(self.targets[first:last], start, end) - start
+        start = self._starts[self.index[i]]
+        end = start + self.lengths[i]
+        return np.clip(self._spans(start, end), start, end) - start
 
     def last_answer(self, i: int) -> tuple[list[int], list[int]]:
         """The tokens before the last span of a record that is trained on, and those in it."""
@@ -148,17 +141,20 @@ class Dataset:
         return Batch(rows, None, places[select], targets)
 
 
-def impossible(tokens: np.ndarray, offsets: np.ndarray, spans: np.ndarray) -> Iterator[str]:
-    """The names of arrays that cannot be right, whatever the records were."""
-    for name, array, shape in (("tokens", tokens, (-1,)), ("offsets", offsets, (-1,)), ("spans", spans, (-1, 2))):
-        if array.dtype.kind != "i" or array.ndim != len(shape) or array.shape[1:] != shape[1:]:
-            yield name
-            return
-    if len(offsets) < 1 or (offsets[0], offsets[-1]) != (0, len(tokens)) or (np.diff(offsets) < 1).any():
-        yield "offsets"
-    edges = spans.reshape(-1)  # starts and ends in turn
-    if len(edges) and (edges[0] < 0 or edges[-1] > len(tokens) or (np.diff(edges) < 0).any()):
-        yield "spans"
+def cut(edges: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks of `size` tokens of documents: their starts, and the ends of their documents."""
+    n = -(-np.diff(edges) // size)  # of each document
+    number = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)  # of each block in its document
+    return np.repeat(edges[:-1], n) + size * number, np.repeat(edges[1:], n)
+
+
+def targets_before(spans: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """How many tokens before each of some places lie in spans (S, 2)."""
+    starts, ends = spans.T
+    before = np.searchsorted(ends, places, side="right")  # spans that end there or earlier
+    whole = np.concatenate([[0], np.cumsum(ends - starts)])[before]
+    begun = np.append(starts, np.iinfo(np.int64).max)[before]  # the span that a place may be in
+    return whole + np.maximum(places - begun, 0)
 
 
 @dataclass(frozen=True)
@@ -187,9 +183,13 @@ class Step:
 
     def share(self, rank: int, world_size: int) -> list[Batch]:
         """The micro-batches that one of several processes computes; all get equally many, padded with empty ones."""
+        return list(self.batches(rank, world_size))
+
+    def batches(self, rank: int, world_size: int) -> Iterator[Batch]:
+        """The same, each drawn when it is its turn."""
         empty = [np.empty(0, np.int64)] * (-len(self.micro_batches) % world_size)
         batch = self.dataset.padded_batch if self.padded else self.dataset.batch
-        return [batch(records) for records in (self.micro_batches + empty)[rank::world_size]]
+        return (batch(records) for records in (self.micro_batches + empty)[rank::world_size])
 
 
 class BatchSchedule:
@@ -208,23 +208,45 @@ class BatchSchedule:
         self.dataset, self.batch_size, self.micro_batch_size, self.seed = dataset, batch_size, micro_batch_size, seed
         self.steps_per_epoch = math.ceil(len(dataset) / batch_size)
         self._epoch: int | None = None
-        self._steps: list[Step] = []
+        self._order, self._largest = np.empty(0, np.int32), 0  # of the epoch
 
     def step(self, number: int) -> Step:
         """An optimizer step, counted from 0 over all epochs."""
         epoch, place = divmod(number, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._steps = epoch, self._draw(np.random.default_rng((self.seed, epoch)))
-        return self._steps[place]
+            self._draw(np.random.default_rng((self.seed, epoch)))
+            self._epoch = epoch
+        return self._step(place)
 
-    def _draw(self, rng: np.random.Generator) -> list[Step]:
-        """The steps of an epoch."""
-        order = rng.permutation(len(self.dataset))
-        steps = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        dealt = [deal(records, self.dataset.lengths, self.micro_batch_size) for records in steps]
-        largest = max(range(len(dealt)), key=lambda i: max(map(self.dataset.n_tokens, dealt[i])))
-        dealt.insert(0, dealt.pop(largest))
-        return [Step(self.dataset, micro_batches) for micro_batches in dealt]
+    def _draw(self, rng: np.random.Generator) -> None:
+        """Shuffle the records for an epoch."""
+        self._order = shuffled(len(self.dataset), rng)
+        self._largest = self._find_largest()
+
+    def _step(self, place: int) -> Step:
+        """A step of the epoch; the largest is taken out of its place and put first."""
+        if place <= self._largest:
+            place = (place - 1) % (self._largest + 1)
+        records = self._order[place * self.batch_size :][: self.batch_size]
+        return Step(self.dataset, deal(records, self.dataset.lengths, self.micro_batch_size))
+
+    def _find_largest(self) -> int:
+        """The first of the steps whose largest micro-batch has the most tokens."""
+        lengths, size = self.dataset.lengths, self.batch_size
+        n_whole = len(self._order) // size * size
+        dealt = seats(size, size // self.micro_batch_size)
+        order = np.argsort(dealt, kind="stable")
+        starts = np.searchsorted(dealt[order], np.arange(size // self.micro_batch_size))  # of each micro-batch
+        n = max(BLOCK // size, 1) * size  # records at a time
+        most = []  # tokens of a micro-batch, of each step
+        for first in range(0, n_whole, n):
+            steps = lengths[self._order[first : min(first + n, n_whole)]].reshape(-1, size)  # (steps, size)
+            steps = np.sort(steps)[:, ::-1]
+            most.append(np.add.reduceat(steps[:, order], starts, axis=1).max(1))  # (steps,)
+        if n_whole < len(self._order):
+            rest = deal(self._order[n_whole:], lengths, self.micro_batch_size)
+            most.append(np.array([max(map(self.dataset.n_tokens, rest))]))
+        return int(np.concatenate(most).argmax())
 
 
 def deal(records: np.ndarray, lengths: np.ndarray, most: int) -> list[np.ndarray]:
@@ -234,9 +256,14 @@ def deal(records: np.ndarray, lengths: np.ndarray, most: int) -> list[np.ndarray
     """
     n = math.ceil(len(records) / most)
     records = records[np.argsort(-lengths[records], kind="stable")]
-    place = np.arange(len(records)) % (2 * n)
-    place = np.minimum(place, 2 * n - 1 - place)  # 0, 1, ... n - 1, n - 1, ... 1, 0, 0, 1, ...
-    return [records[place == i] for i in range(n)]
+    dealt = seats(len(records), n)
+    return np.split(records[np.argsort(dealt, kind="stable")], np.cumsum(np.bincount(dealt))[:-1])[:n]
+
+
+def seats(n: int, n_players: int) -> np.ndarray:
+    """Which of the players gets each of n cards."""
+    place = np.arange(n) % (2 * n_players)
+    return np.minimum(place, 2 * n_players - 1 - place)  # 0, 1, ... n - 1, n - 1, ... 1, 0, 0, 1, ...
 
 
 def single_step(dataset: Dataset, micro_batch_size: int) -> Step:
@@ -253,7 +280,7 @@ class GroupedSchedule(BatchSchedule):
 
     window = 64  # micro-batches that are sorted together
 
-    def _draw(self, rng: np.random.Generator) -> list[Step]:
+    def _draw(self, rng: np.random.Generator) -> None:
         order, size, lengths = rng.permutation(len(self.dataset)), self.micro_batch_size, self.dataset.lengths
         micro_batches: list[np.ndarray] = []
         for start in range(0, len(order), self.window * size):
@@ -264,8 +291,10 @@ class GroupedSchedule(BatchSchedule):
         longest = max(range(len(micro_batches)), key=lambda i: lengths[micro_batches[i]].sum())
         micro_batches.insert(0, micro_batches.pop(longest))
         n = self.batch_size // size
-        steps = [micro_batches[start : start + n] for start in range(0, len(micro_batches), n)]
-        return [Step(self.dataset, step, padded=True) for step in steps]
+        self._steps = [micro_batches[start : start + n] for start in range(0, len(micro_batches), n)]
+
+    def _step(self, place: int) -> Step:
+        return Step(self.dataset, self._steps[place], padded=True)
 
 
 SCHEDULES = {1: GroupedSchedule, 2: BatchSchedule}  # by the version that a training state was written by

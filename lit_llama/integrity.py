@@ -150,6 +150,11 @@ def unsealed(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
     return rest
 
 
-def digest(path: Path, size: int | None = None) -> str:
-    """The sha256 of a file, or of its first bytes."""
-    return hashlib.sha256(path.read_bytes()[:size]).hexdigest()
+def digest(path: Path, size: int | None = None, start: int = 0) -> str:
+    """The sha256 of a file, or of its first `size` bytes, or of what comes after its first `start` bytes."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(start)
+        while block := file.read(CHUNK if size is None else min(CHUNK, size - file.tell())):
+            sha256.update(block)
+    return sha256.hexdigest()

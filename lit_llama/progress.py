@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -22,16 +22,34 @@ def on_terminal() -> bool:
     return sys.stderr.isatty() and min(os.get_terminal_size(sys.stderr.fileno())) > 0
 
 
-def progress(items: Collection[Item], what: str, unit: str, interval: float = 10) -> Iterator[Item]:
-    """The same items, counted on their way; where there is no bar, in a line each `interval` seconds and at the end."""
+def progress(
+    items: Iterable[Item],
+    what: str,
+    unit: str,
+    interval: float = 10,
+    n: int | None = None,
+    count: Callable[[Item], int] = lambda _: 1,
+) -> Iterator[Item]:
+    """The same items, counted on their way; where there is no bar, in a line each `interval` seconds and at the end.
+
+    Args:
+        n: of how many units, if the items have no length, or are of several units each.
+        count: how many an item is of.
+    """
+    n = len(items) if n is None and isinstance(items, Sized) else n
     if on_terminal():
-        yield from tqdm(items, desc=what, unit=unit, dynamic_ncols=True)
+        with tqdm(total=n, desc=what, unit=unit, dynamic_ncols=True) as bar:
+            for item in items:
+                yield item
+                bar.update(count(item))
         return
     start = last = time.perf_counter()
-    for i, item in enumerate(items, 1):
+    done = 0
+    for item in items:
         yield item
+        done += count(item)
         now = time.perf_counter()
-        if now - last >= interval and i < len(items):
-            say(f"{what}: {unit} {i:,} of {len(items):,}")
+        if now - last >= interval and done != n:
+            say(f"{what}: {unit} {done:,}{'' if n is None else f' of {n:,}'}")
             last = now
-    say(f"{what}: {unit} {len(items):,} of {len(items):,}, {time.perf_counter() - start:.1f} s")
+    say(f"{what}: {unit} {done:,} of {done if n is None else n:,}, {time.perf_counter() - start:.1f} s")

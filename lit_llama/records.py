@@ -6,7 +6,7 @@ as a whole. What a file calls these fields can be said with `Fields`.
 """
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -15,12 +15,13 @@ from urllib.request import urlopen
 
 import numpy as np
 
+from lit_llama.arrays import number_type
 from lit_llama.errors import UserError
 from lit_llama.files import parse_json, read_text, write_file
 from lit_llama.prompt import Message, Role, check_order
 
 Conversation = list[Message]  # of a document: the answer alone
-Rows = Iterable[tuple[str, object]]  # each with its place, such as "line 3"
+Row = tuple[str, object]  # its place, such as "line 3", and what is there; bytes are a line of JSON, not yet parsed
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
@@ -35,25 +36,9 @@ class Fields:
     text: str = "text"
 
 
-def read_records(source: Path, fields: Fields | None = None) -> list[Conversation]:
-    """The records of a .json, .jsonl, .csv, .parquet or .txt file, or of a data set's folder or name on the hub."""
-    records, problems, fields = [], [], fields or Fields()
-    for place, row in read_rows(source):
-        try:
-            records.append(conversation(row, fields))
-        except (ValueError, UserError) as error:
-            problems.append(f"{place} {error}")
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise UserError(
-            f"{source}: {len(problems)} of {len(problems) + len(records)} records cannot be used: "
-            f"{'; '.join(problems[:3])}{more}; fix or remove them, or name the fields, as in --instruction_key question"
-        )
-    return records
-
-
 def conversation(row: object, fields: Fields) -> Conversation:
     """The messages of a record; a ValueError says what is wrong with it."""
+    row = parse_line(row) if isinstance(row, bytes) else row
     if not isinstance(row, dict):
         raise ValueError(f"is of type {type(row).__name__}, not an object with fields")
     turns = row.get(fields.messages, row.get("conversations"))
@@ -69,6 +54,15 @@ def conversation(row: object, fields: Fields) -> Conversation:
     if messages[-1].role != "assistant":
         raise ValueError("ends in a question, not in an answer to learn from")
     return messages
+
+
+def parse_line(line: bytes) -> object:
+    try:
+        return parse_json(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not text in UTF-8 (byte {error.start})") from None
+    except ValueError:
+        raise ValueError("is not valid JSON") from None
 
 
 def message(turn: object) -> Message:
@@ -93,50 +87,61 @@ def text_of(row: dict[str, Any], name: str) -> str:
     return text
 
 
-def read_rows(source: Path) -> Rows:
-    """The rows of a file or data set, each with its place."""
+def read_rows(source: Path) -> Iterator[Row]:
+    """The rows of a file or data set, one by one."""
     readers = {".csv": csv_rows, ".txt": document, ".json": json_rows, ".jsonl": json_rows}
     if source.is_dir() or source.suffix == ".parquet" or (not source.exists() and len(source.parts) == 2):
         return dataset_rows(source)
     if not source.is_file():
         raise UserError(f"{source} does not exist")
-    text = read_text(source).removeprefix("\ufeff")
-    return readers.get(source.suffix, json_rows)(source, text)
+    return readers.get(source.suffix, json_rows)(source)
 
 
-def document(_source: Path, text: str) -> Rows:
-    return [("it", {"text": text})]
+def document(source: Path) -> Iterator[Row]:
+    yield "it", {"text": read_text(source).removeprefix("\ufeff")}
 
 
-def csv_rows(source: Path, text: str) -> Rows:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
-    try:
-        return [(f"line {reader.line_num}", {str(name): value for name, value in row.items()}) for row in reader]
-    except csv.Error as error:
-        raise UserError(f"{source}, line {reader.line_num}: not valid CSV ({error})") from None
-
-
-def json_rows(source: Path, text: str) -> Rows:
-    """The values of a JSON list, of the one list in a JSON object, or of the lines of a JSONL file."""
-    try:
-        content = parse_json(text)
-        if isinstance(content, dict) and len(content) == 1:
-            ((name, value),) = content.items()
-            content = value if isinstance(value, list) and name not in ("messages", "conversations") else content
-        return [(f"record {i}", row) for i, row in enumerate(content if isinstance(content, list) else [content], 1)]
-    except ValueError as error:
-        reason = str(error)
-    rows: list[tuple[str, object]] = []
-    for number, line in enumerate(text.split("\n"), 1):
+def csv_rows(source: Path) -> Iterator[Row]:
+    with open(source, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
         try:
-            rows += [(f"line {number}", parse_json(line))] if line.strip() else []
-        except ValueError:
-            what = f"line {number} is not valid JSON" if rows else reason
-            raise UserError(f"{source} is neither a JSON list nor JSON lines: {what}") from None
-    return rows
+            for row in reader:
+                yield f"line {reader.line_num}", {str(name): value for name, value in row.items()}
+        except csv.Error as error:
+            raise UserError(f"{source}, line {reader.line_num}: not valid CSV ({error})") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{source} is not text in UTF-8 (after line {reader.line_num}); convert it") from None
 
 
-def dataset_rows(source: Path) -> Rows:
+def json_rows(source: Path) -> Iterator[Row]:
+    """The values of a JSON list, of the one list in a JSON object, or of the lines of a JSONL file."""
+    if has_lines(source):
+        with open(source, "rb") as file:
+            yield from ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
+        return
+    try:
+        content = parse_json(read_text(source).removeprefix("\ufeff"))
+    except ValueError as error:
+        raise UserError(f"{source} is neither a JSON list nor JSON lines: {error}") from None
+    if isinstance(content, dict) and len(content) == 1:
+        ((name, value),) = content.items()
+        content = value if isinstance(value, list) and name not in ("messages", "conversations") else content
+    yield from ((f"record {i}", row) for i, row in enumerate(content if isinstance(content, list) else [content], 1))
+
+
+def has_lines(source: Path) -> bool:
+    """Whether a file is JSON lines: more follow the first, which is a value (in a .jsonl file, may be a broken one)."""
+    with open(source, "rb") as file:
+        filled = (line for line in file if line.strip())
+        first, second = next(filled, b""), next(filled, b"")
+    try:
+        parse_line(first)
+    except ValueError:
+        return bool(second) and source.suffix == ".jsonl" and not first.lstrip().startswith(b"[")
+    return bool(second)
+
+
+def dataset_rows(source: Path) -> Iterator[Row]:
     """The training split of a data set, by the library `datasets`: a parquet file, a folder, or a name on the hub."""
     try:
         from datasets import load_dataset
@@ -153,15 +158,21 @@ def dataset_rows(source: Path) -> Rows:
     return ((f"row {i}", row) for i, row in enumerate(rows, 1))
 
 
-def split_records(records: list[Conversation], n_validation: int | None, seed: int) -> dict[str, list[Conversation]]:
-    """Shuffle and hold out `n_validation` records (None: 2,000, or a tenth if that is less)."""
+def split_records(n: int, n_validation: int | None, seed: int) -> dict[str, np.ndarray]:
+    """The numbers of `n` records, shuffled, and `n_validation` held out (None: 2,000, or a tenth if that is less)."""
     if n_validation is None:
-        n_validation = min(2000, len(records) // 10)
-    if not 0 <= n_validation < len(records):
-        raise UserError(f"cannot hold out {n_validation} of {len(records)} records for validation")
-    order = np.random.default_rng(seed).permutation(len(records))
-    shuffled = [records[i] for i in order]
-    return {"train": shuffled[n_validation:], "validation": shuffled[:n_validation]}
+        n_validation = min(2000, n // 10)
+    if not 0 <= n_validation < n:
+        raise UserError(f"cannot hold out {n_validation} of {n} records for validation")
+    order = shuffled(n, np.random.default_rng(seed))
+    return {"train": order[n_validation:], "validation": order[:n_validation]}
+
+
+def shuffled(n: int, rng: np.random.Generator) -> np.ndarray:
+    """What rng.permutation(n) gives, in half the memory."""
+    order = np.arange(n, dtype=number_type(n))
+    rng.shuffle(order)
+    return order
 
 
 def download(url: str, path: Path) -> None:

@@ -49,6 +49,10 @@ class Tokenizer:
             self.bos_id = next(iter(self._hf.encode("").ids), None)  # what its own post-processor adds
             self.eos_id = self._find_eos()
 
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        """How another process gets the same: what the libraries pickle lacks some of the settings above."""
+        return type(self), (self.path,)
+
     def _find_eos(self) -> int:
         config = self.path.with_name(CONFIG_NAME)
         token = read_json(config).get("eos_token") if config.is_file() else None

@@ -86,7 +86,11 @@ def matching_tokenizer(dataset: Dataset, model: LLaMA, pretrained_path: Path, to
         raise UserError(
             f"{dataset.data_dir} was not prepared with {tokenizer.path}; prepare the data again with that tokenizer"
         )
-    if len(dataset.tokens) and not 0 <= dataset.tokens.min() <= dataset.tokens.max() < tokenizer.vocab_size:
+    if (
+        not dataset.has_checksum
+        and len(dataset.tokens)
+        and not 0 <= dataset.tokens.min() <= dataset.tokens.max() < tokenizer.vocab_size
+    ):
         raise UserError(
             f"{dataset.data_dir} is damaged: it has token ids beyond the vocabulary; prepare the data again"
         )
@@ -101,7 +105,7 @@ def validation_loss(fabric: Fabric, model: nn.Module, dataset: Dataset, micro_ba
     model.eval()
     step = single_step(dataset, micro_batch_size)
     total = torch.zeros((), device=fabric.device)
-    for batch in step.share(fabric.global_rank, fabric.world_size):
+    for batch in step.batches(fabric.global_rank, fabric.world_size):
         total += loss_sum(model, fabric.to_device(batch))
     model.train()
     return sum_over_devices(fabric, total) / step.n_targets

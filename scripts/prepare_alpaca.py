@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from jsonargparse.typing import NonNegativeInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from lit_llama.cli import run
+from lit_llama.encoder import N_CORES, Encoder
 from lit_llama.prepared import prepare
 from lit_llama.prompt import PromptStyle
-from lit_llama.records import download, read_records, split_records
+from lit_llama.records import download
 from lit_llama.tokenizer import find_tokenizer
 
 URL = "https://raw.githubusercontent.com/tloen/alpaca-lora/main/alpaca_data_cleaned_archive.json"
@@ -21,6 +22,7 @@ def main(
     data_file: Path | None = None,
     val_split_size: NonNegativeInt | None = None,
     seed: NonNegativeInt = 42,
+    num_workers: PositiveInt = N_CORES,
 ) -> None:
     """Download, split and tokenise.
 
@@ -32,13 +34,13 @@ def main(
         data_file: Records in the Alpaca format on the disk, instead of the download.
         val_split_size: Records to hold out for validation. By default 2000, or a tenth if that is less.
         seed: Of the split.
+        num_workers: Processes that tokenise: at most one for each CPU core, which is the default.
     """
-    tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
+    encoder = Encoder(find_tokenizer(pretrained_path, tokenizer_path), prompt_style)
     source = data_file or data_dir / "alpaca_data_cleaned_archive.json"
     if data_file is None:
         download(URL, source)
-    splits = split_records(read_records(source), val_split_size, seed)
-    prepare(data_dir, splits, tokenizer, [source], prompt_style, seed)
+    prepare(data_dir, {"train": source}, encoder, seed, val_split_size, num_workers)
 
 
 if __name__ == "__main__":

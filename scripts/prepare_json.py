@@ -7,12 +7,13 @@ which is trained on.
 
 from pathlib import Path
 
-from jsonargparse.typing import NonNegativeInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from lit_llama.cli import run
+from lit_llama.encoder import N_CORES, Encoder
 from lit_llama.prepared import prepare
 from lit_llama.prompt import PromptStyle
-from lit_llama.records import Fields, read_records, split_records
+from lit_llama.records import Fields
 from lit_llama.tokenizer import find_tokenizer
 
 
@@ -30,6 +31,7 @@ def main(
     text_key: str = "text",
     val_split_size: NonNegativeInt | None = None,
     seed: NonNegativeInt = 42,
+    num_workers: PositiveInt = N_CORES,
 ) -> None:
     """Split and tokenise.
 
@@ -47,15 +49,14 @@ def main(
         text_key: The field that holds the text of a document.
         val_split_size: Records to hold out if there is no validation_file. By default 2000, or a tenth if less.
         seed: Of the split.
+        num_workers: Processes that tokenise: at most one for each CPU core, which is the default.
     """
-    tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     fields = Fields(instruction_key, input_key, output_key, messages_key, text_key)
-    records = read_records(train_file, fields)
+    encoder = Encoder(find_tokenizer(pretrained_path, tokenizer_path), prompt_style, fields)
     if validation_file is None:
-        prepare(data_dir, split_records(records, val_split_size, seed), tokenizer, [train_file], prompt_style, seed)
+        prepare(data_dir, {"train": train_file}, encoder, seed, val_split_size, num_workers)
     else:
-        splits = {"train": records, "validation": read_records(validation_file, fields)}
-        prepare(data_dir, splits, tokenizer, [train_file, validation_file], prompt_style)
+        prepare(data_dir, {"train": train_file, "validation": validation_file}, encoder, num_workers=num_workers)
 
 
 if __name__ == "__main__":

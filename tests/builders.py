@@ -1,6 +1,7 @@
 """What tests build from and run with: a tiny model, records, scripts as the command line runs them."""
 
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -15,11 +16,14 @@ import torch
 from lit_llama import cli
 from lit_llama.adapter import AdapterConfig
 from lit_llama.data import Dataset
+from lit_llama.encoder import Encoder, count_records
 from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.lora import LoRAConfig
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.prepared import prepare
 from lit_llama.prompt import PromptStyle
-from lit_llama.records import Fields, conversation
+from lit_llama.records import Conversation, Fields, conversation, read_rows
+from lit_llama.tokenizer import Tokenizer
 
 TINY = LLaMAConfig(block_size=128, vocab_size=320, n_layer=2, n_head=4, n_embd=32, n_kv_head=2, n_hidden=48)
 
@@ -61,6 +65,26 @@ RECORDS = [
 
 
 CONVERSATIONS = [conversation(record, Fields()) for record in RECORDS]
+
+
+def read_records(source: Path, fields: Fields | None = None) -> list[Conversation]:
+    """All records of a file or data set; a UserError if some cannot be used."""
+    fields = fields or Fields()
+    n, records = count_records(source, fields), [conversation(row, fields) for _, row in read_rows(source)]
+    assert len(records) == n
+    return records
+
+
+def prepare_records(
+    data_dir: Path, splits: dict[str, list], tokenizer: Path, style: PromptStyle = "plain", num_workers: int = 1
+) -> None:
+    """Prepare records, which are first written next to the folder."""
+    sources = {split: data_dir.with_name(f"{data_dir.name}-{split}.json") for split in splits}
+    for split, source in sources.items():
+        source.write_text(json.dumps(splits[split]))
+    prepare(data_dir, sources, Encoder(Tokenizer(tokenizer), style), num_workers=num_workers)
+
+
 ROOT = Path(__file__).parent.parent
 RESULTS = {  # what the finetune scripts write
     "lora": "lit-llama-lora-finetuned.pth",

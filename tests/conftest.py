@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import CONVERSATIONS, RECORDS, TINY, random_model
+from builders import RECORDS, TINY, prepare_records, random_model
 from builders_tokenizers import train_byte_tokenizer
 from tokenizers import Tokenizer as HFTokenizer
 
 from lit_llama.checkpoint import save_model_folder
-from lit_llama.prepared import prepare
-from lit_llama.tokenizer import Tokenizer
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for scripts in processes of their own: tiny tensors are slower on several threads
 torch.set_num_threads(1)
@@ -48,8 +46,5 @@ def checkpoint(model_folder: Path) -> Path:
 def data_dir(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
     """11 records to train on and 3 to validate on, in the plain style so that they fit the tiny model."""
     folder = tmp_path_factory.mktemp("data")
-    source = folder / "records.json"
-    source.write_text(json.dumps(RECORDS))
-    splits = {"train": CONVERSATIONS[:11], "validation": CONVERSATIONS[11:]}
-    prepare(folder, splits, Tokenizer(model_folder / "tokenizer.json"), [source], "plain")
+    prepare_records(folder, {"train": RECORDS[:11], "validation": RECORDS[11:]}, model_folder / "tokenizer.json")
     return folder

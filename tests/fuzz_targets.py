@@ -16,7 +16,7 @@ import export_peft
 import import_peft
 import merge_lora
 import torch
-from builders import CONVERSATIONS, RECORDS, ROOT, TINY, random_model, randomize
+from builders import RECORDS, ROOT, TINY, prepare_records, random_model, randomize, read_records
 from builders_gguf import bpe_metadata, write_gguf
 from builders_tokenizers import train_byte_tokenizer, train_sentencepiece
 from lightning import Fabric
@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
 from lit_llama.checkpoint import load_model, save_model_folder
 from lit_llama.data import Dataset
+from lit_llama.encoder import Encoder
 from lit_llama.finetuned import describe, load_adapter, load_lora, save_finetuned
 from lit_llama.generation import Sampling, generate, read_prompts
 from lit_llama.integrity import identity
@@ -35,7 +36,6 @@ from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLaMA
 from lit_llama.optimizer import AdamW
 from lit_llama.prepared import prepare
-from lit_llama.records import read_records
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.tokenizer_formats import from_tiktoken
 from lit_llama.training import matching_tokenizer
@@ -146,10 +146,9 @@ def read_peft(folder: Path) -> Any:
 
 def read_own(name: str) -> Callable[[Path], Any]:
     def read(folder: Path) -> Any:
-        records = read_records(folder / name)
-        tokenizer = Tokenizer(folder / "tokenizer.json")
-        prepare(folder / "prepared", {"train": records, "validation": []}, tokenizer, [folder / name], "plain")
-        return records
+        encoder = Encoder(Tokenizer(folder / "tokenizer.json"), "plain")
+        prepare(folder / "prepared", {"train": folder / name}, encoder)
+        return read_records(folder / name)
 
     return read
 
@@ -199,10 +198,8 @@ def model_world(folder: Path) -> None:
         state = {name: tensor.detach() for name, tensor in state_dict(model).items()}
         randomize(state)
         save_finetuned(folder / name, describe(method, BASE, "plain", settings), state)
-    prepare(
-        folder / "data", {"train": CONVERSATIONS[:6], "validation": CONVERSATIONS[6:9]},
-        Tokenizer(folder / "tokenizer.json"), [folder / "config.json"], "plain",
-    )  # fmt: skip
+    splits = {"train": RECORDS[:6], "validation": RECORDS[6:9]}
+    prepare_records(folder / "data", splits, folder / "tokenizer.json")
     for kind, method in (("lora-run", LORA), ("full", None)):
         state, weights, optimizer = run_of(folder, kind, resume=False)
         for weight in weights.values():

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from builders import CONVERSATIONS, RESULTS, TINY, random_model, run_script
+from builders import RECORDS, RESULTS, TINY, prepare_records, random_model, run_script
 from builders_tokenizers import train_byte_tokenizer
 from killed_writers import KILLED, left_over, on_each_operation
 from test_finetune import finetune_arguments
@@ -30,8 +30,6 @@ from tqdm import tqdm
 from lit_llama.checkpoint import save_model_folder
 from lit_llama.integrity import checksum
 from lit_llama.log import read_metrics
-from lit_llama.prepared import prepare
-from lit_llama.tokenizer import Tokenizer
 
 SAVE_INTERVAL = 2  # of finetune_arguments
 STATE = "training-state.pth"
@@ -127,14 +125,8 @@ def main() -> None:
         tokenizer = {"tokenizer.json": train_byte_tokenizer().to_str()}
         tokenizer["tokenizer_config.json"] = '{"eos_token": "<|im_end|>"}'
         save_model_folder(folder / "model", random_model(TINY).state_dict(), TINY, tokenizer)
-        splits = {"train": CONVERSATIONS[:11], "validation": CONVERSATIONS[11:]}
-        prepare(
-            folder / "data",
-            splits,
-            Tokenizer(folder / "model" / "tokenizer.json"),
-            [folder / "model" / "config.json"],
-            "plain",
-        )
+        splits = {"train": RECORDS[:11], "validation": RECORDS[11:]}
+        prepare_records(folder / "data", splits, folder / "model" / "tokenizer.json")
         problems = storm(folder, options.kills, random.Random(options.seed))
     print("\n".join(problems) or "all ended in the same bits")
     sys.exit(bool(problems))

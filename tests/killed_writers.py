@@ -29,12 +29,13 @@ import export_peft
 import import_peft
 import merge_lora
 import torch
-from builders import CONVERSATIONS, RECORDS, TINY, random_model, randomize
+from builders import RECORDS, TINY, random_model, randomize
 from builders_tokenizers import train_byte_tokenizer
 from lightning import Fabric
 from tqdm import tqdm
 
 from lit_llama.checkpoint import save_model_folder
+from lit_llama.encoder import Encoder
 from lit_llama.errors import UserError
 from lit_llama.files import write_file
 from lit_llama.finetuned import describe, save_finetuned
@@ -129,6 +130,13 @@ def write_peft(out: Path, number: int) -> None:
     export_peft.main(out, "a model", lora_file(number), checkpoint(number))
 
 
+@cache
+def records_file(number: int) -> Path:
+    path = Path(tempfile.mkdtemp()) / "records.json"
+    path.write_text(json.dumps(RECORDS[: 5 + number]))
+    return path
+
+
 def write_merged(out: Path, number: int) -> None:
     merge_lora.main(out, lora_file(number), checkpoint(number))
 
@@ -142,9 +150,8 @@ def write_imported(out: Path, number: int) -> None:
 
 
 def write_data(out: Path, number: int) -> None:
-    """The records lie in the folder that is written to, among the files of the user that must stay."""
-    records, tokenizer = CONVERSATIONS[: 5 + number], Tokenizer(checkpoint(number).with_name("tokenizer.json"))
-    prepare(out, {"train": records[2:], "validation": records[:2]}, tokenizer, [out / OWN], "plain")
+    encoder = Encoder(Tokenizer(checkpoint(number).with_name("tokenizer.json")), "plain")
+    prepare(out, {"train": records_file(number)}, encoder, split_seed=number, n_validation=2)
 
 
 def write_finetuned(out: Path, number: int) -> None:

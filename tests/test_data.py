@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import CONVERSATIONS, RECORDS, TINY, Lengths, random_model
+from builders import RECORDS, TINY, Lengths, prepare_records, random_model
 from torch.nn import functional as F
 
-from lit_llama.data import BatchSchedule, Dataset, GroupedSchedule
+from lit_llama import arrays, data, files
+from lit_llama.data import BatchSchedule, Dataset, GroupedSchedule, deal
+from lit_llama.encoder import Encoder
 from lit_llama.errors import UserError
 from lit_llama.prepared import prepare
 from lit_llama.prompt import Message, encode, encode_prompt
@@ -165,6 +167,44 @@ def test_a_steps_records_do_not_depend_on_their_lengths() -> None:
     assert spread[GroupedSchedule] < 0.01 * dataset.lengths.var()
 
 
+@pytest.mark.parametrize("block", [1, 30, 2**20])
+@pytest.mark.parametrize(("n", "batch_size", "micro_batch_size"), [(100, 16, 4), (37, 9, 3), (96, 8, 8), (5, 128, 4)])
+def test_a_step_is_that_of_an_epoch_dealt_out_as_a_whole(
+    n: int, batch_size: int, micro_batch_size: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a run which was begun when steps were not yet dealt one by one goes on as it would have."""
+    monkeypatch.setattr(data, "BLOCK", block)
+    dataset = random_lengths(n, high=20)
+    schedule = BatchSchedule(dataset, batch_size, micro_batch_size, seed=3)
+    for epoch in range(3):
+        order = np.random.default_rng((3, epoch)).permutation(n)
+        steps = [order[start : start + batch_size] for start in range(0, n, batch_size)]
+        dealt = [deal(records, dataset.lengths, micro_batch_size) for records in steps]
+        largest = max(range(len(dealt)), key=lambda i: max(map(dataset.n_tokens, dealt[i])))
+        dealt.insert(0, dealt.pop(largest))
+        for i, expected in enumerate(dealt):
+            step = schedule.step(epoch * len(dealt) + i)
+            assert [list(records) for records in step.micro_batches] == [list(records) for records in expected]
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_data_set_looked_at_block_by_block_is_the_same(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, documents: bool, limit: int | None
+) -> None:
+    rows = [{"text": f"{i} " * i} if documents else as_row(long_conversation(i % 5 + 1)) for i in range(1, 12)]
+    prepare_records(tmp_path / "data", {"train": rows}, tokenizer.path, "plain" if documents else "zephyr")
+    found = []
+    for block in (2**20, 3, 1):
+        for module in (data, arrays):
+            monkeypatch.setattr(module, "BLOCK", block)
+        dataset = Dataset(tmp_path / "data", "train", 60, limit=limit)
+        assert len(dataset) >= 5
+        measures = (dataset.index, dataset.lengths, dataset.target_counts, dataset.batch(range(len(dataset))).input_ids)
+        found.append(([measure.tolist() for measure in measures], dataset.n_dropped, dataset.n_cut))
+    assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_processes_share_a_step_without_overlap_and_in_equal_numbers(data_dir: Path, world_size: int) -> None:
     dataset = Dataset(data_dir, "train", 128)
@@ -190,17 +230,33 @@ def test_changed_or_exchanged_arrays_are_noticed(data_dir: Path, tmp_path: Path)
         Dataset(folder, "validation", 128)
 
 
+def test_without_check_files_only_the_tokens_are_not_compared(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(files, "check_all", False)
+    shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
+    for name in ("tokens", "spans"):
+        array = np.load(tmp_path / f"train_{name}.npy")
+        array.flat[-1] -= 1
+        np.save(tmp_path / f"train_{name}.npy", array)
+        if name == "tokens":
+            Dataset(tmp_path, "train", 128)
+            assert "without comparing its tokens" in capsys.readouterr().err
+    with pytest.raises(UserError, match="damaged: train_spans"):
+        Dataset(tmp_path, "train", 128)
+
+
 def test_a_source_is_not_written_over(tmp_path: Path, tokenizer: Tokenizer) -> None:
     source = tmp_path / "meta.json"
     source.write_text(json.dumps(RECORDS))
     with pytest.raises(UserError, match="would be replaced"):
-        prepare(tmp_path, {"train": CONVERSATIONS}, tokenizer, [source], "plain")
+        prepare(tmp_path, {"train": source}, Encoder(tokenizer, "plain"))
     assert json.loads(source.read_text()) == RECORDS
 
 
 def test_preparing_no_records_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="no training records"):
-        prepare(tmp_path / "out", {"train": [], "validation": []}, tokenizer, [tmp_path], "plain")
+        prepare_records(tmp_path / "out", {"train": [], "validation": []}, tokenizer.path)
     assert not (tmp_path / "out").exists()
 
 
@@ -216,6 +272,10 @@ def test_data_of_version_1_is_to_be_prepared_again(data_dir: Path, tmp_path: Pat
         Dataset(tmp_path, "train", 128)
 
 
+def as_row(record: list[Message]) -> dict:
+    return {"messages": [{"role": message.role, "content": message.content} for message in record]}
+
+
 def long_conversation(n_turns: int) -> list[Message]:
     return [Message("user" if i % 2 == 0 else "assistant", f"words {i}") for i in range(2 * n_turns)]
 
@@ -225,7 +285,7 @@ def test_all_answers_of_a_conversation_are_trained_on_up_to_the_limit(
     tmp_path: Path, tokenizer: Tokenizer, block_size: int
 ) -> None:
     records = [long_conversation(n) for n in (1, 4, 2)]
-    prepare(tmp_path / "data", {"train": records}, tokenizer, [tmp_path], "zephyr")
+    prepare_records(tmp_path / "data", {"train": [as_row(record) for record in records]}, tokenizer.path, "zephyr")
     dataset = Dataset(tmp_path / "data", "train", block_size)
     used = []
     for record in records:
@@ -247,7 +307,7 @@ def test_all_answers_of_a_conversation_are_trained_on_up_to_the_limit(
 
 def test_documents_are_cut_into_blocks_and_trained_on_as_a_whole(tmp_path: Path, tokenizer: Tokenizer) -> None:
     records = [[Message("assistant", "a b c d e f g h i j k")], [Message("assistant", "short")]]
-    prepare(tmp_path / "data", {"train": records}, tokenizer, [tmp_path], "plain")
+    prepare_records(tmp_path / "data", {"train": [as_row(record) for record in records]}, tokenizer.path)
     dataset = Dataset(tmp_path / "data", "train", block_size=8)
     blocks = [dataset.record(i).tolist() for i in range(len(dataset))]
     whole = [encode("plain", record, tokenizer).ids for record in records]
@@ -269,6 +329,8 @@ def test_documents_are_cut_into_blocks_and_trained_on_as_a_whole(tmp_path: Path,
         ("spans", lambda array: array + 1000),
         ("spans", lambda array: -array),
         ("spans", lambda array: array[:, :1]),
+        ("spans", np.asfortranarray),
+        ("tokens", lambda array: array.astype(">i4")),
     ],
 )
 def test_arrays_that_cannot_be_right_are_named_without_a_checksum_too(

@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from builders import CONVERSATIONS, RECORDS
+from builders import CONVERSATIONS, RECORDS, read_records
 
 from lit_llama.errors import UserError
 from lit_llama.prompt import Message
-from lit_llama.records import Fields, read_records, split_records
+from lit_llama.records import Fields, split_records
 
 HI = [Message("user", "Hi"), Message("assistant", "Hello")]
 
@@ -35,6 +36,21 @@ def test_another_encoding_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes('[{"instruction": "é"}]'.encode("latin-1"))
     with pytest.raises(UserError, match="UTF-8"):
         read_records(tmp_path / "a.json")
+
+
+def test_a_line_in_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + '{"text": "é"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"1 of 2 .* line 2 is not text in UTF-8"):
+        read_records(tmp_path / "a.jsonl")
+    (tmp_path / "a.csv").write_bytes("text\na\né\n".encode("latin-1"))
+    with pytest.raises(UserError, match="not text in UTF-8"):
+        read_records(tmp_path / "a.csv")
+
+
+def test_a_jsonl_file_whose_first_line_is_broken_is_still_one_of_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"\n{"text": "b"}\n')
+    with pytest.raises(UserError, match=r"1 of 2 .* line 1 is not valid JSON"):
+        read_records(tmp_path / "a.jsonl")
 
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -100,6 +116,7 @@ def test_a_csv_with_line_breaks_in_its_cells(tmp_path: Path) -> None:
         ('{"messages": []}', "take turns"),
         ('{"messages": "hello"}', "take turns"),
         ('{"messages": [{"role": "user"}]}', "no 'value', only 'role'"),
+        ('{"text": "a"}\nb\n{"text": "c"}\n{}', "2 of 4 .* line 2 is not valid JSON; line 4 has no 'instruction'"),
     ],
 )
 def test_malformed_records_are_named(tmp_path: Path, text: str, message: str) -> None:
@@ -110,14 +127,13 @@ def test_malformed_records_are_named(tmp_path: Path, text: str, message: str) ->
 
 
 def test_splits_are_disjoint_and_depend_on_the_seed_alone() -> None:
-    records = [[Message("user", str(i)), Message("assistant", "o")] for i in range(100)]
-    split = split_records(records, None, seed=1)
-    assert (len(split["train"]), len(split["validation"])) == (90, 10)
-    assert not {record[0] for record in split["train"]} & {record[0] for record in split["validation"]}
-    assert split == split_records(records, None, seed=1) != split_records(records, None, seed=2)
-    assert len(split_records(records, 25, seed=1)["validation"]) == 25
+    train, validation = split_records(100, None, seed=1).values()
+    assert (len(train), len(validation)) == (90, 10)
+    order = np.random.default_rng(1).permutation(100)  # a split is that of version 1.0
+    assert np.array_equal(np.concatenate([validation, train]), order)
+    assert len(split_records(100, 25, seed=1)["validation"]) == 25
     with pytest.raises(UserError):
-        split_records(records, 100, seed=1)
+        split_records(100, 100, seed=1)
 
 
 @pytest.mark.parametrize("name", ["nowhere.json", "no/where/at/all"])

@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-
-from lit_llama.records import read_records
+from builders import read_records
 
 FOLDER = Path(__file__).parent.parent / "data" / "ml_questions"
 

@@ -1,4 +1,5 @@
 import io
+import pickle
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,12 @@ def test_a_stream_after_other_text_keeps_its_leading_space(tokenizer: Tokenizer)
     head = tokenizer.encode("hello")
     assert ids[: len(head)] == head
     assert "".join(tokenizer.stream(ids[len(head) :], after=head)) == " world"
+
+
+def test_another_process_gets_the_same(tokenizer: Tokenizer) -> None:
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    for text in (*TEXTS, "<|im_end|>", "</s>"):
+        assert copy.encode(text, eos=True) == tokenizer.encode(text, eos=True)
 
 
 def test_sentencepiece_has_bos_and_eos(sentencepiece_file: Path) -> None:
