@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -158,7 +159,9 @@ def count_step(llama: LLaMA, lengths: list[int], dtype: torch.dtype, optimizer: 
             count.hold(tensor, MOMENTS)
     hooks = [p.register_post_accumulate_grad_hook(lambda p: count.hold(p.grad, GRADIENTS)) for p in trained]
     with count:
-        for _ in range(2):
+        for last in (False, True):
+            if isinstance(llama, FSDPModule) and len(trained) < len(list(llama.parameters())):
+                llama.set_requires_gradient_sync(last)  # as the scripts do, but for finetune_full.py
             count.launches = count.traffic = count.received = 0
             select = torch.arange(sum(lengths))
             batch = Batch(torch.zeros_like(select).unsqueeze(0), lengths, select, torch.zeros_like(select))
