@@ -1,9 +1,8 @@
 """How much memory a training step takes on each device, and for what, computed on tensors that have only shapes."""
 
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -54,14 +53,14 @@ def main(
         lora_targets: What is updated, for lora.
         precision: What is computed in. Frozen weights are stored in it, trained ones in float32.
         devices: Over which the model is spread, as by --strategy fsdp.
-        fit_gpu: Print instead the largest micro_batch_size, up to 64, that fits a GPU of so many GiB.
+        fit_gpu: Print instead the largest micro_batch_size that fits a GPU of so many GiB.
     """
     dtype = storage_dtype(precision)
     llama = make_model(model_config(model), method, LoRAConfig(lora_r, targets=parse_targets(lora_targets)), dtype)
     llama.recompute_blocks = activation_checkpointing
     step = partial(count_of_method, method, llama, dtype=dtype, devices=devices)
     if fit_gpu:
-        fits = bisect_right(range(1, 65), room(fit_gpu), key=lambda size: step([block_size] * size)[0].peak)
+        fits = largest(cache(lambda size: step([block_size] * size)[0].peak), room(fit_gpu))
         print(f"micro_batch_size {fits} fits" if fits else "not even one record fits", f"a GPU of {fit_gpu} GiB")
         return
     count, resume = step([block_size] * micro_batch_size)
@@ -72,6 +71,18 @@ def main(
     print(f"{gb(resume.peak)} when a run is resumed")
     need = max(count.peak, resume.peak)
     print(f"fits a GPU of {next((f'{size} GiB' for size in GPUS if room(size) >= need), 'no usual size')}")
+
+
+def largest(peak: Callable[[int], int], most: float) -> int:
+    """The largest micro-batch whose peak is at most so many bytes, 0 if none is."""
+    fits, above = 0, 1
+    while peak(above) <= most:
+        fits, above = above, 2 * above
+    while above - fits > 1:  # where a straight line between the two would say
+        guess = fits + int((above - fits) * (most - peak(fits)) / (peak(above) - peak(fits)))
+        guess = min(max(guess, fits + 1), above - 1)
+        fits, above = (guess, above) if peak(guess) <= most else (fits, guess)
+    return fits
 
 
 def table(count: Count) -> Iterator[str]:

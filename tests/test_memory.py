@@ -134,19 +134,17 @@ def test_all_weights_of_7b_train_and_resume_on_four_gpus_of_24_gb(capsys: pytest
     assert step["come from other devices in it"] == pytest.approx((2 * whole + 2 * whole) * 3 / 4, rel=0.01)
 
 
+@pytest.mark.parametrize("fits", [0, 1, 2, 9])
 def test_the_largest_micro_batch_that_fits_is_found(
-    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    fits: int, model_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ("--model", "SmolLM2-135M")
-    module = importlib.import_module("estimate_memory")
-    step = printed(capsys, *flags, "--micro_batch_size", 3)["at most:"]
-    bigger = printed(capsys, *flags, "--micro_batch_size", 4)["at most:"]
-    monkeypatch.setattr(module, "room", lambda _: 1e9 * (step + bigger) / 2)
-    assert run_script("estimate_memory", *flags, "--fit_gpu", 8) is None
-    assert capsys.readouterr().out == "micro_batch_size 3 fits a GPU of 8 GiB\n"
-    monkeypatch.setattr(module, "room", lambda _: 1e6)
-    assert run_script("estimate_memory", *flags, "--fit_gpu", 8) is None
-    assert capsys.readouterr().out == "not even one record fits a GPU of 8 GiB\n"
+    script = importlib.import_module("estimate_memory")
+    llama = script.make_model(TINY, "lora", LoRAConfig())
+    bytes_for = [script.count_of_method("lora", llama, [4] * n)[0].peak for n in (fits, fits + 1) if n]
+    monkeypatch.setattr(script, "room", lambda _: sum(bytes_for) / 2 if fits else 1.0)
+    assert run_script("estimate_memory", "--model", model_folder, "--block_size", 4, "--fit_gpu", 8) is None
+    found = f"micro_batch_size {fits} fits" if fits else "not even one record fits"
+    assert capsys.readouterr().out == f"{found} a GPU of 8 GiB\n"
 
 
 def test_a_model_is_named_or_a_folder_or_a_configuration(
