@@ -275,7 +275,7 @@ ON_GPU = {"dropout": dropout, "rms_norm": rms_norm, "scaled_dot_product_attentio
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that tensors can take on a device: of a GPU, all; of the host, what no other process uses."""
+    """Bytes that tensors can take on a device: of a GPU, all; of the host, what no other process uses; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     status = Path("/proc/meminfo")

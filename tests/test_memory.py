@@ -7,21 +7,25 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
-from builders import ROOT, TINY, random_model, run_script
+from builders import ROOT, TINY, Lengths, random_model, run_script
+from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lit_llama import preview
 from lit_llama.adapter import AdapterConfig, add_adapter, mark_only_adapter_as_trainable
-from lit_llama.data import Batch
+from lit_llama.data import Batch, BatchSchedule
 from lit_llama.generation import Sampling, next_tokens
 from lit_llama.huggingface import hf_config
 from lit_llama.kernels import CHUNK
@@ -103,6 +107,20 @@ if os.environ.get("LOCAL_RANK") == "1":
     assert result.returncode == 0, result.stderr
     estimate, run = map(int, result.stdout.split())
     assert estimate == pytest.approx(run, rel=0.01)
+
+
+def test_ddp_sends_gradients_in_buckets_beside_them() -> None:
+    with torch.device("meta"):
+        llama = LLaMA(replace(TINY, vocab_size=2_000_000))
+    schedule = BatchSchedule(Lengths(np.array([9, 9])), batch_size=2, micro_batch_size=2, seed=0)
+    expected = []
+    for strategy in (SingleDeviceStrategy(), DDPStrategy()):
+        fabric = SimpleNamespace(strategy=strategy, device=torch.device("cpu"), world_size=2)
+        line = preview.expected_memory(fabric, llama, schedule, torch.float32, partial(AdamW, lr=0.0))
+        expected.append(float(line.split()[4]))
+    buckets = sum(parameter.nbytes for parameter in llama.parameters()) / 1e9
+    assert expected[1] - expected[0] == pytest.approx(buckets, abs=0.1)
+    assert buckets > 0.5
 
 
 def printed(capsys: pytest.CaptureFixture, *flags: object) -> dict[str, float]:
