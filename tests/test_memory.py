@@ -28,7 +28,6 @@ from lit_llama.adapter import AdapterConfig, add_adapter, mark_only_adapter_as_t
 from lit_llama.data import Batch, BatchSchedule
 from lit_llama.generation import Sampling, next_tokens
 from lit_llama.huggingface import hf_config
-from lit_llama.kernels import CHUNK
 from lit_llama.lora import TARGETS, LoRAConfig, add_lora, mark_only_lora_as_trainable
 from lit_llama.memory import Count, count_step
 from lit_llama.model import Block, LLaMA, RMSNorm
@@ -206,8 +205,8 @@ def llama(request: pytest.FixtureRequest) -> LLaMA:
 
 
 def gradients(llama: LLaMA) -> None:
-    """The forward and backward pass of two records that fill a chunk of the logits and begin a second one."""
-    n, device = CHUNK + 9, llama.lm_head.weight.device
+    """The forward and backward pass of two records that fill a chunk of the logits, 256 rows, and begin a second one."""
+    n, device = 256 + 9, llama.lm_head.weight.device
     ids = torch.randint(TINY.vocab_size, (n,), device=device)
     loss_sum(llama, Batch(ids[None], [n - 9, 9], torch.arange(n, device=device), ids)).backward()
 
@@ -278,7 +277,7 @@ def test_a_step_is_computed_in_the_documented_precision(llama: LLaMA, step: Walk
             assert {tensor.dtype for tensor in (*given, *made)} == {torch.bfloat16}
         if name == "_log_softmax":
             chunks.update((len(tensor), tensor.dtype) for tensor in made)
-    assert chunks == {(CHUNK, torch.float32), (9, torch.float32)}
+    assert chunks == {(256, torch.float32), (9, torch.float32)}
     for parameter in llama.parameters():
         if parameter.requires_grad:
             assert parameter.dtype == parameter.grad.dtype == torch.float32
