@@ -61,6 +61,7 @@ class SummedCrossEntropy(torch.autograd.Function):
             grad_part.copy_(found)
             for total, grad in zip(sums, grads, strict=True):
                 total += grad
+            del logits, gradient  # or the next chunk's would come beside them
         grads = [total.to(parameter.dtype) for total, parameter in zip(sums, trained, strict=True)]
         ctx.save_for_backward(grad_x, *grads)
         return loss

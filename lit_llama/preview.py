@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from lightning import Fabric
-from lightning.fabric.strategies import ModelParallelStrategy
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 
 from lit_llama.data import BatchSchedule, Dataset
-from lit_llama.memory import free_memory, peak_of_training
+from lit_llama.memory import count_step, free_memory, without_data
 from lit_llama.model import LLaMA
 from lit_llama.optimizer import LearningRate
 from lit_llama.tokenizer import Tokenizer
@@ -34,14 +34,21 @@ def plan(schedule: BatchSchedule, val_data: Dataset, rate: LearningRate, llama: 
 def expected_memory(
     fabric: Fabric, llama: LLaMA, schedule: BatchSchedule, dtype: torch.dtype, make_optimizer: Callable[..., Any]
 ) -> str:
-    """A line about the memory that the largest micro-batch will take, and what there is."""
-    if isinstance(fabric.strategy, ModelParallelStrategy):
-        return "memory: not estimated for a model that is spread over devices"
+    """A line about the memory that the largest micro-batch will take on a device, and what there is.
+
+    `llama` is the model as it is trained, before it is set up by Fabric.
+    """
     largest = max(schedule.step(0).micro_batches, key=schedule.dataset.n_tokens)
     lengths = (schedule.dataset.lengths[largest] - 1).tolist()
-    peak, free = peak_of_training(llama, lengths, dtype, make_optimizer), free_memory(fabric.device)
-    warning = "; this may not fit, see --activation_checkpointing and --micro_batch_size" if peak > free else ""
-    return f"memory: tensors of about {peak / 1e9:.1f} GB expected, {free / 1e9:.1f} GB available{warning}"
+    n_shards = fabric.world_size if isinstance(fabric.strategy, ModelParallelStrategy) else 1
+    with without_data(llama, dtype, make_optimizer, n_shards, fabric.device.type != "cpu") as (shapes, optimizer):
+        peak = count_step(shapes, lengths, dtype, optimizer).peak
+    if isinstance(fabric.strategy, DDPStrategy):  # gradients are sent in buckets beside them
+        peak += sum(parameter.nbytes for parameter in llama.parameters() if parameter.requires_grad)
+    free = free_memory(fabric.device)
+    there = f", {free / 1e9:.1f} GB available" if free else ""
+    warning = "; this may not fit, see --activation_checkpointing and --micro_batch_size" if 0 < free < peak else ""
+    return f"memory: tensors of about {peak / 1e9:.1f} GB expected{there}{warning}"
 
 
 def show_records(dataset: Dataset, tokenizer: Tokenizer, n: int = 2) -> str:

@@ -1,21 +1,31 @@
-"""How much memory a training step takes on one device, computed on tensors that have only shapes."""
+"""How much memory a training step takes on each device, and for what, computed on tensors that have only shapes."""
 
-from functools import partial
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
 from typing import Literal
 
 import torch
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from lit_llama.adapter import AdapterConfig, add_adapter, mark_only_adapter_as_trainable
+from lit_llama.checkpoint import WEIGHTS, file_in, read_config
 from lit_llama.cli import run
+from lit_llama.device import TrainingPrecision, storage_dtype
 from lit_llama.errors import UserError
+from lit_llama.files import CONFIG, read_file, read_json
+from lit_llama.huggingface import config_from_hf
 from lit_llama.lora import LoRAConfig, add_lora, mark_only_lora_as_trainable, parse_targets
-from lit_llama.memory import peak_of_training
-from lit_llama.model import CONFIGS, LLaMA
+from lit_llama.memory import Count, count_resume, count_step, without_data
+from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
 from lit_llama.optimizer import AdamW
+from lit_llama.schema import naming
 from lit_llama.sharding import store_as
 
 Method = Literal["lora", "adapter", "full"]
+GPUS = (8, 12, 16, 24, 40, 48, 80)  # sizes in GiB
+MOST_SHOWN = 6  # of the operations whose results are kept
 
 
 def main(
@@ -26,43 +36,113 @@ def main(
     activation_checkpointing: bool = False,
     lora_r: PositiveInt = 8,
     lora_targets: str = "query,value",
+    precision: TrainingPrecision = "bf16-mixed",
+    devices: PositiveInt = 1,
+    fit_gpu: NonNegativeInt = 0,
 ) -> None:
-    """Print the memory that a training step takes, with a base in bfloat16 and trained weights in float32.
+    """Print the most memory that the tensors of a training step take on a GPU, what they are for, and where it fits.
 
     Args:
-        model: The name of a configuration, such as 7B, Llama-3.1-8B or SmolLM2-135M.
+        model: The name of a configuration, such as 7B or Llama-3.1-8B, a model folder or a config.json, also of a
+            model that is not converted yet.
         method: lora, adapter or full.
         micro_batch_size: Records that a device computes at once.
         block_size: Tokens in each of them.
         activation_checkpointing: Recompute blocks in the backward pass.
         lora_r: The rank, for lora.
         lora_targets: What is updated, for lora.
+        precision: What is computed in. Frozen weights are stored in it, trained ones in float32.
+        devices: Over which the model is spread, as by --strategy fsdp.
+        fit_gpu: Print instead the largest micro_batch_size that fits a GPU of so many GiB.
     """
-    if model not in CONFIGS:
-        raise UserError(f"--model is one of {', '.join(CONFIGS)}, not {model!r}")
-    llama = make_model(model, method, LoRAConfig(lora_r, targets=parse_targets(lora_targets)))
+    dtype = storage_dtype(precision)
+    llama = make_model(model_config(model), method, LoRAConfig(lora_r, targets=parse_targets(lora_targets)), dtype)
     llama.recompute_blocks = activation_checkpointing
-    peak = peak_of_method(method, llama, [block_size] * micro_batch_size)
-    print(f"{peak / 1e9:.1f} GB ({peak / 2**30:.1f} GiB)")
+    step = partial(count_of_method, method, llama, dtype=dtype, devices=devices)
+    if fit_gpu:
+        fits = largest(cache(lambda size: step([block_size] * size)[0].peak), room(fit_gpu))
+        print(f"micro_batch_size {fits} fits" if fits else "not even one record fits", f"a GPU of {fit_gpu} GiB")
+        return
+    count, resume = step([block_size] * micro_batch_size)
+    print(*table(count), sep="\n")
+    print(f"{count.launches:,} kernels and {gb(count.traffic)} between them in a step of one micro-batch")
+    if devices > 1:
+        print(f"{gb(count.received)} come from other devices in it")
+    print(f"{gb(resume.peak)} when a run is resumed")
+    need = max(count.peak, resume.peak)
+    print(f"fits a GPU of {next((f'{size} GiB' for size in GPUS if room(size) >= need), 'no usual size')}")
 
 
-def peak_of_method(method: Method, llama: LLaMA, lengths: list[int]) -> int:
-    """Bytes that a training step takes at most, with the optimizer that the method's script uses."""
+def largest(peak: Callable[[int], int], most: float) -> int:
+    """The largest micro-batch whose peak is at most so many bytes, 0 if none is."""
+    fits, above = 0, 1
+    while peak(above) <= most:
+        fits, above = above, 2 * above
+    while above - fits > 1:  # where a straight line between the two would say
+        guess = fits + int((above - fits) * (most - peak(fits)) / (peak(above) - peak(fits)))
+        guess = min(max(guess, fits + 1), above - 1)
+        fits, above = (guess, above) if peak(guess) <= most else (fits, guess)
+    return fits
+
+
+def table(count: Count) -> Iterator[str]:
+    """The peak and what it is for, in GB; of the activations, the operations that made most."""
+    yield f"{gb(count.peak)} ({count.peak / 2**30:.1f} GiB) at most:"
+    purposes: Counter[str] = Counter()
+    for (purpose, _), size in count.parts.items():
+        purposes[purpose] += size
+    for purpose, size in purposes.most_common():
+        yield f"{size / 1e9:9.2f}  {purpose}"
+        if purpose == "activations":
+            made = Counter({operation: size for (kind, operation), size in count.parts.items() if kind == purpose})
+            for operation, size in made.most_common(MOST_SHOWN):
+                yield f"{size / 1e9:17.2f}  {operation}"
+
+
+def gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def room(gpu: int) -> float:
+    """Bytes that tensors can take on a GPU of so many GiB: one is left for CUDA, and a twentieth for fragments."""
+    return 0.95 * (gpu - 1) * 2**30
+
+
+def model_config(name: str) -> LLaMAConfig:
+    """The configuration of this name, or that of a model folder or of a config.json, ours or Hugging Face's."""
+    if name in CONFIGS:
+        return CONFIGS[name]
+    path = Path(name)
+    if not path.exists():
+        raise UserError(f"--model is one of {', '.join(CONFIGS)}, or a model folder or config.json, not {name!r}")
+    file = path / CONFIG if path.is_dir() else path
+    if file.is_file() and "model_type" in (fields := read_json(file)):
+        with naming(file, "get it again"):
+            return config_from_hf(fields)
+    checkpoint = file.with_name(WEIGHTS) if file.is_file() else file_in(path)
+    return read_config(checkpoint, {} if file.is_file() else read_file(checkpoint))
+
+
+def count_of_method(
+    method: Method, llama: LLaMA, lengths: list[int], dtype: torch.dtype = torch.bfloat16, devices: int = 1
+) -> tuple[Count, Count]:
+    """What a training step takes, and a resume, with the optimizer that the method's script uses."""
     make_optimizer = partial(AdamW, lr=1e-3) if method == "full" else torch.optim.AdamW
-    return peak_of_training(llama, lengths, torch.bfloat16, make_optimizer)
+    with without_data(llama, dtype, make_optimizer, devices) as (shapes, optimizer):
+        return count_step(shapes, lengths, dtype, optimizer), count_resume(shapes, optimizer)
 
 
-def make_model(name: str, method: Method, lora: LoRAConfig) -> LLaMA:
+def make_model(config: LLaMAConfig, method: Method, lora: LoRAConfig, dtype: torch.dtype = torch.bfloat16) -> LLaMA:
     """A model as it is trained, without data."""
     with torch.device("meta"):
-        llama = LLaMA(CONFIGS[name])
+        llama = LLaMA(config)
         if method == "lora":
             add_lora(llama, lora)
             mark_only_lora_as_trainable(llama)
         elif method == "adapter":
             add_adapter(llama, AdapterConfig())
             mark_only_adapter_as_trainable(llama)
-    store_as(llama, torch.bfloat16)
+    store_as(llama, dtype)
     return llama
 
 

@@ -31,6 +31,7 @@ RUN = Path("out/lora/quickstart")
 RECORDS = Path("data/ml_questions")
 ADAPTER_RATES = ("1.1e-3", "3e-3", "9e-3")
 CHECKPOINTING = ("--activation_checkpointing", "true")
+LARGE = ("--model", "Llama-2-70B", "--method", "full")
 
 
 def main(only: tuple[str, ...] = (), alpaca_file: Path | None = None) -> None:
@@ -146,9 +147,41 @@ def memory() -> str:
     """What a step of a 7B model takes, by running it on tensors without data."""
     rows = ["| | base in bfloat16 | with `--activation_checkpointing true` |", "|---|---:|---:|"]
     for method, title in (("lora", "LoRA, r = 8, on query and value"), ("adapter", "LLaMA-Adapter")):
-        cells = [script("estimate_memory.py", "--method", method, *more).strip() for more in ((), CHECKPOINTING)]
+        cells = [estimate("--method", method, *more)["at most"] for more in ((), CHECKPOINTING)]
         rows.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def breakdown() -> str:
+    """What the memory of a step is for."""
+    return f"```\n{script('estimate_memory.py').strip()}\n```"
+
+
+def fits() -> str:
+    """What fits on which GPUs, up to 70B."""
+    rows = [
+        "| what | GPUs | a step, on each | a resume | received per micro-batch | flags |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for what, gpus, *flags in (
+        ("LoRA, 7B", "1 of 24 GB"),
+        ("LoRA, Llama 3.1 8B", "1 of 24 GB", "--model", "Llama-3.1-8B", *CHECKPOINTING),
+        ("all weights, 7B", "4 of 24 GB", "--method", "full", "--devices", "4", *CHECKPOINTING),
+        ("LoRA, 70B", "8 of 80 GB", "--model", "Llama-2-70B", "--devices", "8"),
+        ("LoRA, 70B", "8 of 40 GB", "--model", "Llama-2-70B", "--devices", "8", *CHECKPOINTING),
+        ("all weights, 70B", "16 of 80 GB", *LARGE, "--devices", "16", *CHECKPOINTING),
+        ("all weights, 70B", "64 of 80 GB", *LARGE, "--devices", "64", *CHECKPOINTING),
+    ):
+        found = estimate(*flags)
+        cells = [found["at most"], found["when a run is resumed"], found.get("come from other devices in it", "")]
+        rows.append(f"| {what} | {gpus} | {' | '.join(cells)} | `{' '.join(flags)}` |".replace(" `` ", " "))
+    return "\n".join([*rows, "", "(`python scripts/estimate_memory.py` with these flags)"])
+
+
+def estimate(*flags: object) -> dict[str, str]:
+    """The sizes that estimate_memory.py prints, by what it says of them."""
+    printed = script("estimate_memory.py", *flags)
+    return {text: size for size, text in re.findall(r"^([\d.,]+ GB(?: \(.*?\))?) ([^:\n]*)", printed, re.MULTILINE)}
 
 
 def ledger() -> str:
@@ -177,7 +210,7 @@ def recipes() -> str:
         ("24 GB", "7B", ("--micro_batch_size", "2")),
         ("24 GB", "Llama-3.1-8B", ("--micro_batch_size", "4", *CHECKPOINTING)),
     ):
-        needed = script("estimate_memory.py", "--model", model, *modern, *settings).strip()
+        needed = estimate("--model", model, *modern, *settings)["at most"]
         rows.append(f"| {gpu} | {model} | `{' '.join(settings)}` | {needed} |")
     return "\n".join(rows)
 
@@ -216,6 +249,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "batches": batches,
     "memory": memory,
     "recipes": recipes,
+    "breakdown": breakdown,
+    "fits": fits,
     "adapter": adapter,
     "ledger": ledger,
     **{f"lab-{name}": experiment(name) for name in EXPERIMENTS},

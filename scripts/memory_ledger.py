@@ -1,18 +1,18 @@
 """Where the memory of a training step goes: a table of the three methods, for a small model and a large one.
 
-Weights, gradients and moments are counted; the peak of the step is that of estimate_memory.py; activations are the
-rest of it.
+It is counted as by estimate_memory.py, when it is highest; activations are most of the rest.
 """
 
-import torch
-from estimate_memory import Method, make_model, peak_of_method
+from typing import get_args
+
+from estimate_memory import Method, count_of_method, make_model
 from jsonargparse.typing import PositiveInt
 
-from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
 from lit_llama.cli import run
 from lit_llama.errors import UserError
-from lit_llama.lora import LoRAConfig, lora_shapes
-from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
+from lit_llama.lora import LoRAConfig
+from lit_llama.memory import GRADIENTS, MOMENTS
+from lit_llama.model import CONFIGS
 
 TITLES = ("model", "method", "frozen weights", "trained weights", "gradients", "moments", "the rest", "step", "file")
 
@@ -35,37 +35,16 @@ def main(
         raise UserError(f"--models are some of {', '.join(CONFIGS)}, not {', '.join(unknown)}")
     print(f"| {' | '.join(TITLES)} |", f"|---|---|{'---:|' * (len(TITLES) - 2)}", sep="\n")
     for model in models:
-        for method, count in trained_weights(CONFIGS[model], lora_r).items():
-            held = ledger(CONFIGS[model], method, count)
-            llama = make_model(model, method, LoRAConfig(lora_r))
-            step = peak_of_method(method, llama, [block_size] * micro_batch_size)
-            file = 2 * count  # finished files are rounded to bfloat16
-            cells = [*held, step - sum(held), step, file]
+        for method in get_args(Method):
+            llama = make_model(CONFIGS[model], method, LoRAConfig(lora_r))
+            frozen, trained = (
+                sum(parameter.nbytes for parameter in llama.parameters() if parameter.requires_grad == is_trained)
+                for is_trained in (False, True)
+            )
+            count = count_of_method(method, llama, [block_size] * micro_batch_size)[0]
+            held = [frozen, trained, count.parts[GRADIENTS], count.parts[MOMENTS]]
+            cells = [*held, count.peak - sum(held), count.peak, trained // 2]  # finished files are rounded to bfloat16
             print(f"| {model} | {method} | {' | '.join(f'{size / 1e6:,.1f}' for size in cells)} |")
-
-
-def ledger(config: LLaMAConfig, method: str, count: int) -> list[int]:
-    """Bytes of frozen weights (bfloat16), trained weights (float32), their gradients and AdamW's two moments.
-
-    Full finetuning stores its moments in bfloat16 by default, the others in float32.
-    """
-    frozen = 0 if method == "full" else 2 * n_weights(config)
-    return [frozen, 4 * count, 4 * count, (4 if method == "full" else 8) * count]
-
-
-def trained_weights(config: LLaMAConfig, lora_r: int) -> dict[Method, int]:
-    with torch.device("meta"):
-        model = LLaMA(config)
-        add_adapter(model, AdapterConfig())
-    adapter = sum(tensor.numel() for tensor in adapter_state_dict(model).values())
-    lora = sum(tensor.numel() for tensor in lora_shapes(config, LoRAConfig(lora_r)).values())
-    return {"lora": lora, "adapter": adapter, "full": n_weights(config)}
-
-
-def n_weights(config: LLaMAConfig) -> int:
-    """Those of a tied head and embedding count once."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in LLaMA(config).parameters())
 
 
 if __name__ == "__main__":
