@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_llama.data import Batch
 from lit_llama.model import LLaMA
+from lit_llama.nf4 import NF4Weight, quantize_blocks
 from lit_llama.sharding import shard
 from lit_llama.training import loss_sum
 from lit_llama.training_state import restored
@@ -60,7 +61,8 @@ class Count(TorchDispatchMode):
         self.parts: Counter[Kind] = Counter()
         self.live = self.peak = self.launches = self.traffic = self.received = 0
         for parameter in llama.parameters():
-            self.hold(parameter, WEIGHTS)
+            for tensor in parameter.stored() if isinstance(parameter, NF4Weight) else (parameter,):
+                self.hold(tensor, WEIGHTS)
 
     def __enter__(self) -> "Count":
         resize = torch.UntypedStorage.resize_
@@ -205,17 +207,19 @@ def without_data(
     """
     with ExitStack() as stack:
         mesh = stack.enter_context(fake_mesh(n_devices)) if n_devices > 1 else None
-        stack.enter_context(FakeTensorMode())
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # bitsandbytes has tables
         if on_gpu:
             stack.enter_context(mock.patch.multiple(F, **ON_GPU))
-        llama = copy.deepcopy(llama, {id(parameter): shape_of(parameter) for parameter in llama.parameters()})
+        shapes = copy.deepcopy(llama, {id(parameter): shape_of(parameter) for parameter in llama.parameters()})
+        if any(isinstance(parameter, NF4Weight) for parameter in llama.parameters()):
+            quantize_blocks(shapes, "cpu", dtype)
         if mesh is not None:
-            shard(llama, mesh, dtype)
-        optimizer = make_optimizer([parameter for parameter in llama.parameters() if parameter.requires_grad])
+            shard(shapes, mesh, dtype)
+        optimizer = make_optimizer([parameter for parameter in shapes.parameters() if parameter.requires_grad])
         for group in optimizer.param_groups:
             if "foreach" in group and on_gpu and mesh is None:  # torch's default there
                 group["foreach"] = True
-        yield llama, optimizer
+        yield shapes, optimizer
 
 
 @contextmanager

@@ -44,6 +44,10 @@ class NF4Weight(Tensor):
         """An ordinary tensor (out, in) in the dtype that was quantised."""
         return bitsandbytes().functional.dequantize_4bit(self.packed, self.quant_state)
 
+    def stored(self) -> tuple[Tensor, ...]:
+        """What takes memory: the weights, the scales of their blocks, and the scales of those."""
+        return self.packed, self.quant_state.absmax, self.quant_state.state2.absmax
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is F.linear:

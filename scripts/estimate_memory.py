@@ -19,9 +19,11 @@ from lit_llama.huggingface import config_from_hf
 from lit_llama.lora import LoRAConfig, add_lora, mark_only_lora_as_trainable, parse_targets
 from lit_llama.memory import Count, count_resume, count_step, without_data
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
+from lit_llama.nf4 import quantize_blocks
 from lit_llama.optimizer import AdamW
 from lit_llama.schema import naming
 from lit_llama.sharding import store_as
+from lit_llama.training import Quantize
 
 Method = Literal["lora", "adapter", "full"]
 GPUS = (8, 12, 16, 24, 40, 48, 80)  # sizes in GiB
@@ -37,6 +39,7 @@ def main(
     lora_r: PositiveInt = 8,
     lora_targets: str = "query,value",
     precision: TrainingPrecision = "bf16-mixed",
+    quantize: Quantize | None = None,
     devices: PositiveInt = 1,
     fit_gpu: NonNegativeInt = 0,
 ) -> None:
@@ -52,12 +55,15 @@ def main(
         lora_r: The rank, for lora.
         lora_targets: What is updated, for lora.
         precision: What is computed in. Frozen weights are stored in it, trained ones in float32.
+        quantize: nf4 for a base in 4 bits a weight.
         devices: Over which the model is spread, as by --strategy fsdp.
         fit_gpu: Print instead the largest micro_batch_size that fits a GPU of so many GiB.
     """
     dtype = storage_dtype(precision)
     llama = make_model(model_config(model), method, LoRAConfig(lora_r, targets=parse_targets(lora_targets)), dtype)
     llama.recompute_blocks = activation_checkpointing
+    if quantize:
+        quantize_blocks(llama, "meta", dtype)
     step = partial(count_of_method, method, llama, dtype=dtype, devices=devices)
     if fit_gpu:
         fits = largest(cache(lambda size: step([block_size] * size)[0].peak), room(fit_gpu))

@@ -140,6 +140,14 @@ def test_a_7b_model_trains_on_24_gb(capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.slow
+def test_a_7b_model_in_4_bits_trains_on_8_gb(capsys: pytest.CaptureFixture) -> None:
+    step = printed(capsys, "--quantize", "nf4", "--activation_checkpointing", "true")
+    matrices, others = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * 32000 * 4096 + 65 * 4096
+    assert step["weights"] == pytest.approx((4.127 / 8 * matrices + 2 * others) / 1e9 + 0.02, abs=0.01)
+    assert step["at most:"] < 6.5
+
+
+@pytest.mark.slow
 def test_all_weights_of_7b_train_and_resume_on_four_gpus_of_24_gb(capsys: pytest.CaptureFixture) -> None:
     step = printed(capsys, "--method", "full", "--devices", 4, "--activation_checkpointing", "true")
     a_quarter = 4 * 6.738 / 4
@@ -205,7 +213,7 @@ def llama(request: pytest.FixtureRequest) -> LLaMA:
 
 
 def gradients(llama: LLaMA) -> None:
-    """The forward and backward pass of two records that fill a chunk of the logits, 256 rows, and begin a second one."""
+    """Forward and backward pass of two records that fill a chunk of the logits, 256 rows, and begin a second one."""
     n, device = 256 + 9, llama.lm_head.weight.device
     ids = torch.randint(TINY.vocab_size, (n,), device=device)
     loss_sum(llama, Batch(ids[None], [n - 9, 9], torch.arange(n, device=device), ids)).backward()

@@ -64,9 +64,7 @@ def test_values_are_those_of_the_paper_up_to_the_scales_of_8_bits() -> None:
 
 def test_a_weight_takes_4_bits_and_an_eighth() -> None:
     weight = NF4Weight.quantize(torch.randn(256, 512))
-    state = weight.quant_state
-    tensors = (weight.packed, state.absmax, state.state2.absmax)
-    bits = 8 * sum(tensor.numel() * tensor.itemsize for tensor in tensors) / weight.numel()
+    bits = 8 * sum(tensor.nbytes for tensor in weight.stored()) / weight.numel()
     assert bits == pytest.approx(4 + 8 / 64 + 32 / (64 * 256))
 
 
