@@ -18,6 +18,26 @@ def matrix_vector(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(x.expand(16, 1, -1), blocks).view(*x.shape[:-1], -1)
 
 
+class Linear(nn.Linear):
+    """nn.Linear without bias, and fast for a single token on a CPU."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.numel() == self.in_features and self.out_features % 16 == 0:
+            return matrix_vector(x, self.weight)
+        return super().forward(x)
+
+
+def complex_product(x: Tensor, y: Tensor) -> Tensor:
+    """The products of complex numbers (..., 2) given by their real and imaginary parts, in one pass over memory."""
+    if torch.compiler.is_compiling():  # to one pass, but inductor knows no complex numbers
+        (a, b), (c, d) = x.unbind(-1), y.unbind(-1)
+        return torch.stack((a * c - b * d, a * d + b * c), dim=-1)
+    return torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(y))
+
+
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up. The backward pass computes silu(gate) again, so that only gate and up are kept for it."""
 
