@@ -5,6 +5,9 @@ A weight w of output channel i is stored as the integer q = round(w / s), where 
 section 2; but here activations keep their precision.)
 """
 
+import ctypes
+import sys
+from mmap import PAGESIZE
 from typing import Literal
 
 import torch
@@ -15,6 +18,7 @@ from lit_llama.errors import UserError
 from lit_llama.model import Linear, LLaMA
 
 Quantization = Literal["int8"]
+MADV_PAGEOUT = 21  # of Linux's mman.h
 FEW = 32  # tokens, up to which the CPU's product of bfloat16 and int8 is faster than first unpacking the weight
 
 
@@ -33,7 +37,11 @@ class Int8Linear(nn.Module):
         if x.device.type == "cpu" and x.numel() <= FEW * x.size(-1):
             rows = x.flatten(0, -2).bfloat16()  # (N, in)
             return torch._weight_int8pack_mm(rows, self.weight, self.scale).to(x.dtype).view(*x.shape[:-1], -1)
-        return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)  # (..., out)
+        return F.linear(x, self.unpacked(x.dtype))  # (..., out)
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) as numbers of a floating-point type."""
+        return self.weight.to(dtype).mul_(self.scale[:, None])
 
 
 def quantize_int8(model: LLaMA, dtype: torch.dtype, device: torch.device) -> None:
@@ -45,7 +53,16 @@ def quantize_int8(model: LLaMA, dtype: torch.dtype, device: torch.device) -> Non
     for name, layer in list(model.named_modules()):
         if type(layer) is Linear:
             model.set_submodule(name, Int8Linear(layer.weight.detach(), device))
+            page_out(layer.weight)
         elif isinstance(layer, Linear):
             raise UserError("only merged LoRA layers can be quantized; leave out --merge false, and give one LoRA file")
     for parameter in model.parameters():  # which 8-bit layers have none of
         parameter.data = parameter.data.to(device, dtype)
+
+
+def page_out(tensor: Tensor) -> None:
+    """Tell Linux that nobody will soon need memory that is mapped from a file, or it would stay in use beside the copy."""
+    if sys.platform == "linux" and tensor.device.type == "cpu":
+        first, end = -(-tensor.data_ptr() // PAGESIZE), (tensor.data_ptr() + tensor.nbytes) // PAGESIZE  # whole pages
+        start, size = ctypes.c_void_p(first * PAGESIZE), ctypes.c_size_t(max(0, end - first) * PAGESIZE)
+        ctypes.CDLL(None).madvise(start, size, MADV_PAGEOUT)  # whatever it answers, no number is lost
