@@ -63,7 +63,7 @@ def compile_steps(model: LLaMA) -> None:
 
 
 def new_cache(model: LLaMA, batch_size: int, length: int) -> KVCache:
-    """An empty cache with room for `length` tokens. For compiled steps it is a power of two, as each size is compiled."""
+    """An empty cache with room for `length` tokens; for compiled steps a power of two, since each size is compiled."""
     room = min(max(256, 1 << (length - 1).bit_length()), model.config.block_size) if model.compiled else length
     return model.new_cache(batch_size, room)
 

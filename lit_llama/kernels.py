@@ -25,17 +25,10 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.numel() == self.in_features and self.out_features % 16 == 0:
+        is_plain = type(self.weight) is nn.Parameter  # not quantised
+        if is_plain and x.device.type == "cpu" and x.numel() == self.in_features and self.out_features % 16 == 0:
             return matrix_vector(x, self.weight)
         return super().forward(x)
-
-
-def complex_product(x: Tensor, y: Tensor) -> Tensor:
-    """The products of complex numbers (..., 2) given by their real and imaginary parts, in one pass over memory."""
-    if torch.compiler.is_compiling():  # to one pass, but inductor knows no complex numbers
-        (a, b), (c, d) = x.unbind(-1), y.unbind(-1)
-        return torch.stack((a * c - b * d, a * d + b * c), dim=-1)
-    return torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(y))
 
 
 class SwiGLU(torch.autograd.Function):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lit_llama.kernels import Linear, SwiGLU, complex_product, summed_cross_entropy
+from lit_llama.kernels import Linear, SwiGLU, summed_cross_entropy
 
 Mask = Tensor | list[int] | None  # see `attention_mask`, or the lengths of packed sequences
 Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see `KVCache.append`
@@ -136,13 +136,13 @@ class LLaMA(nn.Module):
             lengths: of sequences packed one after the other into a single row idx (1, T); none of them sees another.
             targets: the tokens (N,) that follow the selected ones; the result is their cross-entropy, summed.
         """
-        T, past = idx.size(1), cache.length if cache else 0
-        S = cache.room if cache and isinstance(past, Tensor) else past + T
-        positions = places = torch.arange(T, device=idx.device) + past  # (T,)
+        T = idx.size(1)
+        past, room = (cache.length, cache.room) if cache else (0, 0)
+        S = past + T if isinstance(past, int) else room
+        places = torch.arange(T, device=idx.device) + past  # (T,)
         needs_mask = n_pad is not None or isinstance(past, Tensor) or 1 < T < S
-        mask = lengths or (attention_mask(places, S, n_pad) if needs_mask else None)
-        if lengths is not None:
-            positions = torch.cat([torch.arange(n, device=idx.device) for n in lengths])  # (T,)
+        mask = attention_mask(places, S, n_pad) if needs_mask else lengths
+        positions = torch.cat([places[:n] for n in lengths]) if lengths else places  # (T,)
         if n_pad is not None:
             positions = positions - n_pad[:, None, None]  # (B, 1, T)
         rope = rotary_table(self.config, positions)
@@ -210,9 +210,8 @@ class CausalSelfAttention(nn.Module):
             return torch.cat([CausalSelfAttention.attend(self, *part, mask=None) for part in parts], dim=2)
         if q.size(2) == 1:  # the heads that share a key are like tokens that attend to it
             grouped = q.reshape(len(q), k.size(1), -1, q.size(3))  # (B, nkv, nh / nkv, hs)
-            return F.scaled_dot_product_attention(grouped, k, v, mask).view_as(q)
-        repeated = q.size(1) != k.size(1)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=repeated)
+            return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1))
 
 
 class MLP(nn.Module):
@@ -244,8 +243,8 @@ class RMSNorm(nn.Module):
 class KVCache:
     """Keys and values of all layers: preallocated and filled in place.
 
-    `length` is how many tokens it holds. If that is a tensor (), which never leaves the device, all the room is attended
-    to under a mask: a step then has the same shapes at every length, so that it is compiled only once.
+    `length` is how many tokens it holds. If that is a tensor (), it never leaves the device, and all the room is
+    attended to, under a mask: a step then has the same shapes at every length, so that it is compiled only once.
     """
 
     def __init__(self, buffer: Tensor) -> None:
@@ -256,8 +255,7 @@ class KVCache:
     def append(self, layer: int, places: Tensor, S: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k and v (B, nkv, T, hs) at places (T,) of a layer; returns its first S (B, nkv, S, hs)."""
         keys, values = self.layers[layer]
-        keys, values = keys.index_copy_(2, places, k), values.index_copy_(2, places, v)
-        return keys[:, :, :S], values[:, :, :S]
+        return keys.index_copy_(2, places, k)[:, :, :S], values.index_copy_(2, places, v)[:, :, :S]
 
 
 def attention_mask(places: Tensor, S: int, n_pad: Tensor | None) -> Tensor:
@@ -272,17 +270,18 @@ def attention_mask(places: Tensor, S: int, n_pad: Tensor | None) -> Tensor:
 
 
 def rotary_table(config: LLaMAConfig, positions: Tensor) -> Tensor:
-    """The rotations of token positions (..., T) as cosines and sines (..., T, hs / 2, 2).
+    """Cosines and sines (2, ..., T, hs) by which `apply_rope` rotates the channels at token positions (..., T).
 
-    Always float32: in bfloat16, 2048 positions would share 641 angles. They are recomputed in each forward pass, which
-    costs next to nothing and leaves no state to cast, move or save.
+    Always float32: in bfloat16, 2048 positions would share 641 angles. Computed anew in each forward pass, they cost
+    next to nothing and leave no state to cast, move or save.
     """
     exponents = torch.arange(0, config.head_size, 2, device=positions.device, dtype=torch.float32) / config.head_size
     freqs = 1.0 / config.rope_base**exponents  # (hs / 2,)
     if config.rope_scaling is not None:
         freqs = stretch_frequencies(freqs, config.rope_scaling)
-    angles = positions.float().unsqueeze(-1) * freqs  # (..., T, hs / 2)
-    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+    angles = positions.float().unsqueeze(-1) * freqs  # (..., T, hs / 2), one for each pair of channels
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((torch.stack((cos, cos), -1), torch.stack((-sin, sin), -1))).flatten(-2)  # (2, ..., T, hs)
 
 
 def stretch_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
@@ -295,5 +294,7 @@ def stretch_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate each pair of neighbouring channels of x (B, heads, T, hs) by its position's angle (arXiv 2104.09864)."""
-    pairs = x.float().unflatten(-1, (-1, 2))  # (B, heads, T, hs / 2, 2)
-    return complex_product(pairs, rope).flatten(-2).to(x.dtype)  # (B, heads, T, hs)
+    cos, sin = rope  # (..., T, hs)
+    ab = x.float()
+    ba = ab.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # each pair swapped
+    return torch.addcmul(ab * cos, ba, sin).to(x.dtype)  # a cos - b sin, b cos + a sin (B, heads, T, hs)

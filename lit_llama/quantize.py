@@ -27,7 +27,9 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, device: torch.device) -> None:
         super().__init__()
-        scale = (weight.abs().amax(1).float() / 127).to(torch.bfloat16)  # (out,); rounded first, so that q makes up for it
+        scale = (weight.abs().amax(1).float() / 127).to(
+            torch.bfloat16
+        )  # (out,); rounded first, so that q makes up for it
         scale = scale.clamp(min=torch.finfo(torch.bfloat16).tiny)  # for a channel of zeros
         q = (weight.float() / scale.float()[:, None]).round_().clamp_(-127, 127)  # (out, in)
         self.weight = nn.Buffer(q.to(device, torch.int8))
@@ -61,7 +63,7 @@ def quantize_int8(model: LLaMA, dtype: torch.dtype, device: torch.device) -> Non
 
 
 def page_out(tensor: Tensor) -> None:
-    """Tell Linux that nobody will soon need memory that is mapped from a file, or it would stay in use beside the copy."""
+    """Tell Linux that memory mapped from a file is not needed soon, or it would stay in use beside the copy."""
     if sys.platform == "linux" and tensor.device.type == "cpu":
         first, end = -(-tensor.data_ptr() // PAGESIZE), (tensor.data_ptr() + tensor.nbytes) // PAGESIZE  # whole pages
         start, size = ctypes.c_void_p(first * PAGESIZE), ctypes.c_size_t(max(0, end - first) * PAGESIZE)

@@ -3,7 +3,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from builders import TINY, random_model
 
 from lit_llama import conversation as module
