@@ -8,8 +8,9 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from lit_llama.checkpoint import load_model, own_prompt_style
 from lit_llama.cli import run
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
-from lit_llama.generation import Sampling, read_prompts, respond
+from lit_llama.generation import Sampling, compile_steps, read_prompts, respond
 from lit_llama.prompt import PromptStyle
+from lit_llama.quantize import Quantization, quantize_int8
 from lit_llama.tokenizer import find_tokenizer
 
 
@@ -27,6 +28,8 @@ def main(
     top_p: NonNegativeFloat | None = None,
     seed: int = 1234,
     precision: Precision | None = None,
+    quantize: Quantization | None = None,
+    compile: bool = False,
 ) -> None:
     """Print samples as they come.
 
@@ -45,13 +48,20 @@ def main(
         top_p: Draw only from the likeliest tokens that together have this probability.
         seed: Of the sampling; sample i uses seed + i.
         precision: By default the weights are bfloat16 on a GPU that has it, else float32.
+        quantize: int8 for weights in 8 bits: less memory and faster, for slightly different numbers.
+        compile: Compile the computation of a token first: faster from some hundred tokens on.
     """
     dtype = storage_dtype(precision or default_precision())
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     prompts = read_prompts(prompt, prompt_file)
     tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
     style = prompt_style or own_prompt_style(checkpoint_path) or "plain"
-    model = load_model(checkpoint_path, dtype, default_device())
+    device = default_device()
+    model = load_model(checkpoint_path) if quantize else load_model(checkpoint_path, dtype, device)
+    if quantize:
+        quantize_int8(model, dtype, device)
+    if compile:
+        compile_steps(model)
     for i in range(num_samples):
         respond(model, tokenizer, prompts, style, input, replace(sampling, seed=seed + i))
 

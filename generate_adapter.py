@@ -9,7 +9,8 @@ from lit_llama.checkpoint import load_model
 from lit_llama.cli import run
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
 from lit_llama.finetuned import load_adapter
-from lit_llama.generation import Sampling, read_prompts, respond
+from lit_llama.generation import Sampling, compile_steps, read_prompts, respond
+from lit_llama.quantize import Quantization, quantize_int8
 from lit_llama.tokenizer import find_tokenizer
 
 
@@ -27,6 +28,8 @@ def main(
     top_p: NonNegativeFloat | None = None,
     seed: int = 1234,
     precision: Precision | None = None,
+    quantize: Quantization | None = None,
+    compile: bool = False,
 ) -> None:
     """Print the response as it comes. Prompt length, start layer and prompt style are those of the adapter file.
 
@@ -44,15 +47,23 @@ def main(
         top_p: Draw only from the likeliest tokens that together have this probability.
         seed: Of the sampling.
         precision: By default the weights are bfloat16 on a GPU that has it, else float32.
+        quantize: int8 for weights in 8 bits: less memory and faster, for slightly different numbers.
+        compile: Compile the computation of a token first: faster from some hundred tokens on.
     """
     dtype = storage_dtype(precision or default_precision())
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     prompts = read_prompts(prompt, prompt_file)
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
-    model = load_model(pretrained_path, dtype, default_device())
+    device = default_device()
+    model = load_model(pretrained_path) if quantize else load_model(pretrained_path, dtype, device)
     prompt_style = load_adapter(model, adapter_path, pretrained_path, force)
-    model.to(dtype)
+    if quantize:
+        quantize_int8(model, dtype, device)
+    else:
+        model.to(dtype)
     cache_prefix(model)
+    if compile:
+        compile_steps(model)
     respond(model, tokenizer, prompts, prompt_style, input, sampling)
 
 

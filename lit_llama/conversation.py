@@ -30,7 +30,7 @@ class Conversation:
         self.messages: list[Message] = []
         self.ended = False
         self.cached: list[int] = []  # the tokens that the cache holds
-        self.cache: list[KVCache] = []
+        self.cache: KVCache | None = None
 
     def ask(self, question: str, sampling: Sampling) -> Iterator[str]:
         """Yield the answer in pieces. A reader may stop at any of them: that much of it is in the conversation.
@@ -61,7 +61,7 @@ class Conversation:
         stop, self.ended = stop_ids(self.style, self.tokenizer), False
         for tokens in next_tokens(self.model, [new], sampling, self.cache):
             self.cached += new  # not before: an answer may end at any moment, with only some of the layers filled
-            new = tokens.tolist()
+            new = tokens
             self.ended = new[0] in stop
             if self.ended:
                 return
@@ -72,16 +72,15 @@ class Conversation:
         pairs = zip(self.cached, prompt[:-1], strict=False)
         n = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
         del self.cached[n:]
-        for layer in self.cache:
-            layer.length = n
-        if not self.cache or length > self.cache[0].k.size(2):
+        if self.cache is None or length > self.cache.room:
             roomy = min(2 * length, self.model.config.block_size)
             self.cache = grown(self.cache, self.model.new_cache(1, roomy))
+        self.cache.length = n
         return n
 
     def forget(self) -> None:
         """Drop what was computed, after a change of the model."""
-        self.cached, self.cache = [], []
+        self.cached, self.cache = [], None
 
     def set_system(self, text: str) -> None:
         """What the model is told before the first question from now on, or nothing."""
@@ -101,8 +100,9 @@ class Conversation:
 
 
 @torch.inference_mode()
-def grown(cache: list[KVCache], into: list[KVCache]) -> list[KVCache]:
+def grown(cache: KVCache | None, into: KVCache) -> KVCache:
     """A larger cache that begins with what another one holds."""
-    for old, new in zip(cache, into, strict=False):
-        new.append(old.k[:, :, : old.length], old.v[:, :, : old.length])
+    for layer, larger in zip(cache.layers, into.layers, strict=True) if cache else ():
+        for old, new in zip(layer, larger, strict=True):
+            new[:, :, : old.size(2)] = old
     return into

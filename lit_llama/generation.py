@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -41,25 +42,44 @@ class Sampling:
 
 
 def sample(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Draw a token id from each row of logits (..., V); a UserError if they are not all finite."""
-    if not logits.isfinite().all():
-        raise UserError("the model computes inf or nan: its weights are damaged, or need another --precision")
+    """Draw a token id from each row of logits (..., V); -1 where they are not all finite."""
+    finite = logits.sum(-1, dtype=torch.float32).isfinite()  # one inf or nan makes the sum one
     if sampling.temperature == 0:
-        return logits.argmax(-1)
-    logits, ids = (logits.float() / sampling.temperature).sort(descending=True)
-    if sampling.top_k:
-        logits[..., sampling.top_k :] = -torch.inf
+        return logits.argmax(-1).where(finite, -1)
+    logits = logits.where(finite.unsqueeze(-1), 0).float() / sampling.temperature
+    logits, ids = logits.topk(min(sampling.top_k or logits.size(-1), logits.size(-1)))  # (..., k), falling
     probs = logits.softmax(-1)
     if sampling.top_p is not None:
         probs[..., 1:][(probs.cumsum(-1) - probs)[..., 1:] >= sampling.top_p] = 0  # the most likely one always stays
-    return ids.gather(-1, torch.multinomial(probs, 1)).squeeze(-1)
+    return ids.gather(-1, torch.multinomial(probs, 1)).squeeze(-1).where(finite, -1)
+
+
+def compile_steps(model: LLaMA) -> None:
+    """Compile the computation of a single token, once for all lengths of a text; on a GPU it becomes one CUDA graph.
+
+    Prompts are not compiled, since each has its own length.
+    """
+    model.compiled = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+
+def new_cache(model: LLaMA, batch_size: int, length: int) -> KVCache:
+    """An empty cache with room for `length` tokens; for compiled steps a power of two, since each size is compiled."""
+    room = min(max(256, 1 << (length - 1).bit_length()), model.config.block_size) if model.compiled else length
+    return model.new_cache(batch_size, room)
+
+
+def fix_shapes(cache: KVCache) -> None:
+    """Let steps have the same shapes at every length, and be recorded as a CUDA graph, which needs fixed addresses."""
+    cache.length = torch.tensor(cache.length, device=cache.layers[0][0].device)
+    for tensor in (cache.length, *chain(*cache.layers)):
+        torch._dynamo.mark_static_address(tensor)
 
 
 @torch.inference_mode()
 def next_tokens(
-    model: LLaMA, prompts: list[list[int]], sampling: Sampling, cache: list[KVCache] | None = None
-) -> Iterator[Tensor]:
-    """Yield, token by token, the ids (B,) that continue B prompts.
+    model: LLaMA, prompts: list[list[int]], sampling: Sampling, cache: KVCache | None = None
+) -> Iterator[list[int]]:
+    """Yield, token by token, the B ids that continue B prompts.
 
     Args:
         cache: of what comes before a single prompt, with room for the prompt and all new tokens but the last.
@@ -67,7 +87,7 @@ def next_tokens(
     longest = max(map(len, prompts), default=0)
     if not prompts or not all(prompts):
         raise UserError("a prompt is empty; expected at least one token")
-    before = cache[0].length if cache else 0
+    before = int(cache.length) if cache else 0
     if before + longest + sampling.max_new_tokens > model.config.block_size:
         raise UserError(
             f"a prompt of {before + longest} tokens and {sampling.max_new_tokens} new ones are more than the "
@@ -77,18 +97,24 @@ def next_tokens(
     padding = [longest - len(prompt) for prompt in prompts]
     n_pad = torch.tensor(padding, device=device) if any(padding) else None
     idx = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=device)  # (B, T)
-    cache = cache or model.new_cache(len(prompts), longest + sampling.max_new_tokens)
-    for _ in range(sampling.max_new_tokens):
-        last = torch.arange(1, len(prompts) + 1, device=device) * idx.size(1) - 1
-        tokens = sample(model(idx, cache, last, n_pad), sampling)  # (B,)
-        yield tokens
-        idx = tokens[:, None]  # (B, 1)
+    cache = cache or new_cache(model, len(prompts), longest + sampling.max_new_tokens)
+    last = torch.arange(1, len(prompts) + 1, device=device) * longest - 1
+    logits = model(idx, cache, last, n_pad)  # (B, V)
+    if model.compiled:
+        fix_shapes(cache)
+    for left in reversed(range(sampling.max_new_tokens)):
+        tokens = sample(logits, sampling)  # (B,)
+        ids = tokens.tolist()  # all that a step waits for
+        if min(ids) < 0:
+            raise UserError("the model computes inf or nan: its weights are damaged, or need another --precision")
+        yield ids
+        if left:
+            logits = (model.compiled or model)(tokens[:, None], cache, n_pad=n_pad)[:, -1]  # (B, V)
 
 
 def generate(model: LLaMA, prompt: list[int], sampling: Sampling, stop: Collection[int] = ()) -> Iterator[int]:
     """Yield the ids that continue the token ids of `prompt`, up to one of `stop` (which is not yielded)."""
-    for tokens in next_tokens(model, [prompt], sampling):
-        token = int(tokens)
+    for [token] in next_tokens(model, [prompt], sampling):
         if token in stop:
             return
         yield token
@@ -101,7 +127,7 @@ def generate_batch(
     answers: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
     for tokens in next_tokens(model, prompts, sampling):
-        for row, token in enumerate(tokens.tolist()):
+        for row, token in enumerate(tokens):
             if token in stop:
                 running.discard(row)
             elif row in running:

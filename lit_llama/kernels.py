@@ -18,6 +18,19 @@ def matrix_vector(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(x.expand(16, 1, -1), blocks).view(*x.shape[:-1], -1)
 
 
+class Linear(nn.Linear):
+    """nn.Linear without bias, and fast for a single token on a CPU."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_plain = type(self.weight) is nn.Parameter  # not quantised
+        if is_plain and x.device.type == "cpu" and x.numel() == self.in_features and self.out_features % 16 == 0:
+            return matrix_vector(x, self.weight)
+        return super().forward(x)
+
+
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up. The backward pass computes silu(gate) again, so that only gate and up are kept for it."""
 

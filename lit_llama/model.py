@@ -1,12 +1,14 @@
 """LLaMA, the whole of it: configuration, rotary embedding, attention, MLP, KV cache.
 
-Shapes: B batch, T tokens of the input, S tokens attended to (T and those cached before it), C embedding width (n_embd),
+Shapes: B batch, T tokens of the input, S places attended to (T and those cached before it), C embedding width (n_embd),
 nh query heads, nkv key and value heads, hs head size, H hidden width of the MLP, V vocabulary, N selected tokens.
 Papers: LLaMA (arXiv 2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lit_llama.kernels import SwiGLU, matrix_vector, summed_cross_entropy
+from lit_llama.kernels import Linear, SwiGLU, summed_cross_entropy
 
 Mask = Tensor | list[int] | None  # see `attention_mask`, or the lengths of packed sequences
+Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see `KVCache.append`
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class LLaMA(nn.Module):
     """Token ids in, logits of the next token out."""
 
     transformer: Any  # a ModuleDict of modules with a type of their own: wte, h, ln_f
+    compiled: Callable[..., Tensor] | None = None  # forward for a single token, see `compile_steps` of generation.py
 
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
@@ -117,7 +121,7 @@ class LLaMA(nn.Module):
     def forward(
         self,
         idx: Tensor,
-        cache: "list[KVCache] | None" = None,
+        cache: "KVCache | None" = None,
         select: Tensor | None = None,
         n_pad: Tensor | None = None,
         lengths: list[int] | None = None,
@@ -132,28 +136,34 @@ class LLaMA(nn.Module):
             lengths: of sequences packed one after the other into a single row idx (1, T); none of them sees another.
             targets: the tokens (N,) that follow the selected ones; the result is their cross-entropy, summed.
         """
-        T, start = idx.size(1), cache[0].length if cache else 0
-        positions = torch.cat([torch.arange(start, start + n, device=idx.device) for n in lengths or (T,)])  # (T,)
+        T = idx.size(1)
+        past, room = (cache.length, cache.room) if cache else (0, 0)
+        S = past + T if isinstance(past, int) else room
+        places = torch.arange(T, device=idx.device) + past  # (T,)
+        needs_mask = n_pad is not None or isinstance(past, Tensor) or 1 < T < S
+        mask = attention_mask(places, S, n_pad) if needs_mask else lengths
+        positions = torch.cat([places[:n] for n in lengths]) if lengths else places  # (T,)
         if n_pad is not None:
             positions = positions - n_pad[:, None, None]  # (B, 1, T)
         rope = rotary_table(self.config, positions)
-        mask = lengths or attention_mask(T, start + T, n_pad, idx.device)
         x = self.transformer.wte(idx)  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
             if self.recompute_blocks and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)
             else:
-                x = block(x, rope, mask, cache[i] if cache else None)
+                x = block(x, rope, mask, partial(cache.append, i, places, S) if cache else None)
+        if cache:
+            cache.length += T
         if select is not None:
             x = x.flatten(0, 1).index_select(0, select)  # (N, C)
         x = self.transformer.ln_f(x)
         return self.lm_head(x) if targets is None else summed_cross_entropy(self.lm_head, x, targets)
 
-    def new_cache(self, batch_size: int, length: int) -> "list[KVCache]":
-        """An empty cache per layer, for `batch_size` sequences of at most `length` tokens each."""
-        weight = self.lm_head.weight
-        shape = (2, batch_size, self.config.n_kv_head, length, self.config.head_size)
-        return [KVCache(torch.zeros(shape, dtype=weight.dtype, device=weight.device)) for _ in self.transformer.h]
+    def new_cache(self, batch_size: int, room: int) -> "KVCache":
+        """An empty cache, for `batch_size` sequences of at most `room` tokens each."""
+        weight = self.transformer.wte.weight
+        shape = (self.config.n_layer, 2, batch_size, self.config.n_kv_head, room, self.config.head_size)
+        return KVCache(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
 
 
 class Block(nn.Module):
@@ -164,8 +174,8 @@ class Block(nn.Module):
         self.rms_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Mask, cache: "KVCache | None" = None) -> Tensor:
-        x = x + self.attn(self.rms_1(x), rope, mask, cache)
+    def forward(self, x: Tensor, rope: Tensor, mask: Mask, append: Append | None = None) -> Tensor:
+        x = x + self.attn(self.rms_1(x), rope, mask, append)
         return x + self.mlp(self.rms_2(x))  # (B, T, C)
 
 
@@ -178,13 +188,13 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, sum(config.qkv_sizes))  # q, k and v in one product
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Mask, cache: "KVCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, mask: Mask, append: Append | None = None) -> Tensor:
         nh, nkv = self.config.n_head, self.config.n_kv_head
         qk, v = self.heads(x).split((nh + nkv, nkv), dim=1)
         q, k = apply_rope(qk, rope).split((nh, nkv), dim=1)
         v = v.contiguous()  # a view would keep the unrotated q and k alive until the backward pass
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, nkv, S, hs)
+        if append is not None:
+            k, v = append(k, v)  # (B, nkv, S, hs)
         y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
@@ -198,8 +208,10 @@ class CausalSelfAttention(nn.Module):
         if isinstance(mask, list):  # packed sequences, each by itself
             parts = zip(*(tensor.split(mask, dim=2) for tensor in (q, k, v)), strict=True)
             return torch.cat([CausalSelfAttention.attend(self, *part, mask=None) for part in parts], dim=2)
-        is_causal = True if mask is None and q.size(2) > 1 else False  # noqa: SIM210 - a bool, also when compiled
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=q.size(1) != k.size(1))
+        if q.size(2) == 1:  # the heads that share a key are like tokens that attend to it
+            grouped = q.reshape(len(q), k.size(1), -1, q.size(3))  # (B, nkv, nh / nkv, hs)
+            return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1))
 
 
 class MLP(nn.Module):
@@ -213,19 +225,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(SwiGLU.apply(self.c_fc1(x), self.c_fc2(x)))  # (B, T, C)
-
-
-class Linear(nn.Linear):
-    """nn.Linear without bias, and fast for a single token on a CPU."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        is_plain = type(self.weight) is nn.Parameter  # not quantised
-        if is_plain and x.device.type == "cpu" and x.numel() == self.in_features and self.out_features % 16 == 0:
-            return matrix_vector(x, self.weight)
-        return super().forward(x)
 
 
 class RMSNorm(nn.Module):
@@ -242,28 +241,30 @@ class RMSNorm(nn.Module):
 
 
 class KVCache:
-    """Keys and values of one layer: preallocated and filled in place."""
+    """Keys and values of all layers: preallocated and filled in place.
+
+    `length` is how many tokens it holds. If that is a tensor (), it never leaves the device, and all the room is
+    attended to, under a mask: a step then has the same shapes at every length, so that it is compiled only once.
+    """
 
     def __init__(self, buffer: Tensor) -> None:
-        self.k, self.v = buffer  # (B, nkv, length, hs) each
-        self.length = 0
+        self.layers = [(k, v) for k, v in buffer]  # (B, nkv, room, hs) each
+        self.room = buffer.size(-2)
+        self.length: int | Tensor = 0
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, nkv, T, hs) to what is there; returns all of it (B, nkv, S, hs)."""
-        start, self.length = self.length, self.length + k.size(2)
-        self.k[:, :, start : self.length] = k
-        self.v[:, :, start : self.length] = v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+    def append(self, layer: int, places: Tensor, S: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put k and v (B, nkv, T, hs) at places (T,) of a layer; returns its first S (B, nkv, S, hs)."""
+        keys, values = self.layers[layer]
+        return keys.index_copy_(2, places, k)[:, :, :S], values.index_copy_(2, places, v)[:, :, :S]
 
 
-def attention_mask(T: int, S: int, n_pad: Tensor | None, device: torch.device) -> Tensor | None:
-    """Which of S tokens each of the last T attends to, (T, S) or (B, 1, T, S). None: all before it and itself."""
-    if n_pad is None and T in (1, S):
-        return None
-    mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+def attention_mask(places: Tensor, S: int, n_pad: Tensor | None) -> Tensor:
+    """Which of S tokens those at `places` (T,) attend to, (T, S) or (B, 1, T, S): all up to their own but padding."""
+    others = torch.arange(S, device=places.device)  # (S,)
+    mask = others <= places[:, None]  # (T, S)
     if n_pad is not None:
-        is_text = torch.arange(S, device=device) >= n_pad[:, None]  # (B, S)
-        itself = mask.triu(S - T)  # for padding, since softmax over an empty row is NaN
+        is_text = others >= n_pad[:, None]  # (B, S)
+        itself = others == places[:, None]  # for padding, since softmax over an empty row is NaN
         mask = mask & is_text[:, None, None] | itself  # (B, 1, T, S)
     return mask
 

@@ -6,6 +6,9 @@ Both sides train r = 8 on query and value with dropout 0.05, on the same micro-b
 In each, the peer pads its micro-batches to the longest record, or packs them without padding (position_ids restart at
 each record, and transformers masks one from another), whichever is faster. Each measurement runs in a fresh process,
 one side after the other, so that a drift of the machine's speed cancels out of the ratios.
+
+With --only generation, only generation is timed, in one process and again in turns: ours in float32 and int8, and
+with --compile true also compiled, over the peer's `generate` with a growing or a compiled static cache.
 """
 
 import multiprocessing
@@ -13,7 +16,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,11 +30,13 @@ from lit_llama.checkpoint import load_model
 from lit_llama.cli import run
 from lit_llama.data import BatchSchedule, Dataset, GroupedSchedule
 from lit_llama.device import peak_memory
-from lit_llama.generation import Sampling, generate
+from lit_llama.generation import Sampling, compile_steps, generate
 from lit_llama.huggingface import hf_config, to_hf
 from lit_llama.lora import LoRAConfig, add_lora, mark_only_lora_as_trainable
+from lit_llama.quantize import quantize_int8
 from lit_llama.training import loss_sum
 
+Generator = Callable[[int], Sequence[int]]  # of so many tokens, greedily
 PROMPT = list(range(1000, 1040))
 IGNORED = -100  # the label of what transformers does not train on
 
@@ -74,6 +79,8 @@ def main(
     block_size: PositiveInt = 512,
     new_tokens: PositiveInt = 100,
     rounds: PositiveInt = 3,
+    only: Literal["generation"] | None = None,
+    compile: bool = False,
 ) -> None:
     """Print a table of our speed and memory over the faster of the peer's two ways.
 
@@ -85,7 +92,12 @@ def main(
         block_size: Tokens after which records are cut.
         new_tokens: Tokens to generate.
         rounds: How often each side is measured.
+        only: generation, to time nothing else, and without the training in the same process.
+        compile: With --only generation, measure compiled steps, too, which takes minutes.
     """
+    if only:
+        print(generation_table(pretrained_path, new_tokens, rounds, compile))
+        return
     os.environ.pop("OPENBLAS_CORETYPE", None)  # a kernel forced on OpenBLAS for an older machine would slow this one
     sides = {"ours": measure_ours, "peer, padded": measure_padded, "peer, packed": measure_packed}
     print("| batches | training speed | memory | generation speed | tokens/s, ours | padded peer | packed peer |")
@@ -164,6 +176,58 @@ def measure_peer(setting: Setting, inputs: Callable[[Dataset, np.ndarray], dict[
         return model(**inputs(dataset, records)).loss
 
     return Measured(timed(model, loss_of, dataset, micro_batches), generation, peak_memory(torch.device("cpu")))
+
+
+def generation_table(checkpoint: Path, new_tokens: int, rounds: int, compiled: bool) -> str:
+    """Speeds of all sides, and medians over the rounds of their ratios to the peer's fastest."""
+    sides = {**our_generators(checkpoint, compiled), **peer_generators(checkpoint, compiled)}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(rounds + 1):
+        for side, generator in sides.items():
+            start = time.perf_counter()
+            assert len(generator(new_tokens)) == new_tokens
+            if number:  # the first round warms up
+                seconds[side].append(time.perf_counter() - start)
+                print(f"round {number}, {side}: {new_tokens / seconds[side][-1]:.1f} tokens/s", file=sys.stderr)
+    best = min((side for side in sides if side.startswith("transformers")), key=lambda side: min(seconds[side]))
+    lines = ["| generation | tokens/s, fastest round | over transformers at its best |", "|---|---:|---:|"]
+    for side, times in seconds.items():
+        ratio = statistics.median(theirs / ours for theirs, ours in zip(seconds[best], times, strict=True))
+        lines.append(f"| {side} | {new_tokens / min(times):.1f} | {ratio:.2f} x |")
+    return "\n".join(lines)
+
+
+def our_generators(checkpoint: Path, compiled: bool) -> dict[str, Generator]:
+    sides: dict[str, Generator] = {}
+    for quantized in (False, True):
+        for is_compiled in (False, True)[: 1 + compiled]:
+            model = load_model(checkpoint, torch.float32).eval()
+            if quantized:
+                quantize_int8(model, torch.float32, torch.device("cpu"))
+            if is_compiled:
+                compile_steps(model)
+            name = f"ours, {'int8' if quantized else 'float32'}{', compiled' if is_compiled else ''}"
+            sides[name] = lambda n, model=model: list(generate(model, PROMPT, Sampling(n, temperature=0)))
+    return sides
+
+
+def peer_generators(checkpoint: Path, compiled: bool) -> dict[str, Generator]:
+    """transformers' `generate` with its two caches; the static one is there to be compiled."""
+    prompt, sides = torch.tensor([PROMPT]), {}
+    for cache in ("dynamic", "static")[: 1 + compiled]:
+        model = hf_model(checkpoint).eval()
+        if cache == "static":
+            model.forward = torch.compile(model.forward, fullgraph=True)
+
+        def generator(n: int, model: Any = model, cache: str = cache) -> Sequence[int]:
+            mask, lengths = torch.ones_like(prompt), {"max_new_tokens": n, "min_new_tokens": n}
+            kind = {} if cache == "dynamic" else {"cache_implementation": "static"}
+            return model.generate(prompt, attention_mask=mask, do_sample=False, **lengths, **kind)[
+                0, len(PROMPT) :
+            ].tolist()
+
+        sides[f"transformers, {cache} cache{', compiled' if cache == 'static' else ''}"] = generator
+    return sides
 
 
 def hf_model(checkpoint: Path) -> Any:

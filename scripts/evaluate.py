@@ -24,6 +24,7 @@ from lit_llama.lora import merge_lora
 from lit_llama.model import LLaMA
 from lit_llama.progress import progress
 from lit_llama.prompt import stop_ids
+from lit_llama.quantize import Quantization, quantize_int8
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 from lit_llama.training import matching_tokenizer
 
@@ -62,6 +63,7 @@ def main(
     max_new_tokens: PositiveInt = 100,
     lora_alpha: float | None = None,
     precision: Precision | None = None,
+    quantize: Quantization | None = None,
     json: bool = False,
     force: bool = False,
 ) -> None:
@@ -82,6 +84,7 @@ def main(
         max_new_tokens: The longest answer.
         lora_alpha: Only for a LoRA file of the archived Lit-LLaMA, which did not store it.
         precision: By default the weights are bfloat16 on a GPU that has it, else float32.
+        quantize: int8 for the numbers of a model in 8 bits, as the generate scripts use it.
         json: Print JSON instead of the table.
         force: Use the file even if it was trained on a different base model of the same shape.
     """
@@ -91,7 +94,7 @@ def main(
         rouge_and_bleu([""], [""])  # now rather than after the work, if a library is missing
     texts = {name: read_text(name) for name in text}
     dtype = storage_dtype(precision or default_precision())
-    model = load(checkpoint_path, lora_path, adapter_path, lora_alpha, dtype, force)
+    model = load(checkpoint_path, lora_path, adapter_path, lora_alpha, dtype, force, quantize)
     block_size = block_size or min(2048, model.config.block_size)
     dataset = Dataset(data_dir, split, block_size) if data_dir else None
     if dataset is None:
@@ -114,15 +117,21 @@ def load(
     lora_alpha: float | None,
     dtype: torch.dtype,
     force: bool = False,
+    quantize: Quantization | None = None,
 ) -> LLaMA:
     """The model as its generate script would use it."""
-    model = load_model(path, dtype, default_device())
+    device = default_device()
+    model = load_model(path) if quantize else load_model(path, dtype, device)
     if lora_path:
         load_lora(model, lora_path, lora_alpha, path, force)
         merge_lora(model)
     if adapter_path:
         load_adapter(model, adapter_path, path, force)
-    model.to(dtype).eval()
+    if quantize:
+        quantize_int8(model, dtype, device)
+    else:
+        model.to(dtype)
+    model.eval()
     cache_prefix(model)
     return model
 

@@ -3,7 +3,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from builders import TINY, random_model
 
 from lit_llama import conversation as module
@@ -99,7 +98,7 @@ def test_an_answer_that_is_broken_off_stays_and_the_next_one_is_right(talk: Conv
 
 def test_a_question_without_an_answer_is_forgotten(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(module, "next_tokens", lambda *_: iter([torch.tensor([talk.tokenizer.eos_id])]))
+        patch.setattr(module, "next_tokens", lambda *_: iter([[talk.tokenizer.eos_id]]))
         assert answer(talk, "first") == ""
     answer(talk, "second")
     assert [message.content for message in talk.messages if message.role == "user"] == ["second"]
@@ -107,9 +106,9 @@ def test_a_question_without_an_answer_is_forgotten(talk: Conversation, monkeypat
 
 def test_the_cache_grows_with_the_conversation(talk: Conversation) -> None:
     answer(talk, "first", replace(GREEDY, max_new_tokens=2))
-    before = talk.cache[0].k.size(2)
+    before = talk.cache.room
     answer(talk, "second " * 50)
-    assert before < talk.cache[0].k.size(2) <= talk.model.config.block_size
+    assert before < talk.cache.room <= talk.model.config.block_size
 
 
 def test_a_full_context_ends_an_answer_and_refuses_the_next_question(tokenizer: Tokenizer) -> None:

@@ -1,13 +1,25 @@
+"""Sampling, and that a step of decoding is compiled once, waits once, and can be a CUDA graph."""
+
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from builders import TINY, random_model
+from builders import TINY, random_model, randomize
+from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._guards import TracingContext
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, cache_prefix
 from lit_llama.errors import UserError
-from lit_llama.generation import Sampling, generate, generate_batch, sample
+from lit_llama.generation import Sampling, compile_steps, generate, generate_batch, sample
 from lit_llama.huggingface import hf_config, to_hf
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.quantize import quantize_int8
 
 
 def test_greedy_continuation_equals_transformers() -> None:
@@ -88,3 +100,92 @@ def test_rows_of_a_batch_are_sampled_by_their_own_probabilities() -> None:
     assert found[1, 0] + found[1, 1:].max() == 1  # one of the equal ones is kept
     torch.testing.assert_close(found[0], torch.tensor([0, 0.5, 0, 0.3]) / 0.8, atol=0.03, rtol=0)
     torch.testing.assert_close(found[1, 0], torch.tensor(0.7 / 0.8), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_row_that_is_not_finite_has_no_token_and_ends_a_text(value: float, temperature: float) -> None:
+    logits = torch.randn(3, TINY.vocab_size)
+    logits[1, 5] = value
+    assert (sample(logits, Sampling(1, temperature)) < 0).tolist() == [False, True, False]
+    model = random_model(TINY)
+    model.transformer.ln_f.scale.data[0] = value
+    with pytest.raises(UserError, match="computes inf or nan"):
+        next(generate(model, [1, 2, 3], Sampling(5, temperature)))
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often a number leaves the device, other than by `tolist`."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_a_step_waits_for_nothing_but_its_token(temperature: float) -> None:
+    model = random_model(TINY)
+    model.compiled = model.forward  # shapes as if it were compiled
+    with Waits() as waits:
+        assert len(list(generate(model, [5, 6, 7], Sampling(20, temperature, top_p=0.9)))) == 20
+        assert waits.count == 0
+        assert torch.ones(1).isfinite().all()
+    assert waits.count == 1
+
+
+def test_all_that_a_step_changes_stays_at_its_address_as_a_cuda_graph_needs() -> None:
+    """And only the token is copied into the graph."""
+    model, metadata = random_model(TINY), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        def compiler(graph: torch.fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
+            metadata.append(TracingContext.get().fw_metadata)
+            return graph.forward
+
+        return aot_module_simplified(graph, inputs, fw_compiler=compiler, inference_compiler=compiler)
+
+    expected = list(generate(model, [5, 6, 7], Sampling(5, 0)))
+    model.compiled = torch.compile(model.forward, backend=backend, fullgraph=True, dynamic=False)
+    assert list(generate(model, [5, 6, 7], Sampling(5, 0))) == expected
+    [step] = metadata
+    changed = {i for i, info in enumerate(step.input_info) if info.mutates_data}
+    assert len(changed) == 2 * TINY.n_layer + 1  # keys and values, and their number
+    assert changed <= set(step.static_input_indices)
+    assert len(step.input_info) - len(step.static_input_indices) == 1
+
+
+def adapted(config: LLaMAConfig) -> LLaMA:
+    model = random_model(config)
+    add_adapter(model, AdapterConfig(4, 0))
+    randomize(adapter_state_dict(model), std=0.7)
+    cache_prefix(model)
+    return model
+
+
+def quantized(config: LLaMAConfig) -> LLaMA:
+    model = random_model(config)
+    quantize_int8(model, torch.float32, torch.device("cpu"))
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(("make", "n"), [(random_model, 30), (adapted, 30), (quantized, 5)])
+def test_a_compiled_step_gives_the_same_tokens_and_serves_all_lengths(make: Callable[..., LLaMA], n: int) -> None:
+    """In bfloat16, which 8-bit layers round activations to, the order of sums soon tells."""
+    model = make(TINY)
+    prompts = [torch.randint(TINY.vocab_size, (n,)).tolist() for n in (5, 1, 17, 60)]
+    expected = [list(generate(model, prompt, Sampling(30, 0))) for prompt in prompts]
+    torch.compiler.reset()
+    counters.clear()
+    compile_steps(model)
+    found = [list(generate(model, prompt, Sampling(30, 0))) for prompt in prompts]
+    assert [answer[:n] for answer in found] == [answer[:n] for answer in expected]
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert [answer[:n] for answer in generate_batch(model, prompts[:3], Sampling(30, 0))] == [
+        a[:n] for a in expected[:3]
+    ]
+    assert counters["stats"]["unique_graphs"] == 2  # another number of texts

@@ -42,20 +42,24 @@ def test_long_positions_equal_transformers() -> None:
     torch.testing.assert_close(model(idx)[:, 256:], reference(model)(idx).logits[:, 256:], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 @torch.no_grad()
-def test_cached_logits_equal_uncached(config: LLaMAConfig) -> None:
+def test_cached_logits_equal_uncached(config: LLaMAConfig, fixed: bool) -> None:
     model = random_model(config)
     idx = torch.randint(config.vocab_size, (2, 30))
     expected = model(idx)
-    cache = model.new_cache(2, 30)
+    cache = model.new_cache(2, 50)
+    cache.length = torch.tensor(0) if fixed else 0
     parts = [model(part, cache) for part in idx.split([9, 1, 1, 7, 1, 11], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=0)
+    assert cache.length == 30
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("adapter", [False, True])
 @torch.no_grad()
-def test_padding_at_the_start_changes_nothing(adapter: bool) -> None:
+def test_padding_at_the_start_changes_nothing(adapter: bool, fixed: bool) -> None:
     """Prompts of 3, 11 and 1 tokens, each continued by 5, one at a time; what stands in the padding does not matter."""
     model = random_model(TINY)
     if adapter:
@@ -63,7 +67,8 @@ def test_padding_at_the_start_changes_nothing(adapter: bool) -> None:
         randomize(adapter_state_dict(model), std=0.7)
     lengths = (3, 11, 1)
     idx, n_pad = torch.randint(TINY.vocab_size, (3, 16)), torch.tensor([11 - n for n in lengths])
-    cache = model.new_cache(3, 16)
+    cache = model.new_cache(3, 20)
+    cache.length = torch.tensor(0) if fixed else 0
     parts = [model(part, cache, n_pad=n_pad) for part in idx.split([11, 1, 1, 1, 1, 1], dim=1)]
     logits = torch.cat(parts, dim=1)
     assert logits.isfinite().all()
