@@ -10,7 +10,7 @@ from lit_llama.checkpoint import load_model
 from lit_llama.cli import run
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
 from lit_llama.errors import UserError
-from lit_llama.finetuned import load_lora
+from lit_llama.finetuned import base_is_nf4, load_lora
 from lit_llama.generation import Sampling, compile_steps, read_prompts, respond
 from lit_llama.lora import merge_lora, remove_lora
 from lit_llama.quantize import Quantization, quantize_int8
@@ -46,7 +46,8 @@ def main(
         lora_alpha: Only for a file of the archived Lit-LLaMA, which did not store it.
         pretrained_path: The checkpoint of the base model.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
-        merge: Fold the update into the weights first, which is faster. Default: true for one file, false for several.
+        merge: Fold the update into the weights first, which is faster. Default: true for one file, false for several,
+            and for one that was trained on a 4-bit base, which would no longer be in 4 bits.
         force: Use the file even if it was trained on a different base model of the same shape.
         max_new_tokens: The longest response, in tokens.
         temperature: Below 1 for likelier text, above for more varied; 0 always takes the likeliest token.
@@ -70,12 +71,14 @@ def main(
     prompts = read_prompts(prompt, prompt_file)
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     device = default_device()
-    model = load_model(pretrained_path) if quantize else load_model(pretrained_path, dtype, device)
+    nf4 = base_is_nf4(*lora_path)
+    place = (None, "cpu") if quantize else (dtype, device)
+    model = load_model(pretrained_path, *place, nf4=nf4)
     for path in lora_path:
         start = time.perf_counter()
         remove_lora(model)
         prompt_style = load_lora(model, path, lora_alpha, pretrained_path, force)
-        if merge or (merge is None and len(lora_path) == 1):
+        if merge or quantize or (merge is None and len(lora_path) == 1 and not nf4):
             merge_lora(model)
         if quantize:
             quantize_int8(model, dtype, device)

@@ -114,6 +114,17 @@ def read_finetuned(
     return method, content["state_dict"], content["prompt_style"]
 
 
+def base_is_nf4(*paths: Path | None) -> bool:
+    """Whether LoRA or adapter files learned on a base in 4 bits, so that it is to be rounded as it was then."""
+    contents = [read_described(path) for path in paths if path]
+    kinds = {content.get("hyperparameters", {}).get("quantize") for content in contents}
+    if len(kinds) > 1:
+        raise UserError(
+            "some of the LoRA files were trained on a 4-bit base and some were not; give one kind at a time"
+        )
+    return kinds == {"nf4"}
+
+
 def archived_lora(path: Path, state: Mapping[str, Tensor], alpha: float | None) -> LoRAConfig:
     if alpha is None:
         raise UserError(

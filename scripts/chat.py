@@ -16,7 +16,7 @@ from lit_llama.cli import run
 from lit_llama.conversation import Conversation
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
 from lit_llama.errors import UserError
-from lit_llama.finetuned import FILE_NAMES, load_adapter, load_lora
+from lit_llama.finetuned import FILE_NAMES, base_is_nf4, load_adapter, load_lora
 from lit_llama.generation import Sampling
 from lit_llama.lora import remove_lora
 from lit_llama.prompt import ONE_QUESTION, PromptStyle
@@ -69,7 +69,8 @@ def main(
     dtype = storage_dtype(precision or default_precision())
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
-    model = load_model(checkpoint_path, dtype, default_device()).eval()
+    nf4 = base_is_nf4(lora_path, adapter_path)
+    model = load_model(checkpoint_path, dtype, default_device(), nf4).eval()
     tokenizer.check_fits(model.config.vocab_size)
     own_style = own_prompt_style(checkpoint_path)
     if adapter_path:

@@ -18,7 +18,7 @@ from lit_llama.data import Dataset, single_step
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
 from lit_llama.errors import UserError
 from lit_llama.files import read_text as read_text_file
-from lit_llama.finetuned import load_adapter, load_lora
+from lit_llama.finetuned import base_is_nf4, load_adapter, load_lora
 from lit_llama.generation import Sampling, generate_batch
 from lit_llama.lora import merge_lora
 from lit_llama.model import LLaMA
@@ -121,7 +121,8 @@ def load(
 ) -> LLaMA:
     """The model as its generate script would use it."""
     device = default_device()
-    model = load_model(path) if quantize else load_model(path, dtype, device)
+    place = (None, "cpu") if quantize else (dtype, device)
+    model = load_model(path, *place, nf4=base_is_nf4(lora_path, adapter_path))
     if lora_path:
         load_lora(model, lora_path, lora_alpha, path, force)
         merge_lora(model)

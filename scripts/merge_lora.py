@@ -9,9 +9,10 @@ from torch import Tensor
 from lit_llama.checkpoint import load_model, save_model_folder
 from lit_llama.cli import run
 from lit_llama.files import check_apart
-from lit_llama.finetuned import load_lora
+from lit_llama.finetuned import base_is_nf4, load_lora
 from lit_llama.lora import merge_lora
 from lit_llama.model import LLaMA
+from lit_llama.nf4 import dequantize_blocks, quantize_blocks
 from lit_llama.prompt import encode_prompt
 from lit_llama.tokenizer import find_tokenizer
 
@@ -25,7 +26,7 @@ def main(
     force: bool = False,
     prompt: str = "Please explain how weight decay works",
 ) -> None:
-    """Merge in float32, and save in the dtype of the base model.
+    """Merge in float32, and save in the dtype of the base model. A 4-bit base is dequantised as it was in training.
 
     Args:
         out_dir: The model folder to write: lit-llama.pth, config.json (with the prompt style) and the tokenizer.
@@ -38,16 +39,22 @@ def main(
     """
     check_apart(pretrained_path.parent, out_dir)
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
-    model = load_model(pretrained_path).eval()
+    nf4 = base_is_nf4(lora_path)
+    model = load_model(pretrained_path, nf4=nf4).eval()
     tokenizer.check_fits(model.config.vocab_size)
     prompt_style = load_lora(model, lora_path, lora_alpha, pretrained_path, force)
     idx = torch.tensor([encode_prompt(prompt_style, prompt, "", tokenizer)])
     apart = logits(model, idx)
     merge_lora(model)
+    dequantize_blocks(model)  # those that had no update
     merged = logits(model, idx)
     save_model_folder(out_dir, model.state_dict(), model.config, tokenizer.files(), prompt_style)
     change = (merged - apart).abs().max()
     print(f"Saved {out_dir}. Merging changed the logits of a prompt by up to {change:.1e}", file=sys.stderr)
+    if nf4:
+        quantize_blocks(model, "cpu", None)
+        change = (logits(model, idx) - merged).abs().max()
+        print(f"To quantise it to 4 bits again would change them by up to {change:.1e}", file=sys.stderr)
 
 
 @torch.no_grad()

@@ -2,18 +2,24 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from builders import TINY, random_model, randomize
+from builders import TINY, random_model, randomize, run_script
+from lightning.fabric.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, mark_only_adapter_as_trainable
 from lit_llama.checkpoint import load_model, save_model_folder
+from lit_llama.errors import UserError
+from lit_llama.finetuned import load_lora
 from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable, merge_lora
 from lit_llama.model import Linear, LLaMA
-from lit_llama.nf4 import NF4Weight, quantize_blocks
+from lit_llama.nf4 import NF4Weight, dequantize_blocks, quantize_blocks
+from lit_llama.training import load_base
 
 LORA = LoRAConfig(r=4, dropout=0.0, targets=TARGETS)
 
@@ -136,3 +142,38 @@ def test_loading_quantises_and_keeps_the_rest_as_it_is(tmp_path: Path) -> None:
     for (name, weight), other in zip(model.named_parameters(), loaded.parameters(), strict=True):
         assert type(weight) is type(other), name
         assert torch.equal(*(w.dequantize() if isinstance(w, NF4Weight) else w for w in (weight, other)))
+
+
+@pytest.fixture(scope="module")
+def finetuned(checkpoint: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA file that was trained on a 4-bit base."""
+    out_dir = tmp_path_factory.mktemp("nf4")
+    places = ("--pretrained_path", checkpoint, "--data_dir", data_dir, "--out_dir", out_dir)
+    steps = ("--max_steps", 3, "--batch_size", 4, "--learning_rate", 0.01, "--block_size", 128)
+    assert run_script("finetune_lora", *places, *steps, "--quantize", "nf4") is None
+    return out_dir / "lit-llama-lora-finetuned.pth"
+
+
+def test_a_lora_file_answers_on_the_base_that_it_was_trained_on(
+    finetuned: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    paths = ("--lora_path", finetuned, "--pretrained_path", checkpoint)
+    assert run_script("merge_lora", *paths, "--out_dir", tmp_path / "merged") is None
+    assert "quantise it to 4 bits again would change them by up to" in capsys.readouterr().err
+    same = ("--prompt", "Count to 3", "--temperature", 0, "--max_new_tokens", 30)
+    assert run_script("generate_lora", *paths, *same) is None
+    assert run_script("generate", "--checkpoint_path", tmp_path / "merged" / "lit-llama.pth", *same) is None
+    first, second = capsys.readouterr().out.split("Count to 3")[1:]
+    assert first == second
+    expected = load_model(checkpoint, nf4=True)
+    load_lora(expected, finetuned)
+    merge_lora(expected)
+    dequantize_blocks(expected)
+    for name, weight in load_model(tmp_path / "merged" / "lit-llama.pth").state_dict().items():
+        assert torch.equal(weight, expected.state_dict()[name]), name
+
+
+def test_a_4_bit_base_is_not_sharded(checkpoint: Path) -> None:
+    sharded: Any = SimpleNamespace(strategy=ModelParallelStrategy(lambda model, _: model))
+    with pytest.raises(UserError, match="choose --strategy ddp"):
+        load_base(sharded, checkpoint, torch.float32, "nf4")
