@@ -4,6 +4,7 @@ Records are read twice, as a stream: to check and count them, and to tokenise th
 can be written in any order. Only where each record begins is kept in memory.
 """
 
+import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,8 +116,26 @@ def in_processes(function: Callable[[Any], Any], arguments: Iterable[Any], num_w
     arguments = iter(arguments)
     first = list(islice(arguments, FEW))
     n = min(num_workers, N_CORES) if num_workers > 1 and len(first) == FEW else 0
-    calls, arguments = Calls(function), chain(first, arguments)
-    yield from DataLoader(calls, sampler=arguments, batch_size=None, collate_fn=as_it_is, num_workers=n)
+    yield from DataLoader(
+        Calls(function),
+        sampler=chain(first, arguments),
+        batch_size=None,
+        collate_fn=as_it_is,
+        num_workers=n,
+        worker_init_fn=end_with_parent,
+    )
+
+
+def end_with_parent(_worker: int) -> None:
+    """If the parent is killed, end this process: it would wait for ever to hand over results, and hold its locks."""
+    parent = multiprocessing.parent_process()
+    assert parent
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def as_it_is(result: Any) -> Any:

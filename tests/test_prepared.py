@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -114,10 +115,9 @@ encoder = Encoder(Tokenizer(Path({str(model_folder / "tokenizer.json")!r})), "pl
     assert peak < (tmp_path / "many" / "train_tokens.npy").stat().st_size
 
 
-@pytest.mark.slow
-def test_an_interrupted_preparation_ends_in_one_line_and_leaves_nothing(
-    tmp_path: Path, checkpoint: Path, source: Path
-) -> None:
+@pytest.fixture
+def running(tmp_path: Path, checkpoint: Path, source: Path) -> subprocess.Popen[str]:
+    """A preparation that is tokenising, with some seconds to go."""
     source.write_text("\n".join([source.read_text()] * 300))
     flags = ("--train_file", source, "--data_dir", tmp_path / "out", "--pretrained_path", checkpoint)
     process = subprocess.Popen(
@@ -125,7 +125,21 @@ def test_an_interrupted_preparation_ends_in_one_line_and_leaves_nothing(
     )
     assert process.stderr
     assert "Checking" in process.stderr.readline()
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    assert process.communicate()[1] == "interrupted\n"
-    assert process.returncode == 128 + signal.SIGINT
+    time.sleep(0.5)
+    return process
+
+
+@pytest.mark.slow
+def test_an_interrupted_preparation_ends_in_one_line_and_leaves_nothing(
+    tmp_path: Path, source: Path, running: subprocess.Popen[str]
+) -> None:
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+    assert running.communicate()[1] == "interrupted\n"
+    assert running.returncode == 128 + signal.SIGINT
     assert [*tmp_path.iterdir()] == [source]
+
+
+@pytest.mark.slow
+def test_no_process_outlives_a_preparation_that_is_killed(running: subprocess.Popen[str]) -> None:
+    running.kill()
+    assert running.communicate(timeout=20)[1] == ""  # it returns once no process is left that could write
