@@ -33,6 +33,7 @@ PROGRESS = {  # what a training state has in addition
     "best": Mapping,
     "optimizer": Mapping,
     "metrics": str,
+    "shards": Mapping,
 }
 ARCHIVED_STYLE: PromptStyle = "alpaca-stanford"
 
