@@ -12,6 +12,7 @@ import threading
 import time
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from lightning import Fabric
 
@@ -26,10 +27,7 @@ class Heartbeat(threading.Thread):
     def __init__(self, rank: int, n: int) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self.rank, self.n, self.limit, self.done = rank, n, LIMIT, threading.Event()
-        address, port, wait = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=LIMIT)
-        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=wait)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store when it starts again
-        self.store = dist.PrefixStore(f"heartbeat/{attempt}", store)
+        self.store = dist.PrefixStore("heartbeat", common_store(LIMIT))
         self.heard = [("", time.monotonic())] * n  # of each process: its latest beat and when that was new
 
     def run(self) -> None:
@@ -60,11 +58,30 @@ class Heartbeat(threading.Thread):
 
     def _end(self, silent: list[int]) -> None:
         if self.rank == min({*range(self.n)} - {*silent}):
-            who = f"process {silent[0]} of {self.n} (counted from 0)"
-            print(f"error: {who} has died; continue from the last saved state with --resume true", file=sys.stderr)
+            who = f"process{'es' * (len(silent) > 1)} {', '.join(map(str, silent))} of {self.n} (counted from 0) died"
+            print(f"error: {who}; continue from the last saved state with --resume true", file=sys.stderr)
         sys.stderr.flush()
         time.sleep(3 * PERIOD * (self.rank == 0))  # in which the others read the store
         os._exit(1)
+
+
+def common_store(seconds: float) -> dist.Store:
+    """The store of key-value pairs that all processes share; what is read is waited for so long.
+
+    torchrun keeps it when it starts processes again: each time, they get keys of their own.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    wait = timedelta(seconds=seconds)
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=wait)
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def connect() -> None:
+    """Connect the processes that torchrun has started. Left to Fabric, they would find the addresses of dead ones."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized():
+        rank, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=common_store(300), rank=rank, world_size=n)
 
 
 def start(fabric: Fabric) -> None:
@@ -87,6 +104,6 @@ def finish() -> None:
 def wait_for_verdict() -> None:
     """After an error that another process may have caused: return only if none is found to have died."""
     if running:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends what is left
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, which would end those who could tell
         running.limit = LIMIT_AFTER_ERROR
-        running.join(LIMIT_AFTER_ERROR + 3 * PERIOD)
+        running.join(LIMIT_AFTER_ERROR + 10 * PERIOD)

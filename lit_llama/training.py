@@ -51,6 +51,7 @@ def launch(
         chosen = DDPStrategy(init_sync=False)  # all processes read the same file and draw the same random numbers
     try:
         fabric = Fabric(devices=devices, num_nodes=num_nodes, strategy=chosen, precision=precision, loggers=logger)
+        heartbeat.connect()
         fabric.launch()
     except (ValueError, RuntimeError, MisconfigurationException) as error:  # what it says of settings is clear enough
         raise UserError(f"could not launch {n} processes: {str(error).splitlines()[0]}") from None
