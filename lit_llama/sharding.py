@@ -1,18 +1,22 @@
 """Models spread over several devices with FSDP2 (fully_shard), and their state in one piece.
 
 A sharded parameter is a DTensor: each device stores a slice of its rows. FSDP gathers a block's parameters just before
-the block is computed and drops them after it. Everything here leaves plain tensors as they are.
+the block is computed and drops them after it. Everything here leaves plain tensors as they are. At the end is how
+processes act together.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from lightning import Fabric
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from lit_llama.errors import UserError
 from lit_llama.model import LLaMA
 
 
@@ -69,6 +73,23 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def gathered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in one piece and in `dtype`, on the CPU; called by all processes if it is sharded.
+
+    It takes memory for one piece, where `full_tensor` takes two.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor.to("cpu", dtype)
+    own, mesh = tensor.to_local().to(dtype), tensor.device_mesh
+    whole = torch.empty(tensor.shape, dtype=dtype, device=own.device)
+    for i, rows in enumerate(whole.chunk(mesh.size())):
+        if i == mesh.get_local_rank():
+            rows.copy_(own)
+        dist.broadcast(rows, i)
+    return whole.cpu()
+
+
+@torch.no_grad()
 def fill(target: Tensor, whole: Tensor) -> None:
     """Copy `whole`, or if `target` is sharded the rows of it that this process stores; no others are read."""
     if not isinstance(target, DTensor):
@@ -78,3 +99,22 @@ def fill(target: Tensor, whole: Tensor) -> None:
     rows = dict(enumerate(whole.chunk(mesh.size())))  # fewer than devices if there are few rows
     if mesh.get_local_rank() in rows:
         target.to_local().copy_(rows[mesh.get_local_rank()])
+
+
+def on_all_processes(fabric: Fabric, action: Callable[..., None], *args: Any) -> None:
+    """Do something on all processes. A UserError on any of them is raised on all."""
+    problem = None
+    try:
+        action(*args)
+    except UserError as error:
+        problem = str(error)
+    problems = [problem] * fabric.world_size
+    if fabric.world_size > 1:
+        dist.all_gather_object(problems, problem)
+    for problem in filter(None, problems):
+        raise UserError(problem)
+
+
+def on_first_process(fabric: Fabric, action: Callable[..., None], *args: Any) -> None:
+    """Do something on one process alone, while the others wait. A UserError there is raised on all of them."""
+    on_all_processes(fabric, action if fabric.is_global_zero else lambda *_: None, *args)

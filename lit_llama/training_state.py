@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning import Fabric
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,7 +31,7 @@ from lit_llama.integrity import check_base, digest, is_plain
 from lit_llama.locks import check_room, claim
 from lit_llama.model import LLaMAConfig
 from lit_llama.schema import check_types, naming, short
-from lit_llama.sharding import fill, in_one_piece, whole_tensor
+from lit_llama.sharding import fill, gathered, in_one_piece, on_all_processes, on_first_process
 from lit_llama.shards import check_shards, describe_shards, read_shards, write_shards
 
 STATE_FILE = "training-state.pth"
@@ -253,25 +252,6 @@ def named_tensors(weights: Mapping[str, Tensor], moments: Mapping[int, Mapping[s
     return named | {f"optimizer.{i}.{name}": tensor for i, entry in moments.items() for name, tensor in entry.items()}
 
 
-def on_all_processes(fabric: Fabric, action: Callable[..., None], *args: Any) -> None:
-    """Do something on all processes. A UserError on any of them is raised on all."""
-    problem = None
-    try:
-        action(*args)
-    except UserError as error:
-        problem = str(error)
-    problems = [problem] * fabric.world_size
-    if fabric.world_size > 1:
-        dist.all_gather_object(problems, problem)
-    for problem in filter(None, problems):
-        raise UserError(problem)
-
-
-def on_first_process(fabric: Fabric, action: Callable[..., None], *args: Any) -> None:
-    """Do something on one process alone, while the others wait. A UserError there is raised on all of them."""
-    on_all_processes(fabric, action if fabric.is_global_zero else lambda *_: None, *args)
-
-
 def save_weights(
     fabric: Fabric, path: Path, about: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> None:
@@ -290,7 +270,7 @@ def save_model(
     weights = untied(weights, config.tie_embeddings)
     with FakeTensorMode():
         layout = {name: torch.empty(tensor.shape, dtype=dtype) for name, tensor in weights.items()}
-    pieces = ((name, whole_tensor(tensor).detach().to("cpu", dtype)) for name, tensor in weights.items())
+    pieces = ((name, gathered(tensor, dtype)) for name, tensor in weights.items())
 
     def write() -> None:
         try:

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -99,9 +100,10 @@ def kill_a_rank(run: subprocess.Popen, ranks: int, seconds: float, killed: set[i
         found = ranks_of(run.pid)
         if len(found) == ranks and not killed & {*found}:
             time.sleep(rng.uniform(0, seconds))
-            if run.poll() is None:
-                os.kill(victim := rng.choice(found), signal.SIGKILL)
-                killed.update(found)
+            killed.update(found)
+            victim = rng.choice(found)
+            with suppress(ProcessLookupError):  # it has ended
+                os.kill(victim, signal.SIGKILL)
                 print(f"killed {found.index(victim)}", file=sys.stderr)
                 return True
         time.sleep(0.1)
