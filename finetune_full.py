@@ -35,7 +35,7 @@ from lit_llama.training import (
     sum_over_devices,
     validation_loss,
 )
-from lit_llama.training_state import TrainingState, save_model
+from lit_llama.training_state import Resume, TrainingState, save_model
 
 # optimisation
 learning_rate: PositiveFloat = 3e-5
@@ -75,7 +75,7 @@ def main(
     pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
     out_dir: Path = Path("out/full/alpaca"),
     tokenizer_path: Path | None = None,
-    resume: bool = False,
+    resume: Resume = False,
     dry_run: bool = False,
 ) -> None:
     """Finetune, and write a model folder.
@@ -86,7 +86,7 @@ def main(
         out_dir: Gets lit-llama.pth with its config and tokenizer, the best one so far in the folder best, the training
             state, metrics.csv and loss.png.
         tokenizer_path: The base model's tokenizer, if it is not next to the checkpoint.
-        resume: Continue the run in out_dir from its last saved state.
+        resume: Continue the run in out_dir from its last saved state. auto: if there is one, else begin.
         dry_run: End before the first step, after showing the plan and two records, with what is trained on marked.
     """
     numerics = precision or default_precision()

@@ -34,7 +34,7 @@ from lit_llama.training import (
     sum_over_devices,
     validation_loss,
 )
-from lit_llama.training_state import TrainingState, save_weights
+from lit_llama.training_state import Resume, TrainingState, save_weights
 
 # optimisation
 learning_rate: PositiveFloat = 3e-4
@@ -79,7 +79,7 @@ def main(
     pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
     out_dir: Path = Path("out/lora/alpaca"),
     tokenizer_path: Path | None = None,
-    resume: bool = False,
+    resume: Resume = False,
     dry_run: bool = False,
 ) -> None:
     """Finetune, and write lit-llama-lora-finetuned.pth.
@@ -89,7 +89,7 @@ def main(
         pretrained_path: The checkpoint of the base model.
         out_dir: Gets the LoRA file (and the best one so far), the training state, metrics.csv and loss.png.
         tokenizer_path: The base model's tokenizer, if it is not next to the checkpoint.
-        resume: Continue the run in out_dir from its last saved state.
+        resume: Continue the run in out_dir from its last saved state. auto: if there is one, else begin.
         dry_run: End before the first step, after showing the plan and two records, with what is trained on marked.
     """
     numerics = precision or default_precision()

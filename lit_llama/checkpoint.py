@@ -4,7 +4,7 @@
 "files", fingerprints of the others. Where it does not say (version 1.0, say), nothing is compared.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_llama.archive import write_tensors
 from lit_llama.errors import UserError
-from lit_llama.files import CONFIG, check_finite, check_listed, read_file, read_json, replacing_folder, write_file
-from lit_llama.integrity import digest, fingerprint, is_plain, sealed, unsealed
+from lit_llama.files import (
+    CONFIG,
+    check_finite,
+    check_listed,
+    read_file,
+    read_json,
+    replacing,
+    replacing_folder,
+    write_file,
+)
+from lit_llama.integrity import check_archive, digest, fingerprint, is_plain, sealed, unsealed
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
 from lit_llama.nf4 import quantize_blocks
 from lit_llama.progress import say
@@ -48,17 +58,37 @@ def write_model(
     config: LLaMAConfig,
     files: Mapping[str, bytes | str],
     prompt_style: PromptStyle | None = None,
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
-    """Write the files of a model one by one, the weights last, into a folder that holds no other model."""
-    check_finite(folder / WEIGHTS, state)
-    if config.tie_embeddings:  # one tensor under two names is stored once
-        state = {**state, "lm_head.weight": state["transformer.wte.weight"]}
+    """Write the files of a model one by one, the weights last, into a folder that holds no other model.
+
+    Args:
+        tensors: those of `untied(state)`, one by one, if `state` tells only their shapes and dtypes.
+    """
     fields = {**asdict(config), "prompt_style": prompt_style}
     for name, content in {**files, CONFIG: sealed(fields)}.items():
         write_file(folder / name, content)
-    write_file(folder / WEIGHTS, state)
+    layout = untied(state, config.tie_embeddings)
+    tensors = finite(folder / WEIGHTS, [*layout.items()] if tensors is None else tensors)
+    if config.tie_embeddings:
+        layout["lm_head.weight"] = layout["transformer.wte.weight"]
+    with replacing(folder / WEIGHTS) as part:
+        write_tensors(part, layout, tensors)
+        check_archive(part)
     prints = {WEIGHTS: fingerprint(folder / WEIGHTS), **{name: digest(folder / name) for name in files}}
     write_file(folder / CONFIG, sealed({**fields, "files": prints}))
+
+
+def untied(state: Mapping[str, Tensor], tied: bool) -> dict[str, Tensor]:
+    """A model's tensors without the head's weight, if that is `tied` to the embedding's."""
+    return {name: tensor for name, tensor in state.items() if not (tied and name == "lm_head.weight")}
+
+
+def finite(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors; a UserError at the first that has a number that is inf or nan."""
+    for name, tensor in tensors:
+        check_finite(path, {name: tensor})
+        yield name, tensor
 
 
 def load_model(

@@ -18,7 +18,7 @@ import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from lit_llama import files, start
+from lit_llama import files, heartbeat, start
 from lit_llama.checkpoint import WEIGHTS, default_model, file_in
 from lit_llama.errors import Stopped, UserError
 from lit_llama.finetuned import FILE_NAMES
@@ -78,11 +78,14 @@ def run(main: Callable[..., None]) -> None:
         start.loaded()
         arguments = {name: meant(name, value, f"--{name}" in given) for name, value in arguments.items()}
         main(**arguments)
+        heartbeat.finish()
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
+        if re.search("gloo|nccl|connection|socket", str(error), re.IGNORECASE):
+            heartbeat.wait_for_verdict()
         end(*explain(error))
     finally:
         release()
@@ -140,6 +143,9 @@ def parse(main: Callable[..., None], module: ModuleType) -> tuple[dict[str, Any]
 def kind(annotation: Any) -> tuple[str, str]:
     """What a value of this type is called in --help, and in a message."""
     choices = [choice for choice in get_args(annotation) if choice not in (type(None), ...)]
+    if bool in choices[:-1]:  # or one of some words
+        words = [word for choice in choices[1:] for word in get_args(choice)]
+        return f"{{{','.join(['true', 'false', *words])}}}", f"one of {', '.join(['true', 'false', *words])}"
     if get_origin(annotation) is Literal:
         return f"{{{','.join(choices)}}}", f"one of {', '.join(choices)}"
     if get_origin(annotation) is tuple:

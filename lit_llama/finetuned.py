@@ -33,6 +33,8 @@ PROGRESS = {  # what a training state has in addition
     "best": Mapping,
     "optimizer": Mapping,
     "metrics": str,
+    "precision": Mapping,
+    "shards": Mapping,
 }
 ARCHIVED_STYLE: PromptStyle = "alpaca-stanford"
 

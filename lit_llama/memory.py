@@ -31,9 +31,9 @@ from torch.utils._pytree import tree_leaves
 from lit_llama.data import Batch
 from lit_llama.model import LLaMA
 from lit_llama.nf4 import NF4Weight, quantize_blocks
-from lit_llama.sharding import shard
+from lit_llama.sharding import fill, shard
 from lit_llama.training import loss_sum
-from lit_llama.training_state import restored
+from lit_llama.training_state import room_for
 
 Kind = tuple[str, str]  # what a storage is for and, where that does not say it, the module and operation that made it
 WEIGHTS, GRADIENTS, MOMENTS, LOGITS = ("weights", ""), ("gradients", ""), ("moments", ""), ("logits", "")
@@ -182,10 +182,11 @@ def count_resume(llama: LLaMA, optimizer: Optimizer) -> Count:
     count = Count(llama)
     with torch.no_grad(), count:
         for parameter in optimizer.param_groups[0]["params"]:
-            parameter.copy_(restored(torch.empty(parameter.shape), parameter))
-            dtype = getattr(optimizer, "moments_dtype", torch.float32)
-            saved = (torch.empty(parameter.shape, dtype=dtype) for _ in range(2))
-            optimizer.state[parameter] = {i: restored(tensor, parameter) for i, tensor in enumerate(saved)}
+            fill(parameter, torch.empty(parameter.shape))
+            saved = torch.empty(parameter.shape, dtype=getattr(optimizer, "moments_dtype", torch.float32))
+            optimizer.state[parameter] = {i: room_for(saved, parameter) for i in range(2)}
+            for moment in optimizer.state[parameter].values():
+                fill(moment, saved)
     return count
 
 

@@ -33,5 +33,6 @@ def loaded() -> None:
 program = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
 if program.resolve().parent in SCRIPTS:  # but not in the programs of others
     sys.excepthook = end_in_one_line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # lest torch add stacks in C++ to what heartbeat.py says
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupted)

@@ -15,6 +15,7 @@ from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lit_llama import heartbeat
 from lit_llama.checkpoint import load_model
 from lit_llama.data import Batch, Dataset, Step, single_step
 from lit_llama.device import TrainingPrecision, storage_dtype
@@ -26,6 +27,7 @@ from lit_llama.tokenizer import Tokenizer, find_tokenizer
 
 Strategy = Literal["auto", "ddp", "fsdp"]
 Quantize = Literal["nf4"]
+CPU_PROCESSES = 4  # at most, on each core: they compute no faster, but show how a run on several devices behaves
 
 
 def launch(
@@ -38,7 +40,7 @@ def launch(
             former if there is more than one device.
     """
     n, gpus = devices * num_nodes, torch.cuda.device_count()
-    if devices > (gpus or os.cpu_count() or 1):
+    if devices > (gpus or CPU_PROCESSES * (os.cpu_count() or 1)):
         has = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else f"no GPU and {os.cpu_count()} CPU cores"
         raise UserError(f"{devices} devices were requested, but this machine has {has}; lower --devices")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would build a plan for every new length of a record
@@ -52,12 +54,14 @@ def launch(
         chosen = DDPStrategy(init_sync=False)  # all processes read the same file and draw the same random numbers
     try:
         fabric = Fabric(devices=devices, num_nodes=num_nodes, strategy=chosen, precision=precision, loggers=logger)
+        heartbeat.connect()
         fabric.launch()
     except (ValueError, RuntimeError, MisconfigurationException) as error:  # what it says of settings is clear enough
         raise UserError(f"could not launch {n} processes: {str(error).splitlines()[0]}") from None
     if fabric.world_size != n:
         launched = fabric.world_size
         raise UserError(f"expected {n} processes (devices x nodes), but {launched} were launched; change --devices")
+    heartbeat.start(fabric)
     return fabric
 
 

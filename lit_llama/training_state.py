@@ -1,34 +1,45 @@
 """The training state of a run: written every few steps, so that an interrupted run can continue.
 
 `out_dir`/training-state.pth holds what a file of finetuned weights holds (see `lit_llama/finetuned.py`), the steps
-done, the best validation so far and the optimizer's state. It is written in one piece, so a run may continue on a
-different number of devices.
+done, the best validation so far and the optimizer's state.
+
+If all weights are trained and sharded, their tensors and the optimizer's are in a folder beside it, named after the
+step (see `lit_llama/shards.py`), and the file has the checksums of its files. A new state gets a new folder; it counts
+once the file names it, and only then is the old folder removed. A run may continue on another number of devices.
 """
 
 import math
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import Fabric
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lit_llama.checkpoint import check_state, write_model
+from lit_llama.checkpoint import check_state, untied, write_model
 from lit_llama.errors import UserError
+from lit_llama.files import check_finite, remove_folder
 from lit_llama.finetuned import read_described, save_finetuned
 from lit_llama.integrity import check_base, digest, is_plain
 from lit_llama.locks import check_room, claim
+from lit_llama.model import LLaMAConfig
 from lit_llama.schema import check_types, naming, short
-from lit_llama.sharding import in_one_piece, shard_like
+from lit_llama.sharding import fill, gathered, in_one_piece, on_all_processes, on_first_process
+from lit_llama.shards import check_shards, describe_shards, read_shards, write_shards
 
 STATE_FILE = "training-state.pth"
+Resume = bool | Literal["auto"]  # auto: continue a run if there is one
 MAY_CHANGE = (  # may change on resume; everything else must not
     "learning_rate", "num_epochs", "max_steps", "warmup_steps", "warmup_epochs", "lr_schedule", "eval_interval",
     "eval_records", "save_interval", "log_interval", "devices", "num_nodes", "strategy", "activation_checkpointing",
-    "logger", "patience", "base", "base_path",
+    "compile", "logger", "patience", "base", "base_path",
 )  # fmt: skip
 VERSION = 2  # of the schedule of batches; states that do not say are of version 1
 
@@ -42,15 +53,20 @@ class TrainingState:
         out_dir: Path,
         results: Sequence[str],
         settings: Mapping[str, Any],
-        resume: bool,
+        resume: Resume,
         dry_run: bool = False,
     ) -> None:
         """Refuses to write over a run or files named as its `results`, and to resume a run with other settings.
 
-        A dry run writes nothing, and so does not lock the folder.
+        A dry run writes nothing, and so does not lock the folder. The last of `results` is written during the run: if
+        that was interrupted before it had saved a state, `resume` "auto" writes over it.
         """
         self.fabric, self.path = fabric, out_dir / STATE_FILE
         self.saved: dict[str, Any] = {}
+        self.shards: Path | None = None  # the folder that the state names
+        if resume == "auto":
+            resume = fabric.broadcast(self.path.is_file())
+            results = results[:-1]
         if resume and not self.path.is_file():
             raise UserError(f"{self.path} does not exist, so there is no run to resume")
         if not dry_run:
@@ -59,10 +75,13 @@ class TrainingState:
             self.saved = read_described(self.path)
             check_settings(self.path, self.saved, settings)
             self._check_metrics()
+            self._describe_shards()
         existing = [name for name in (STATE_FILE, *results) if (out_dir / name).exists() and not dry_run]
         if existing and not resume:
             remedy = "continue that run with --resume true, or " if STATE_FILE in existing else ""
             raise UserError(f"{out_dir} holds {existing[0]} already: {remedy}give another --out_dir")
+        if not dry_run:
+            on_first_process(fabric, self._tidy)
         self.version: int = self.saved.get("version", 1) if resume else VERSION
         self.best: dict[str, float] = self.saved.get("best", {"loss": math.inf, "step": 0, "waited": 0})
 
@@ -112,26 +131,82 @@ class TrainingState:
             on_first_process(self.fabric, check_room, self.path.parent, size * sum(t.numel() for t in weights.values()))
         if not self.saved:
             return 0
-        state, moments = self.saved["state_dict"], self.saved["optimizer"]
+        tied = self.saved["base"].get("tie_embeddings", False)
+        weights, state = untied(weights, tied), untied(self.saved["state_dict"], tied)
+        moments = self.saved["optimizer"]
         check_state(self.path, state, weights)
         with naming(self.path, "it may be damaged"):
             check_moments(moments, optimizer)
-        for name, tensor in weights.items():
-            tensor.copy_(shard_like(state[name], tensor))
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for i, entry in moments["state"].items():
-            optimizer.state[trained[i]] = {name: restored(tensor, trained[i]) for name, tensor in entry.items()}
+            optimizer.state[trained[i]] = {name: room_for(tensor, trained[i]) for name, tensor in entry.items()}
+        targets = named_tensors(weights, {i: optimizer.state[trained[i]] for i in moments["state"]})
+        if self.shards:
+            read_shards(self.shards, targets)
+        else:
+            for name, tensor in named_tensors(state, moments["state"]).items():
+                fill(targets[name], tensor)
         for group, saved in zip(optimizer.param_groups, moments["param_groups"], strict=True):
             group.update({name: value for name, value in saved.items() if name != "params"})
+        if self.saved.get("precision"):
+            self.fabric.strategy.precision.load_state_dict(self.saved["precision"])
         return self.saved["step"]
 
     def save(self, step: int, about: Mapping[str, Any], weights: Mapping[str, Tensor], optimizer: Optimizer) -> None:
         """Write the state after `step` steps; `about` is what `describe` says of the weights."""
-        state = in_one_piece(optimizer.state_dict(), self.fabric.is_global_zero)
-        progress = {"version": self.version, "step": step, "best": self.best, "optimizer": state}
-        progress |= {"metrics": self._metrics()}
-        whole = in_one_piece(weights, self.fabric.is_global_zero)
-        on_first_process(self.fabric, save_finetuned, self.path, {**about, **progress}, whole)
+        progress: dict[str, Any] = {
+            "version": self.version,
+            "step": step,
+            "best": self.best,
+            "metrics": self._metrics(),
+            "precision": self.fabric.strategy.precision.state_dict(),  # float16's scale of the loss
+        }
+        sharded = about["kind"] == "full" and any(isinstance(tensor, DTensor) for tensor in weights.values())
+        state = optimizer.state_dict()
+        try:
+            if sharded:
+                tensors = named_tensors(untied(weights, about["base"]["tie_embeddings"]), state["state"])
+                progress["shards"] = self._write_shards(step, tensors)
+                weights, state = {}, {**state, "state": {}}
+            progress["optimizer"] = in_one_piece(state, self.fabric.is_global_zero)
+            whole = in_one_piece(weights, self.fabric.is_global_zero)
+            on_first_process(self.fabric, save_finetuned, self.path, {**about, **progress}, whole)
+            self.shards = self._folder(step) if sharded else None
+        finally:
+            if self.fabric.is_global_zero:
+                self._tidy()
+
+    def _write_shards(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        own = {name: tensor.to_local() for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+        on_all_processes(self.fabric, check_finite, self.path, own)
+        return write_shards(self._folder(step), tensors)
+
+    def _describe_shards(self) -> None:
+        """If tensors are in a folder, check it and put their descriptions in their places."""
+        if "shards" not in self.saved:
+            return
+        fabric, self.shards = self.fabric, self._folder(self.saved["step"])
+        with naming(self.path, "it may be damaged"):
+            check_types(self.saved["shards"], {}, dict.fromkeys(self.saved["shards"], str))
+        on_all_processes(fabric, check_shards, self.shards, self.saved["shards"], fabric.global_rank, fabric.world_size)
+        self.saved["state_dict"], moments = {}, {}
+        for name, tensor in describe_shards(self.shards).items():
+            kind, _, rest = name.partition(".")
+            if kind == "model":
+                self.saved["state_dict"][rest] = tensor
+            else:
+                i, _, moment = rest.partition(".")
+                moments.setdefault(int(i) if i.isdecimal() else i, {})[moment] = tensor
+        self.saved["optimizer"] = {**self.saved["optimizer"], "state": moments}
+
+    def _folder(self, step: int) -> Path:
+        return self.path.with_name(f"{self.path.stem}-{step}")
+
+    def _tidy(self) -> None:
+        """Remove folders of tensors that the state does not name: older ones, and what a killed run had begun."""
+        for folder in self.path.parent.glob(f"{self.path.stem}-*"):
+            if folder != self.shards and re.fullmatch(r"-\d+", folder.name.removeprefix(self.path.stem)):
+                remove_folder(folder)
 
 
 def check_settings(path: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -168,39 +243,43 @@ def check_moments(saved: Mapping[str, Any], optimizer: Optimizer) -> None:
                 raise UserError(f"{name} of the optimizer is {short(theirs[name])}")
 
 
-def restored(saved: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor of an optimizer's state, placed as the parameter that it belongs to."""
-    if saved.shape != parameter.shape:  # a count of steps
-        return saved.clone()
-    return torch.empty_like(parameter, dtype=saved.dtype).copy_(shard_like(saved, parameter))
+def room_for(saved: Tensor, parameter: Tensor) -> Tensor:
+    """An empty tensor for one of an optimizer's state, placed as the parameter that it belongs to."""
+    is_count = saved.shape != parameter.shape  # of steps
+    return torch.empty_like(saved if is_count else parameter, dtype=saved.dtype)
 
 
-def on_first_process(fabric: Fabric, action: Callable[..., None], *args: Any) -> None:
-    """Do something on one process alone, while the others wait. A UserError there is raised on all of them."""
-    problem = None
-    if fabric.is_global_zero:
-        try:
-            action(*args)
-        except UserError as error:
-            problem = str(error)
-    problem = fabric.broadcast(problem)
-    if problem:
-        raise UserError(problem)
+def named_tensors(weights: Mapping[str, Tensor], moments: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """All tensors of a state by one name each; `moments` are those of parameters by their numbers."""
+    named = {f"model.{name}": tensor for name, tensor in weights.items()}
+    return named | {f"optimizer.{i}.{name}": tensor for i, entry in moments.items() for name, tensor in entry.items()}
 
 
 def save_weights(
     fabric: Fabric, path: Path, about: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> None:
     """Write a file of finetuned weights in `dtype`; called by all processes."""
-    on_first_process(fabric, save_finetuned, path, about, whole_weights(fabric, weights, dtype))
+    whole = {name: tensor.to(dtype) for name, tensor in in_one_piece(weights, fabric.is_global_zero).items()}
+    on_first_process(fabric, save_finetuned, path, about, whole)
 
 
-def save_model(fabric: Fabric, folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype, *about: Any) -> None:
-    """Write a model's files in `dtype`; `about` is what else `write_model` takes. Called by all processes."""
-    on_first_process(fabric, write_model, folder, whole_weights(fabric, weights, dtype), *about)
+def save_model(
+    fabric: Fabric, folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype, config: LLaMAConfig, *about: Any
+) -> None:
+    """Write a model's files in `dtype`; `about` is what else `write_model` takes. Called by all processes.
 
+    Sharded weights are gathered and written one by one: no process holds more than the largest of them.
+    """
+    weights = untied(weights, config.tie_embeddings)
+    with FakeTensorMode():
+        layout = {name: torch.empty(tensor.shape, dtype=dtype) for name, tensor in weights.items()}
+    pieces = ((name, gathered(tensor, dtype)) for name, tensor in weights.items())
 
-def whole_weights(fabric: Fabric, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights in one piece, in `dtype`, on the first process; called by all."""
-    whole = in_one_piece(weights, fabric.is_global_zero)
-    return {name: tensor.to(dtype) for name, tensor in whole.items()}
+    def write() -> None:
+        try:
+            if fabric.is_global_zero:
+                write_model(folder, layout, config, *about, tensors=pieces)
+        finally:
+            deque(pieces, maxlen=0)  # gathering takes all processes, to the end
+
+    on_all_processes(fabric, write)

@@ -23,7 +23,9 @@ from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prepared import prepare
 from lit_llama.prompt import PromptStyle
 from lit_llama.records import Conversation, Fields, conversation, read_rows
+from lit_llama.shards import describe_shards, read_shards
 from lit_llama.tokenizer import Tokenizer
+from lit_llama.training_state import STATE_FILE, named_tensors
 
 TINY = LLaMAConfig(block_size=128, vocab_size=320, n_layer=2, n_head=4, n_embd=32, n_kv_head=2, n_hidden=48)
 
@@ -91,6 +93,7 @@ RESULTS = {  # what the finetune scripts write
     "adapter": "lit-llama-adapter-finetuned.pth",
     "full": "lit-llama.pth",
 }
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -112,6 +115,17 @@ def run_script(name: str, *arguments: object) -> str | None:
         for constant, value in constants.items():
             setattr(module, constant, value)
     return None
+
+
+def state_tensors(out: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the training state in a folder, in one piece, whoever wrote them."""
+    content = torch.load(out / STATE_FILE, weights_only=True)
+    if "shards" not in content:
+        return named_tensors(content["state_dict"], content["optimizer"]["state"])
+    folder = out / f"training-state-{content['step']}"
+    tensors = {name: torch.empty(like.shape, dtype=like.dtype) for name, like in describe_shards(folder).items()}
+    read_shards(folder, tensors)
+    return tensors
 
 
 def command(script: str, *arguments: object) -> list[str]:

@@ -1,10 +1,12 @@
 """Kills finetuning runs again and again, resumes them, and compares their end with that of a run left alone.
 
     python tests/kill_storm.py --kills 200
+    python tests/kill_storm.py --kills 20 --ranks 4
 
 Two of three kills come at a random moment, one of three within a write: at one of its file operations. Every run must
 end in the same bits (weights, optimizer, metrics), must never lose more than `save_interval` steps, and leave nothing
-behind.
+behind. With `--ranks`, runs are sharded over processes, one of which is killed at a random moment; torchrun begins them
+anew.
 """
 
 import argparse
@@ -13,15 +15,17 @@ import itertools
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from builders import RECORDS, RESULTS, TINY, prepare_records, random_model, run_script
+from builders import RECORDS, RESULTS, ROOT, TINY, TORCHRUN, prepare_records, random_model, run_script, state_tensors
 from builders_tokenizers import train_byte_tokenizer
 from killed_writers import KILLED, left_over, on_each_operation
 from test_finetune import finetune_arguments
@@ -68,11 +72,61 @@ def outcome(out: Path, method: str) -> str:
         [row.get(key) for key in ("step", "records", "train_loss", "validation_loss")]
         for row in read_metrics(out / "metrics.csv")
     ]
-    contents = []
-    for name in (RESULTS[method], STATE):
-        content = torch.load(out / name, weights_only=True)
-        contents.append([content.get("state_dict", content), content.get("optimizer")])
-    return checksum([rows, contents])
+    result = torch.load(out / RESULTS[method], weights_only=True)
+    groups = torch.load(out / STATE, weights_only=True)["optimizer"]["param_groups"]
+    tensors = sorted(state_tensors(out).items())
+    return checksum([rows, result.get("state_dict", result), groups, dict(tensors)])
+
+
+def start_ranks(folder: Path, out: Path, ranks: int, restarts: int) -> subprocess.Popen:
+    arguments = finetune_arguments("full", folder / "model" / "lit-llama.pth", folder / "data", out)
+    launcher = [*TORCHRUN, "--max-restarts", restarts, "--nproc-per-node", ranks, ROOT / "finetune_full.py"]
+    words = [*launcher, *arguments, "--devices", ranks, "--resume", "auto"]
+    with open(out.with_suffix(".log"), "a") as log:
+        return subprocess.Popen(list(map(str, words)), stderr=log)
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The processes that torchrun has started, by its number."""
+    children = [path.read_text().split() for path in Path(f"/proc/{launcher}/task").glob("*/children")]
+    return [int(child) for each in children for child in each]
+
+
+def kill_a_rank(run: subprocess.Popen, ranks: int, seconds: float, killed: set[int], rng: random.Random) -> bool:
+    """Wait until torchrun has started all processes (again), and some time; False if the run has ended by then."""
+    while run.poll() is None:
+        found = ranks_of(run.pid)
+        if len(found) == ranks and not killed & {*found}:
+            time.sleep(rng.uniform(0, seconds))
+            killed.update(found)
+            victim = rng.choice(found)
+            with suppress(ProcessLookupError):  # it has ended
+                os.kill(victim, signal.SIGKILL)
+                print(f"killed {found.index(victim)}", file=sys.stderr)
+                return True
+        time.sleep(0.1)
+    return False
+
+
+def storm_of_ranks(folder: Path, kills: int, ranks: int, rng: random.Random) -> list[str]:
+    """Kill one of the ranks of sharded runs until so many kills have hit; returns whatever went wrong."""
+    start, whole, restarts = time.monotonic(), folder / "whole", 3
+    assert start_ranks(folder, whole, ranks, 0).wait() == 0
+    reference, seconds = outcome(whole, "full"), time.monotonic() - start
+    problems, hits = [], 0
+    for number in itertools.count():
+        if hits >= kills:
+            break
+        out, killed = folder / f"run-{number}", set()
+        run = start_ranks(folder, out, ranks, restarts)
+        for _ in range(min(restarts, kills - hits)):
+            hits += kill_a_rank(run, ranks, seconds, killed, rng)
+        if run.wait() or outcome(out, "full") != reference or left_over(out):
+            problems.append(
+                f"{out.name}: {left_over(out)} or another end: {out.with_suffix('.log').read_text()[-300:]}"
+            )
+    print(f"{number} runs on {ranks} ranks, {hits} kills")
+    return problems
 
 
 def storm(folder: Path, kills: int, rng: random.Random) -> list[str]:
@@ -113,6 +167,7 @@ def storm(folder: Path, kills: int, rng: random.Random) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     tqdm.monitor_interval = 0  # no thread, which a fork would lose
@@ -127,7 +182,11 @@ def main() -> None:
         save_model_folder(folder / "model", random_model(TINY).state_dict(), TINY, tokenizer)
         splits = {"train": RECORDS[:11], "validation": RECORDS[11:]}
         prepare_records(folder / "data", splits, folder / "model" / "tokenizer.json")
-        problems = storm(folder, options.kills, random.Random(options.seed))
+        rng = random.Random(options.seed)
+        if options.ranks > 1:
+            problems = storm_of_ranks(folder, options.kills, options.ranks, rng)
+        else:
+            problems = storm(folder, options.kills, rng)
     print("\n".join(problems) or "all ended in the same bits")
     sys.exit(bool(problems))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import RESULTS, ROOT, run_script
+from builders import RESULTS, ROOT, TORCHRUN, run_script
 
 from lit_llama.checkpoint import load_model
 from lit_llama.log import read_metrics
@@ -18,7 +18,6 @@ SETTINGS = {
     "adapter": ["--learning_rate", 0.01, "--start_layer", 0, "--warmup_epochs", 1],
     "full": ["--learning_rate", 0.003, "--moments_dtype", "float32"],
 }
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 # Runs a finetune script and prints how often DDP reduced gradients.
 COUNTING = f"""
@@ -58,7 +57,7 @@ def arguments(method: str, checkpoint: Path, data_dir: Path, out_dir: Path) -> l
 
 
 def on_two_processes(method: str, *rest: object, torchrun: bool = False) -> subprocess.CompletedProcess:
-    launcher = [*TORCHRUN, "2"] if torchrun else [sys.executable]
+    launcher = [*TORCHRUN, "--nproc-per-node", "2"] if torchrun else [sys.executable]
     command = [*launcher, ROOT / f"finetune_{method}.py", *rest, "--devices", 2]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
@@ -165,7 +164,7 @@ assert share <= 0.51 * n_parameters, (share, n_parameters)
 
 def test_fewer_processes_than_asked_for_end_in_one_line(checkpoint: Path, data_dir: Path, tmp_path: Path) -> None:
     rest = [*arguments("lora", checkpoint, data_dir, tmp_path), "--devices", 2]
-    command = [*TORCHRUN, "1", ROOT / "finetune_lora.py", *rest]
+    command = [*TORCHRUN, "--nproc-per-node", "1", ROOT / "finetune_lora.py", *rest]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert result.returncode != 0
     assert "error: could not launch 2 processes: You set `devices=2`" in result.stderr

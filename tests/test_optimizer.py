@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lit_llama.optimizer import AdamW, LearningRate, clip_gradients
-from lit_llama.training_state import restored
+from lit_llama.sharding import fill
+from lit_llama.training_state import room_for
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -85,7 +86,9 @@ def test_a_loaded_state_continues_bit_for_bit(moments_dtype: torch.dtype) -> Non
     take_steps(optimizer, params, 5, 9)
     resumed = AdamW(at_five, lr=1e-2, moments_dtype=moments_dtype)
     for i, entry in state["state"].items():
-        resumed.state[at_five[i]] = {name: restored(tensor, at_five[i]) for name, tensor in entry.items()}
+        resumed.state[at_five[i]] = {name: room_for(tensor, at_five[i]) for name, tensor in entry.items()}
+        for name, tensor in entry.items():
+            fill(resumed.state[at_five[i]][name], tensor)
     resumed.param_groups[0]["step"] = state["param_groups"][0]["step"]
     assert resumed.state[at_five[0]]["exp_avg"].dtype == moments_dtype
     take_steps(resumed, at_five, 5, 9)

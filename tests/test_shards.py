@@ -1,0 +1,199 @@
+"""States and models of sharded runs: who reads them, what is refused, and how much memory they take. CPU and gloo."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from builders import ROOT, run_script, state_tensors
+from test_distributed import arguments, on_two_processes
+
+from lit_llama.archive import write_tensors
+from lit_llama.checkpoint import save_model_folder
+from lit_llama.files import read_file
+from lit_llama.integrity import fingerprint
+from lit_llama.log import read_metrics
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.shards import FILE_SIZE
+
+
+def test_a_file_written_tensor_by_tensor_is_that_of_torch(tmp_path: Path) -> None:
+    state = {"a": torch.randn(5, 3), "empty": torch.empty(0, 3), "b": torch.randn(7).bfloat16(), "c": torch.tensor(3.0)}
+    state["twin"] = state["a"]
+    write_tensors(tmp_path / "ours.pth", state, [item for item in state.items() if item[0] != "twin"])
+    torch.save(state, tmp_path / "torch.pth")
+    for mmap in (True, False):
+        read = torch.load(tmp_path / "ours.pth", weights_only=True, mmap=mmap)
+        assert list(read) == list(state)
+        assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
+        assert read["twin"].data_ptr() == read["a"].data_ptr()
+    assert fingerprint(tmp_path / "ours.pth") == fingerprint(tmp_path / "torch.pth")
+    read_file(tmp_path / "ours.pth")  # compares the CRC32s
+
+
+def test_resume_auto_begins_and_continues(checkpoint: Path, data_dir: Path, tmp_path: Path) -> None:
+    """A run that was killed before its first state has metrics and perhaps a best result; it begins anew."""
+    begin = [*arguments("lora", checkpoint, data_dir, tmp_path), "--resume", "auto", "--save_interval", 3]
+    (tmp_path / "metrics.csv").write_text("step,train_loss\n1,2\n")
+    (tmp_path / "lit-llama-lora-finetuned-best.pth").touch()
+    assert run_script("finetune_lora", *begin, "--max_steps", 3) is None
+    assert run_script("finetune_lora", *begin) is None
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.csv") if "train_loss" in row] == [*range(1, 7)]
+    (tmp_path / "training-state.pth").unlink()
+    assert "holds lit-llama-lora-finetuned.pth already" in str(run_script("finetune_lora", *begin))
+
+
+@pytest.fixture(scope="module")
+def sharded(checkpoint: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 3 steps of a run on two processes."""
+    out_dir = tmp_path_factory.mktemp("sharded")
+    result = on_two_processes("full", *arguments("full", checkpoint, data_dir, out_dir), "--max_steps", 3)
+    assert result.returncode == 0, result.stderr
+    return out_dir
+
+
+@pytest.mark.slow
+def test_damaged_shards_are_refused_in_one_line(
+    sharded: Path, checkpoint: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    def damage(change: str) -> str:
+        shutil.copytree(sharded, tmp_path / change)
+        for name in ("lit-llama.pth", "config.json"):
+            (tmp_path / change / name).unlink()
+        shards = sorted((tmp_path / change / "training-state-3").iterdir())
+        content = bytearray(shards[1].read_bytes())
+        if change == "flip":
+            content[len(content) // 2] ^= 1
+        shards[1].write_bytes(content[: -10 if change == "cut" else None])
+        if change == "missing":
+            shards[1].unlink()
+        if change == "other":
+            shutil.copy(shards[1], shards[1].with_name("shard-00003-model-00001-of-00001.safetensors"))
+        resume = [*arguments("full", checkpoint, data_dir, tmp_path / change), "--resume", "true"]
+        ended = str(run_script("finetune_full", *resume))
+        assert "\n" not in ended
+        return ended
+
+    assert "shard-00002-model-00001-of-00001.safetensors is damaged" in damage("flip")
+    assert "shard-00002-model-00001-of-00001.safetensors is damaged" in damage("cut")
+    assert "shard-00002-model-00001-of-00001.safetensors is missing" in damage("missing")
+    assert "shard-00003-model-00001-of-00001.safetensors does not belong" in damage("other")
+
+
+@pytest.mark.slow
+def test_a_sharded_state_is_what_one_process_reads_and_continues(
+    sharded: Path, checkpoint: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """The number of steps is left, so that no step is taken: the single file has the same bits."""
+    shutil.copytree(sharded, tmp_path, dirs_exist_ok=True)
+    before = state_tensors(tmp_path)
+    steps = [*arguments("full", checkpoint, data_dir, tmp_path), "--resume", "true", "--max_steps"]
+    assert run_script("finetune_full", *steps, 4) is None
+    assert not (tmp_path / "training-state-3").exists()
+    after = state_tensors(tmp_path)
+    assert before.keys() == after.keys() - {"model.lm_head.weight"} | before.keys()
+    result = on_two_processes("full", *steps, 5)  # of the single file
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "training-state-5").is_dir()
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_dead_process_is_named_in_one_line(checkpoint: Path, data_dir: Path, tmp_path: Path, victim: int) -> None:
+    rest = [*arguments("full", checkpoint, data_dir, tmp_path), "--devices", 2, "--num_epochs", 1000]
+    words = list(map(str, [sys.executable, ROOT / "finetune_full.py", *rest]))
+    with open(tmp_path / "log", "w") as log:
+        run = subprocess.Popen(words, stderr=log)
+    wait_for(lambda: read_metrics(tmp_path / "metrics.csv"))
+    child = int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[0])
+    os.kill((run.pid, child)[victim], signal.SIGKILL)
+    run.wait(60)
+    wait_for(lambda: not Path(f"/proc/{child}/cmdline").exists() or not Path(f"/proc/{child}/cmdline").read_bytes())
+    said = (tmp_path / "log").read_text()
+    ours, lightnings = f"error: process {victim} of 2", f"[rank: {victim}] Child process with PID"
+    assert (ours in said) + (lightnings in said) == 1
+    assert "Traceback" not in said
+    assert "gloo" not in said.split("step 0/")[1]
+
+
+PEAKS = """
+import json, re, sys, threading, time
+from pathlib import Path
+import torch
+from lit_llama.finetuned import describe
+from lit_llama.optimizer import AdamW
+from lit_llama.training import launch, load_base
+from lit_llama.training_state import TrainingState, save_model
+
+def memory():
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+class Peak(threading.Thread):
+    def __enter__(self):
+        self.before = self.peak = memory()
+        self.over = False
+        self.start()
+        return self
+    def run(self):
+        while not self.over:
+            self.peak = max(self.peak, memory())
+            time.sleep(0.002)
+    def __exit__(self, *_):
+        self.over = True
+        self.join()
+        grown[name] = self.peak - self.before
+
+folder, grown = Path(sys.argv[1]), {}
+fabric = launch(2, 1, "fsdp", "32-true")
+name = "load"
+with Peak():
+    llama = load_base(fabric, folder / "model" / "lit-llama.pth", torch.float32)
+    config = llama.config
+    fabric.setup(llama)
+adamw = AdamW(llama.parameters(), lr=0.1)
+for parameter in llama.parameters():
+    parameter.grad = torch.ones_like(parameter)
+adamw.step()
+adamw.zero_grad()
+state = TrainingState(fabric, folder / "out", [], {}, False)
+name = "state"
+with Peak():
+    state.save(1, describe(None, config, "plain", {}), llama.state_dict(), adamw)
+name = "model"
+with Peak():
+    save_model(fabric, folder / "out", llama.state_dict(), torch.float32, config, {})
+if fabric.is_global_zero:
+    print(json.dumps(grown))
+"""
+
+
+@pytest.mark.slow
+def test_loading_and_saving_take_a_share_and_one_tensor(tmp_path: Path) -> None:
+    """Of a model of 217 million weights on two processes: memory of the process itself, without mapped files."""
+    config = LLaMAConfig(vocab_size=32000, n_layer=12, n_head=16, n_embd=1024, n_hidden=2816)
+    model = LLaMA(config).bfloat16()
+    n, largest = sum(parameter.numel() for parameter in model.parameters()), 4 * config.vocab_size * config.n_embd
+    save_model_folder(tmp_path / "model", model.state_dict(), config, {})
+    (tmp_path / "driver.py").write_text(PEAKS)
+    words = [sys.executable, str(tmp_path / "driver.py"), str(tmp_path)]
+    result = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stderr
+    grown = json.loads(result.stdout)
+    print(grown, {"share": 4 * n / 2, "largest": largest})
+    assert grown["load"] < 1.1 * 4 * n / 2
+    assert grown["model"] < largest + 0.1 * (8 * n / 2 + largest)
+    assert grown["state"] < largest + FILE_SIZE + 0.1 * (8 * n / 2 + largest)
