@@ -205,7 +205,7 @@ def llama(request: pytest.FixtureRequest) -> LLaMA:
 
 
 def gradients(llama: LLaMA) -> None:
-    """The forward and backward pass of two records that fill a chunk of the logits, 256 rows, and begin a second one."""
+    """The forward and backward pass of two records that fill a chunk of 256 logits and begin a second one."""
     n, device = 256 + 9, llama.lm_head.weight.device
     ids = torch.randint(TINY.vocab_size, (n,), device=device)
     loss_sum(llama, Batch(ids[None], [n - 9, 9], torch.arange(n, device=device), ids)).backward()
