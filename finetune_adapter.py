@@ -102,7 +102,6 @@ def main(
     add_adapter(llama, config)
     mark_only_adapter_as_trainable(llama)
     llama.recompute_blocks = activation_checkpointing
-    memory = expected_memory(fabric, llama, schedule, dtype, torch.optim.AdamW)
     model = fabric.setup(llama)
     trained = [parameter for parameter in llama.parameters() if parameter.requires_grad]
     optimizer: Any = fabric.setup_optimizers(torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay))
@@ -110,6 +109,8 @@ def main(
     first_step = state.restore(adapter_state_dict(llama), optimizer)
     last_step = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
     rate = LearningRate(learning_rate, round(warmup_epochs * schedule.steps_per_epoch), lr_schedule, last_step)
+
+    memory = expected_memory(fabric, llama, schedule, dtype, torch.optim.AdamW)
     fabric.print(*plan(schedule, val_data, rate, llama), memory, sep="\n", file=sys.stderr)
     if dry_run:
         fabric.print(show_records(train_data, tokenizer))

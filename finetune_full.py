@@ -102,10 +102,9 @@ def main(
     llama = load_base(fabric, pretrained_path, torch.float32)
     tokenizer = matching_tokenizer(train_data, llama, pretrained_path, tokenizer_path)
     llama.recompute_blocks = activation_checkpointing
-    moments = getattr(torch, moments_dtype)
-    memory = expected_memory(fabric, llama, schedule, dtype, partial(AdamW, lr=0.0, moments_dtype=moments))
     model = fabric.setup(llama)
     trained = list(llama.parameters())
+    moments = getattr(torch, moments_dtype)
     adamw = AdamW(trained, lr=learning_rate, weight_decay=weight_decay, moments_dtype=moments)
     optimizer: Any = fabric.setup_optimizers(adamw)
     model_files = (llama.config, tokenizer.files(), train_data.prompt_style)
@@ -113,6 +112,8 @@ def main(
     first_step = state.restore(llama.state_dict(), optimizer)
     last_step = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
     rate = LearningRate(learning_rate, state.limit_warmup(warmup_steps, last_step), lr_schedule, last_step)
+
+    memory = expected_memory(fabric, llama, schedule, dtype, partial(AdamW, lr=0.0, moments_dtype=moments))
     fabric.print(*plan(schedule, val_data, rate, llama), memory, sep="\n", file=sys.stderr)
     if dry_run:
         fabric.print(show_records(train_data, tokenizer))

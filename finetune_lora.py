@@ -104,7 +104,6 @@ def main(
     add_lora(llama, config)
     mark_only_lora_as_trainable(llama)
     llama.recompute_blocks = activation_checkpointing
-    memory = expected_memory(fabric, llama, schedule, dtype, torch.optim.AdamW)
     model = fabric.setup(llama)
     trained = [parameter for parameter in llama.parameters() if parameter.requires_grad]
     optimizer: Any = fabric.setup_optimizers(torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay))
@@ -112,6 +111,8 @@ def main(
     first_step = state.restore(lora_state_dict(llama), optimizer)
     last_step = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
     rate = LearningRate(learning_rate, state.limit_warmup(warmup_steps, last_step), lr_schedule, last_step)
+
+    memory = expected_memory(fabric, llama, schedule, dtype, torch.optim.AdamW)
     fabric.print(*plan(schedule, val_data, rate, llama), memory, sep="\n", file=sys.stderr)
     if dry_run:
         fabric.print(show_records(train_data, tokenizer))

@@ -9,7 +9,7 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -178,12 +178,13 @@ def count_step(llama: LLaMA, lengths: list[int], dtype: torch.dtype, optimizer: 
 def count_resume(llama: LLaMA, optimizer: Optimizer) -> Count:
     """Count what it takes to put weights and moments back, as `TrainingState.restore` does, one by one."""
     count = Count(llama)
-    with torch.no_grad(), count:
-        for parameter in optimizer.param_groups[0]["params"]:
-            parameter.copy_(restored(torch.empty(parameter.shape), parameter))
-            dtype = getattr(optimizer, "moments_dtype", torch.float32)
-            saved = (torch.empty(parameter.shape, dtype=dtype) for _ in range(2))
-            optimizer.state[parameter] = {i: restored(tensor, parameter) for i, tensor in enumerate(saved)}
+    dtype = getattr(optimizer, "moments_dtype", torch.float32)
+    for mode in (nullcontext(), count):  # the first time, DTensor makes whole tensors to see their shapes
+        with torch.no_grad(), mode:
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.copy_(restored(torch.empty(parameter.shape), parameter))
+                saved = (torch.empty(parameter.shape, dtype=dtype) for _ in range(2))
+                optimizer.state[parameter] = {i: restored(tensor, parameter) for i, tensor in enumerate(saved)}
     return count
 
 
@@ -198,7 +199,7 @@ def without_data(
     """A model as it is trained, and its optimizer, of tensors that have only shapes.
 
     Args:
-        llama: the model before it is sharded, on any device, "meta" too; it is not changed.
+        llama: the model, not sharded, on any device, "meta" too; it is not changed.
         dtype: what is computed in.
         n_devices: over which the model is spread, if they are more than one.
         on_gpu: whether what a GPU does is to be counted, or what a CPU does.
@@ -220,13 +221,11 @@ def without_data(
 
 @contextmanager
 def fake_mesh(n_devices: int) -> Iterator[DeviceMesh]:
-    """A mesh as Fabric makes it, of devices to which nothing is sent."""
-    alone = not dist.is_initialized()
-    if alone:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n_devices)
-    names = ("data_parallel", "tensor_parallel")
-    yield init_device_mesh("cpu", (n_devices, 1), mesh_dim_names=names, backend_override=dict.fromkeys(names, "fake"))
-    if alone:
+    """A mesh as Fabric makes it, of devices to which nothing is sent. Not in a process that has real ones."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n_devices)
+    try:
+        yield init_device_mesh("cpu", (n_devices, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    finally:
         dist.destroy_process_group()
 
 
