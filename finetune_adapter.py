@@ -106,9 +106,6 @@ def main(
     add_adapter(llama, config)
     mark_only_adapter_as_trainable(llama)
     llama.recompute_blocks = activation_checkpointing
-    memory = expected_memory(fabric, llama, schedule, dtype, torch.optim.AdamW)
-    if compile:
-        compile_blocks(llama)
     model = fabric.setup(llama)
     trained = [parameter for parameter in llama.parameters() if parameter.requires_grad]
     optimizer: Any = fabric.setup_optimizers(torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay))
@@ -116,10 +113,14 @@ def main(
     first_step = state.restore(adapter_state_dict(llama), optimizer)
     last_step = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
     rate = LearningRate(learning_rate, round(warmup_epochs * schedule.steps_per_epoch), lr_schedule, last_step)
+
+    memory = expected_memory(fabric, llama, schedule, dtype, torch.optim.AdamW)
     fabric.print(*plan(schedule, val_data, rate, llama), memory, sep="\n", file=sys.stderr)
     if dry_run:
         fabric.print(show_records(train_data, tokenizer))
         return
+    if compile:
+        compile_blocks(llama)
     log = TrainingLog(fabric, out_dir, last_step, first_step, log_interval)
     stop, check_step = StopSignal(), StepCheck(log, llama, fabric.strategy.precision)
     if first_step == 0:

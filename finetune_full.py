@@ -104,12 +104,9 @@ def main(
     llama = load_base(fabric, pretrained_path, torch.float32)
     tokenizer = matching_tokenizer(train_data, llama, pretrained_path, tokenizer_path)
     llama.recompute_blocks = activation_checkpointing
-    moments = getattr(torch, moments_dtype)
-    memory = expected_memory(fabric, llama, schedule, dtype, partial(AdamW, lr=0.0, moments_dtype=moments))
-    if compile:
-        compile_blocks(llama)
     model = fabric.setup(llama)
     trained = list(llama.parameters())
+    moments = getattr(torch, moments_dtype)
     adamw = AdamW(trained, lr=learning_rate, weight_decay=weight_decay, moments_dtype=moments)
     optimizer: Any = fabric.setup_optimizers(adamw)
     model_files = (llama.config, tokenizer.files(), train_data.prompt_style)
@@ -117,10 +114,14 @@ def main(
     first_step = state.restore(llama.state_dict(), optimizer)
     last_step = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
     rate = LearningRate(learning_rate, state.limit_warmup(warmup_steps, last_step), lr_schedule, last_step)
+
+    memory = expected_memory(fabric, llama, schedule, dtype, partial(AdamW, lr=0.0, moments_dtype=moments))
     fabric.print(*plan(schedule, val_data, rate, llama), memory, sep="\n", file=sys.stderr)
     if dry_run:
         fabric.print(show_records(train_data, tokenizer))
         return
+    if compile:
+        compile_blocks(llama)
     log = TrainingLog(fabric, out_dir, last_step, first_step, log_interval)
     stop, check_step = StopSignal(), StepCheck(log, llama, fabric.strategy.precision)
     if first_step == 0:

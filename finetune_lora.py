@@ -108,9 +108,6 @@ def main(
     add_lora(llama, config)
     mark_only_lora_as_trainable(llama)
     llama.recompute_blocks = activation_checkpointing
-    memory = expected_memory(fabric, llama, schedule, dtype, torch.optim.AdamW)
-    if compile:
-        compile_blocks(llama)
     model = fabric.setup(llama)
     trained = [parameter for parameter in llama.parameters() if parameter.requires_grad]
     optimizer: Any = fabric.setup_optimizers(torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay))
@@ -118,10 +115,14 @@ def main(
     first_step = state.restore(lora_state_dict(llama), optimizer)
     last_step = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
     rate = LearningRate(learning_rate, state.limit_warmup(warmup_steps, last_step), lr_schedule, last_step)
+
+    memory = expected_memory(fabric, llama, schedule, dtype, torch.optim.AdamW)
     fabric.print(*plan(schedule, val_data, rate, llama), memory, sep="\n", file=sys.stderr)
     if dry_run:
         fabric.print(show_records(train_data, tokenizer))
         return
+    if compile:
+        compile_blocks(llama)
     log = TrainingLog(fabric, out_dir, last_step, first_step, log_interval)
     stop, check_step = StopSignal(), StepCheck(log, llama, fabric.strategy.precision)
     if first_step == 0:

@@ -201,7 +201,7 @@ def without_data(
     """A model as it is trained, and its optimizer, of tensors that have only shapes.
 
     Args:
-        llama: the model before it is sharded, on any device, "meta" too; it is not changed.
+        llama: the model, not sharded, on any device, "meta" too; it is not changed.
         dtype: what is computed in.
         n_devices: over which the model is spread, if they are more than one.
         on_gpu: whether what a GPU does is to be counted, or what a CPU does.
@@ -225,13 +225,11 @@ def without_data(
 
 @contextmanager
 def fake_mesh(n_devices: int) -> Iterator[DeviceMesh]:
-    """A mesh as Fabric makes it, of devices to which nothing is sent."""
-    alone = not dist.is_initialized()
-    if alone:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n_devices)
-    names = ("data_parallel", "tensor_parallel")
-    yield init_device_mesh("cpu", (n_devices, 1), mesh_dim_names=names, backend_override=dict.fromkeys(names, "fake"))
-    if alone:
+    """A mesh as Fabric makes it, of devices to which nothing is sent. Not in a process that has real ones."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n_devices)
+    try:
+        yield init_device_mesh("cpu", (n_devices, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    finally:
         dist.destroy_process_group()
 
 

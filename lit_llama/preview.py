@@ -34,14 +34,13 @@ def plan(schedule: BatchSchedule, val_data: Dataset, rate: LearningRate, llama: 
 def expected_memory(
     fabric: Fabric, llama: LLaMA, schedule: BatchSchedule, dtype: torch.dtype, make_optimizer: Callable[..., Any]
 ) -> str:
-    """A line about the memory that the largest micro-batch will take on a device, and what there is.
-
-    `llama` is the model as it is trained, before it is set up by Fabric.
-    """
+    """A line about the memory that the largest micro-batch will take on a device, and what there is."""
+    if isinstance(fabric.strategy, ModelParallelStrategy):
+        return f"memory: scripts/estimate_memory.py --devices {fabric.world_size} says what each device will need"
     largest = max(schedule.step(0).micro_batches, key=schedule.dataset.n_tokens)
     lengths = (schedule.dataset.lengths[largest] - 1).tolist()
-    n_shards = fabric.world_size if isinstance(fabric.strategy, ModelParallelStrategy) else 1
-    with without_data(llama, dtype, make_optimizer, n_shards, fabric.device.type != "cpu") as (shapes, optimizer):
+    on_gpu = fabric.device.type != "cpu"
+    with without_data(llama, dtype, make_optimizer, on_gpu=on_gpu) as (shapes, optimizer):
         peak = count_step(shapes, lengths, dtype, optimizer).peak
     if isinstance(fabric.strategy, DDPStrategy):  # gradients are sent in buckets beside them
         peak += sum(parameter.nbytes for parameter in llama.parameters() if parameter.requires_grad)
