@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
-from zipfile import ZipFile
+from zipfile import ZipFile, ZipInfo
 
 import torch
 from torch import Tensor
@@ -31,24 +31,27 @@ def write_tensors(path: Path, layout: Mapping[str, Tensor], tensors: Iterable[tu
     crcs = {}
     with open(path, "r+b") as file:
         with ZipFile(file) as archive:
-            places = {m.filename: m for m in archive.infolist() if "/data/" in m.filename}
+            places = [member for member in archive.infolist() if "/data/" in member.filename]
             directory = archive.start_dir
-        for member, (name, tensor) in zip(places.values(), tensors, strict=True):
-            content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-            if content.nbytes != member.file_size:
-                raise ValueError(f"{name} has {content.nbytes} bytes, expected {member.file_size}")
-            if content.nbytes:  # else nothing follows the header
-                crcs[member.filename] = zlib.crc32(content)
-                file.seek(member.header_offset + header_size(file, member.header_offset))
-                file.write(content)
-                file.write(b"PK\x07\x08" + struct.pack("<I", crcs[member.filename]))
+        pieces = iter(tensors)
+        for member in places:
+            crcs[member.filename] = write_member(file, member, *next(pieces))
         write_directory(file, directory, crcs)
 
 
-def header_size(file: BinaryIO, place: int) -> int:
-    """Bytes from the header of a member to its content."""
-    file.seek(place + 26)
-    return 30 + sum(struct.unpack("<2H", file.read(4)))  # the lengths of its name and its padding
+def write_member(file: BinaryIO, member: ZipInfo, name: str, tensor: Tensor) -> int:
+    """Write a tensor into its place; returns its CRC32. It is let go on return, before the next one is made."""
+    content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    if content.nbytes != member.file_size:
+        raise ValueError(f"{name} has {content.nbytes} bytes, expected {member.file_size}")
+    crc = zlib.crc32(content)
+    if content.nbytes:  # else nothing follows the header
+        file.seek(member.header_offset + 26)
+        lengths = struct.unpack("<2H", file.read(4))  # of the name and the padding between header and content
+        file.seek(member.header_offset + 30 + sum(lengths))
+        file.write(content)
+        file.write(b"PK\x07\x08" + struct.pack("<I", crc))
+    return crc
 
 
 def write_directory(file: BinaryIO, place: int, crcs: Mapping[str, int]) -> None:

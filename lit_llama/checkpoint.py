@@ -89,6 +89,7 @@ def finite(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[
     for name, tensor in tensors:
         check_finite(path, {name: tensor})
         yield name, tensor
+        del tensor  # before the next one is made
 
 
 def load_model(

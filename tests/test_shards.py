@@ -169,13 +169,13 @@ for parameter in llama.parameters():
     parameter.grad = torch.ones_like(parameter)
 adamw.step()
 adamw.zero_grad()
+name = "model"
+with Peak():
+    save_model(fabric, folder / "out", llama.state_dict(), torch.float32, config, {})
 state = TrainingState(fabric, folder / "out", [], {}, False)
 name = "state"
 with Peak():
     state.save(1, describe(None, config, "plain", {}), llama.state_dict(), adamw)
-name = "model"
-with Peak():
-    save_model(fabric, folder / "out", llama.state_dict(), torch.float32, config, {})
 if fabric.is_global_zero:
     print(json.dumps(grown))
 """
