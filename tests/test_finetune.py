@@ -8,11 +8,15 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from builders import RESULTS, ROOT, command, run_script
+from lightning import Fabric
+from lightning.fabric.plugins import MixedPrecision
 
+from lit_llama import training
 from lit_llama.files import read_file
 from lit_llama.log import read_metrics
 
@@ -372,3 +376,33 @@ def test_the_loops_are_the_same_text() -> None:
         start = next(i for i, line in enumerate(lines) if line.startswith(("for i, batch", "for batch")))
         loops[method] = [*lines[:start], head, *lines[lines.index(rest) :]]
     assert loops["adapter"] == loops["full"]
+
+
+@pytest.fixture
+def float16_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16-mixed as on a GPU: on a CPU, Fabric would take bfloat16 instead, which needs no scaled loss."""
+
+    def fabric(**settings: Any) -> Fabric:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**17)  # too large for the first steps
+        return Fabric(plugins=MixedPrecision(settings.pop("precision"), "cpu", scaler), **settings)
+
+    monkeypatch.setattr(training, "Fabric", fabric)
+
+
+@pytest.mark.usefixtures("float16_on_cpu")
+def test_in_float16_steps_whose_gradient_overflows_are_skipped_and_the_scale_is_resumed(
+    checkpoint: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def run(name: str, *more: object) -> None:
+        arguments = finetune_arguments("lora", checkpoint, data_dir, tmp_path / name)
+        assert run_script("finetune_lora", *arguments, "--precision", "16-mixed", "--save_interval", 6, *more) is None
+
+    run("whole")
+    assert "step 1 is skipped: its gradient is too large for float16" in capsys.readouterr().err
+    run("stopped", "--max_steps", 6)
+    run("stopped", "--resume", "true")
+    whole, stopped = (read_file(tmp_path / name / "training-state.pth") for name in ("whole", "stopped"))
+    assert whole["precision"] == stopped["precision"]
+    assert 1 < whole["precision"]["scale"] < 2.0**17
+    for name, tensor in whole["state_dict"].items():
+        assert torch.equal(tensor, stopped["state_dict"][name])
