@@ -129,7 +129,7 @@ def read_split(data_dir: Path, split: str) -> tuple[dict[str, Any], list[np.ndar
         raise UserError(f"{data_dir} holds no prepared data ({reason}); run one of scripts/prepare_*.py") from None
     wrong = [] if meta["prompt_style"] in TEMPLATES else ["the prompt_style of meta.json"]
     if not files.check_all:
-        say(f"{data_dir} was read without comparing its tokens with their checksum")
+        say(f"{paths[0]} was read without comparing it with its checksum")
     for path, array in zip(paths, arrays, strict=True):
         expected = meta.get("sha256", {}).get(path.stem)
         is_checked = expected and (files.check_all or not path.stem.endswith("tokens"))

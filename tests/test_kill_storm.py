@@ -10,9 +10,10 @@ from builders import ROOT
 
 
 @pytest.mark.slow
-def test_runs_that_are_killed_end_in_the_same_bits() -> None:
+@pytest.mark.parametrize("extent", [["--kills", "15"], ["--kills", "2", "--ranks", "2"]])
+def test_runs_that_are_killed_end_in_the_same_bits(extent: list[str]) -> None:
     path = os.pathsep.join(str(ROOT / folder) for folder in ("", "scripts", "tests"))
     environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}  # a fork would lose threads
-    command = [sys.executable, str(Path(__file__).with_name("kill_storm.py")), "--kills", "15"]
+    command = [sys.executable, str(Path(__file__).with_name("kill_storm.py")), *extent]
     done = subprocess.run(command, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
