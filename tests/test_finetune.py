@@ -383,7 +383,7 @@ def float16_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """16-mixed as on a GPU: on a CPU, Fabric would take bfloat16 instead, which needs no scaled loss."""
 
     def fabric(**settings: Any) -> Fabric:
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**17)  # too large for the first steps
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)  # too large for some steps
         return Fabric(plugins=MixedPrecision(settings.pop("precision"), "cpu", scaler), **settings)
 
     monkeypatch.setattr(training, "Fabric", fabric)
@@ -398,11 +398,11 @@ def test_in_float16_steps_whose_gradient_overflows_are_skipped_and_the_scale_is_
         assert run_script("finetune_lora", *arguments, "--precision", "16-mixed", "--save_interval", 6, *more) is None
 
     run("whole")
-    assert "step 1 is skipped: its gradient is too large for float16" in capsys.readouterr().err
+    assert re.search(r"step \d+ is skipped: its gradient is too large for float16", capsys.readouterr().err)
     run("stopped", "--max_steps", 6)
     run("stopped", "--resume", "true")
     whole, stopped = (read_file(tmp_path / name / "training-state.pth") for name in ("whole", "stopped"))
     assert whole["precision"] == stopped["precision"]
-    assert 1 < whole["precision"]["scale"] < 2.0**17
+    assert 1 < whole["precision"]["scale"] < 2.0**16
     for name, tensor in whole["state_dict"].items():
         assert torch.equal(tensor, stopped["state_dict"][name])
