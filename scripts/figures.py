@@ -30,6 +30,21 @@ MODEL = Path("checkpoints/lit-llama/SmolLM2-135M-Instruct/lit-llama.pth")
 RUN = Path("out/lora/quickstart")
 RECORDS = Path("data/ml_questions")
 ADAPTER_RATES = ("1.1e-3", "3e-3", "9e-3")
+SHORT_RUN = (
+    *(
+        "--lora_r",
+        "16",
+        "--lora_alpha",
+        "32",
+        "--lora_targets",
+        "all",
+        "--lora_dropout",
+        "0",
+        "--learning_rate",
+        "1e-3",
+    ),
+    *("--lr_schedule", "linear", "--warmup_steps", "3", "--batch_size", "4", "--max_steps", "30"),
+)
 CHECKPOINTING = ("--activation_checkpointing", "true")
 LARGE = ("--model", "Llama-2-70B", "--method", "full")
 
@@ -136,6 +151,25 @@ def speed() -> str:
     """Against transformers + PEFT, on equal batches."""
     table = script("benchmark.py", "--rounds", 2, "--n_records", 16, "--new_tokens", 50)
     return f"{table}\nMedians of 2 rounds of 16 records, each side in turn ({sitting()})."
+
+
+def generation() -> str:
+    """Against transformers, one token after the other."""
+    table = script("benchmark.py", "--only", "generation", "--rounds", 3)
+    return f"{table}\n(`python scripts/benchmark.py --only generation`, {sitting()})"
+
+
+def nf4() -> str:
+    """LoRA on a base in float32 and on one in 4 bits, for some steps on the quickstart's records."""
+    rows = ["| base in | validation loss before | after 30 steps |", "|---|---:|---:|"]
+    for title, flags in (("float32", ()), ("4 bits", ("--quantize", "nf4"))):
+        out_dir = Path("out/lora") / f"base-in-{title.replace(' ', '-')}"
+        shutil.rmtree(ROOT / out_dir, ignore_errors=True)
+        places = ("--pretrained_path", MODEL, "--data_dir", "data/quickstart", "--out_dir", out_dir)
+        command(sys.executable, ROOT / "finetune_lora.py", *places, *SHORT_RUN, *flags)
+        losses = [row["validation_loss"] for row in read_metrics(out_dir / "metrics.csv") if "validation_loss" in row]
+        rows.append(f"| {title} | {losses[0]:.3f} | {losses[-1]:.3f} |")
+    return "\n".join([*rows, "", f"(`finetune_lora.py {' '.join(SHORT_RUN)}`, {sitting()})"])
 
 
 def batches() -> str:
@@ -249,6 +283,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "comparison": comparison,
     "speed": speed,
+    "generation": generation,
+    "nf4": nf4,
     "batches": batches,
     "memory": memory,
     "recipes": recipes,
