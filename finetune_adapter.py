@@ -67,7 +67,7 @@ strategy: Strategy = "auto"  # ddp: the whole model on each device; fsdp: spread
 activation_checkpointing = False  # recompute blocks in the backward pass: less memory, up to half more time
 compile = False  # fuse the operations of blocks with torch.compile, for a GPU; needs a C++ compiler
 precision: TrainingPrecision | None = None  # None: bf16-mixed on a GPU, or 16-mixed on an old one; else 32-true
-quantize: Quantize | None = None  # nf4: the frozen matrices take 4 bits a weight; slower
+quantize: Quantize | None = None  # nf4: the matrices of the blocks take 4 bits a weight; slower
 
 ADAPTER_FILE, BEST_FILE = "lit-llama-adapter-finetuned.pth", "lit-llama-adapter-finetuned-best.pth"
 

@@ -55,8 +55,8 @@ def main(
         top_p: Draw only from the likeliest tokens that together have this probability.
         seed: Of the sampling.
         precision: By default the weights are bfloat16 on a GPU that has it, else float32.
-        quantize: int8 for weights in 8 bits: less memory and faster, for slightly different numbers.
-        compile: Compile the computation of a token first: faster from some hundred tokens on.
+        quantize: int8: weights in 8 bits, for less memory, faster tokens on a CPU and slightly different numbers.
+        compile: Compile the computation of a token first, which takes up to a few minutes: for long answers or many.
     """
     if not lora_path:
         raise UserError("--lora_path names no file")

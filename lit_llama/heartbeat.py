@@ -59,7 +59,7 @@ class Heartbeat(threading.Thread):
     def _end(self, silent: list[int]) -> None:
         if self.rank == min({*range(self.n)} - {*silent}):
             who = f"process{'es' * (len(silent) > 1)} {', '.join(map(str, silent))} of {self.n} (counted from 0) died"
-            print(f"error: {who}; continue from the last saved state with --resume true", file=sys.stderr)
+            print(f"error: {who}; start it again with --resume auto", file=sys.stderr)
         sys.stderr.flush()
         time.sleep(3 * PERIOD * (self.rank == 0))  # in which the others read the store
         os._exit(1)

@@ -20,8 +20,8 @@ from lit_llama.model import Linear, LLaMA
 class NF4Weight(Tensor):
     """A matrix (out, in) that is stored in 4 bits a weight, and is dequantised by every operation that reads it.
 
-    A layer with such a weight computes as before. Of its matrix product, nothing but the input's gradient is kept for
-    the backward pass, which dequantises the matrix again.
+    A layer with such a weight computes as before. Its matrix product keeps only what is stored for the backward pass,
+    which dequantises the matrix again for the input's gradient.
     """
 
     packed: Tensor  # two weights a byte
@@ -65,7 +65,8 @@ class NF4Weight(Tensor):
 
 
 def quantize_blocks(model: LLaMA, device: torch.device | str, dtype: torch.dtype | None) -> None:
-    """Quantise the matrices of all blocks, as QLoRA does, one by one: `device` never holds two that are not.
+    """Quantise the matrices of all blocks, as QLoRA does, one by one: `device` never holds more than one
+    that is not quantised yet.
 
     Embedding and head stay as they are. `dtype` is what is quantised and computed in (None: as they are stored).
     """

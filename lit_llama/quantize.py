@@ -57,7 +57,7 @@ def quantize_int8(model: LLaMA, dtype: torch.dtype, device: torch.device) -> Non
             model.set_submodule(name, Int8Linear(layer.weight.detach(), device))
             page_out(layer.weight)
         elif isinstance(layer, Linear):
-            raise UserError("only merged LoRA layers can be quantized; leave out --merge false, and give one LoRA file")
+            raise UserError("only merged LoRA layers can be quantised; leave out --merge false, and give one LoRA file")
     for parameter in model.parameters():  # which 8-bit layers have none of
         parameter.data = parameter.data.to(device, dtype)
 

@@ -84,7 +84,7 @@ def main(
         max_new_tokens: The longest answer.
         lora_alpha: Only for a LoRA file of the archived Lit-LLaMA, which did not store it.
         precision: By default the weights are bfloat16 on a GPU that has it, else float32.
-        quantize: int8 for the numbers of a model in 8 bits, as the generate scripts use it.
+        quantize: int8: weights in 8 bits, as in the generate scripts.
         json: Print JSON instead of the table.
         force: Use the file even if it was trained on a different base model of the same shape.
     """
@@ -119,7 +119,7 @@ def load(
     force: bool = False,
     quantize: Quantization | None = None,
 ) -> LLaMA:
-    """The model as its generate script would use it."""
+    """The model as its generate script would use it, but with LoRA merged on a 4-bit base, too."""
     device = default_device()
     place = (None, "cpu") if quantize else (dtype, device)
     model = load_model(path, *place, nf4=base_is_nf4(lora_path, adapter_path))
