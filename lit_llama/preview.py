@@ -45,7 +45,7 @@ def expected_memory(
     if isinstance(fabric.strategy, DDPStrategy):  # gradients are sent in buckets beside them
         peak += sum(parameter.nbytes for parameter in llama.parameters() if parameter.requires_grad)
     free = free_memory(fabric.device)
-        place = "on this GPU" if on_gpu else "available"
+    place = "on this GPU" if on_gpu else "available"
     there = f", {free / 1e9:.1f} GB {place}" if free else ""
     warning = "; this may not fit, see --activation_checkpointing and --micro_batch_size" if 0 < free < peak else ""
     return f"memory: tensors of about {peak / 1e9:.1f} GB expected{there}{warning}"

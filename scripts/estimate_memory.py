@@ -59,7 +59,7 @@ def main(
         devices: Over which the model is spread, as by --strategy fsdp.
         fit_gpu: Print instead the largest micro_batch_size that fits a GPU of so many GiB.
     """
-        if devices > 1 and (quantize or precision == "16-mixed"):
+    if devices > 1 and (quantize or precision == "16-mixed"):
         raise UserError("neither a 4-bit base nor 16-mixed is spread over devices; leave out --devices")
     if quantize and method == "full":
         raise UserError("a 4-bit base is frozen, so it goes with --method lora or adapter")
@@ -75,13 +75,13 @@ def main(
         return
     count, resume = step([block_size] * micro_batch_size)
     print(*table(count), sep="\n")
-        print(f"{count.launches:,} kernels in a step of one micro-batch")
+    print(f"{count.launches:,} kernels in a step of one micro-batch")
     print(f"{gb(count.traffic)} read and written by those but matrix products and attention")
     if devices > 1:
         print(f"{gb(count.received)} come from other devices in it")
     print(f"{gb(resume.peak)} when a run is resumed")
     need = max(count.peak, resume.peak)
-        print(next((f"fits a GPU of {size} GiB" for size in GPUS if room(size) >= need), "fits no GPU of a usual size"))
+    print(next((f"fits a GPU of {size} GiB" for size in GPUS if room(size) >= need), "fits no GPU of a usual size"))
 
 
 def largest(peak: Callable[[int], int], most: float) -> int:
