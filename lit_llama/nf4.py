@@ -6,6 +6,7 @@ again, to 8 bits: 4.13 bits a weight in all.
 """
 
 import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -83,6 +84,7 @@ def dequantize_blocks(model: LLaMA) -> None:
             layer.weight = nn.Parameter(layer.weight.dequantize(), requires_grad=False)
 
 
+@cache
 def bitsandbytes() -> Any:
     """The library, which is an extra."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would recommend further packages
@@ -90,4 +92,7 @@ def bitsandbytes() -> Any:
         import bitsandbytes
     except ImportError:
         raise UserError("a 4-bit base needs bitsandbytes; run: pip install -e '.[nf4]'") from None
+    bitsandbytes.functional.quantize_4bit(
+        torch.zeros(64, device="cpu"), compress_statistics=True
+    )  # makes tables, for all
     return bitsandbytes
