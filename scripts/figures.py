@@ -135,7 +135,7 @@ def relative(path: Path) -> str:
 
 def adapter() -> str:
     """LLaMA-Adapter at several learning rates, for one epoch on the quickstart's records."""
-    rows = ["| learning rate | validation loss |", "|---:|---:|"]
+    rows, losses = ["| learning rate | validation loss |", "|---:|---:|"], [0.0]
     for rate in ADAPTER_RATES:
         out_dir = Path("out/adapter") / f"rate-{rate}"
         shutil.rmtree(ROOT / out_dir, ignore_errors=True)

@@ -96,7 +96,7 @@ def low_rank(lab: Lab, figure: "Figure") -> str:
         held = mean(energy(change.S, r) for change in changes.values())
         rows.append([r, f"{held:.0%}", cut_loss(lab, changes, r), lab.loss(scaled(r))])
     levels = {"base": lab.loss(None), "full finetuning": lab.loss(FULL)}
-    curves, of_kinds = {}, []
+    curves, of_kinds, chance = {}, [], torch.empty(0)
     for kind, title in KINDS.items():
         S = [change.S for name, change in changes.items() if name.endswith(kind)]
         chance = svd(random_matrix(*next(W.shape for name, W in lab.weights.items() if name.endswith(kind)))).S
