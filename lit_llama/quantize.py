@@ -8,12 +8,14 @@ section 2; but here activations keep their precision.)
 import ctypes
 import sys
 from mmap import PAGESIZE
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_llama.checkpoint import load_model
 from lit_llama.errors import UserError
 from lit_llama.model import Linear, LLaMA
 
@@ -44,6 +46,21 @@ class Int8Linear(nn.Module):
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) as numbers of a floating-point type."""
         return self.weight.to(dtype).mul_(self.scale[:, None])
+
+
+def load_in_place(
+    path: Path, quantize: Quantization | None, dtype: torch.dtype, device: torch.device, nf4: bool = False
+) -> LLaMA:
+    """The model of a checkpoint, or if it is to be quantised still mapped from its file; `settle` does that."""
+    return load_model(path, nf4=nf4) if quantize else load_model(path, dtype, device, nf4)
+
+
+def settle(model: LLaMA, quantize: Quantization | None, dtype: torch.dtype, device: torch.device) -> None:
+    """Quantise a model from `load_in_place`, once it is merged, or bring all that was added to it to `dtype`."""
+    if quantize:
+        quantize_int8(model, dtype, device)
+    else:
+        model.to(dtype)
 
 
 def quantize_int8(model: LLaMA, dtype: torch.dtype, device: torch.device) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_llama.adapter import cache_prefix
-from lit_llama.checkpoint import load_model
 from lit_llama.cli import run
 from lit_llama.data import Dataset, single_step
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
@@ -24,7 +23,7 @@ from lit_llama.lora import merge_lora
 from lit_llama.model import LLaMA
 from lit_llama.progress import progress
 from lit_llama.prompt import stop_ids
-from lit_llama.quantize import Quantization, quantize_int8
+from lit_llama.quantize import Quantization, load_in_place, settle
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 from lit_llama.training import matching_tokenizer
 
@@ -121,17 +120,13 @@ def load(
 ) -> LLaMA:
     """The model as its generate script would use it, but with LoRA merged on a 4-bit base, too."""
     device = default_device()
-    place = (None, "cpu") if quantize else (dtype, device)
-    model = load_model(path, *place, nf4=base_is_nf4(lora_path, adapter_path))
+    model = load_in_place(path, quantize, dtype, device, base_is_nf4(lora_path, adapter_path))
     if lora_path:
         load_lora(model, lora_path, lora_alpha, path, force)
         merge_lora(model)
     if adapter_path:
         load_adapter(model, adapter_path, path, force)
-    if quantize:
-        quantize_int8(model, dtype, device)
-    else:
-        model.to(dtype)
+    settle(model, quantize, dtype, device)
     model.eval()
     cache_prefix(model)
     return model
