@@ -158,3 +158,10 @@ def digest(path: Path, size: int | None = None, start: int = 0) -> str:
         while block := file.read(CHUNK if size is None else min(CHUNK, size - file.tell())):
             sha256.update(block)
     return sha256.hexdigest()
+
+
+def size_and_digest(path: Path, size: int | None = None) -> str:
+    """The length of a file, or of its first `size` bytes if it has so many, and their sha256."""
+    length = path.stat().st_size
+    size = length if size is None else min(length, size)
+    return f"{size} {digest(path, size)}"

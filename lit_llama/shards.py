@@ -4,7 +4,6 @@ The files are in the safetensors format, which holds no code. Any number of proc
 each reads the rows that it stores.
 """
 
-import hashlib
 import itertools
 import warnings
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from lit_llama import files
 from lit_llama.errors import UserError
 from lit_llama.files import flush, telling_why
+from lit_llama.integrity import size_and_digest
 
 FILE_SIZE = 2**27  # bytes that a process writes at once: it holds two copies of them
 
@@ -76,11 +76,6 @@ def check_shards(folder: Path, digests: Mapping[str, str], rank: int, n: int) ->
         whole = size_and_digest(folder / name) == digests[name]
         if files.check_all and not whole:
             raise UserError(f"{folder / name} is damaged: it does not match its checksum; {remedy}")
-
-
-def size_and_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return f"{path.stat().st_size} {hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from lit_llama.checkpoint import check_state, untied, write_model
 from lit_llama.errors import UserError
 from lit_llama.files import check_finite, remove_folder
 from lit_llama.finetuned import read_described, save_finetuned
-from lit_llama.integrity import check_base, digest, is_plain
+from lit_llama.integrity import check_base, is_plain, size_and_digest
 from lit_llama.locks import check_room, claim
 from lit_llama.model import LLaMAConfig
 from lit_llama.schema import check_types, naming, short
@@ -105,10 +105,7 @@ class TrainingState:
     def _metrics(self, size: int | None = None) -> str:
         """The length of metrics.csv, or of its first `size` bytes, and their sha256."""
         path = self.path.with_name("metrics.csv")
-        if not path.is_file():
-            return "0"
-        size = min(path.stat().st_size, sys.maxsize if size is None else size)
-        return f"{size} {digest(path, size)}"
+        return size_and_digest(path, size) if path.is_file() else "0"
 
     def _check_metrics(self) -> None:
         """Say so if metrics.csv does not begin as it was when the state was saved."""
