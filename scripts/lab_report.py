@@ -128,7 +128,7 @@ def draw_forgetting(figure: "Figure", rows: list[list[Any]]) -> None:
     left, right = figure.subplots(1, 2)
     colors = [COLORS["lora" if "LoRA" in row[0] else "full" if "full" in row[0] else "base"] for row in rows]
     base = rows[0][1]
-    for (title, learned, forgotten, *_), color, marker in zip(rows, colors, "osD^vPX*", strict=False):
+    for (title, learned, forgotten, *_), color, marker in zip(rows, colors, "osD^vPX*", strict=True):
         if learned <= base:  # a run that diverged would be far outside
             left.plot(learned, forgotten, marker, color=color, label=title)
     left.legend(fontsize=8, loc="upper right")
