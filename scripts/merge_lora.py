@@ -26,7 +26,7 @@ def main(
     force: bool = False,
     prompt: str = "Please explain how weight decay works",
 ) -> None:
-    """Merge in float32, and save in the dtype of the base model. A 4-bit base is dequantised as it was in training.
+    """Merge in float32, and save in the dtype of the base model. A 4-bit base is rounded to 4 bits again first.
 
     Args:
         out_dir: The model folder to write: lit-llama.pth, config.json (with the prompt style) and the tokenizer.
