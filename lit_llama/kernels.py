@@ -31,6 +31,17 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
+def rotate(pairs: Tensor, angles: Tensor) -> Tensor:
+    """Turn each pair (a, b) of pairs (..., 2) by an angle, of which angles (..., 2) has cos and sin.
+
+    That is a product of complex numbers, in one pass; but torch.compile and Apple's GPUs want it spelled out.
+    """
+    if torch.compiler.is_compiling() or pairs.device.type == "mps":
+        (a, b), (cos, sin) = pairs.unbind(-1), angles.unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1)
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(angles))
+
+
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up. The backward pass computes silu(gate) again, so that only gate and up are kept for it."""
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lit_llama.kernels import Linear, SwiGLU, summed_cross_entropy
+from lit_llama.kernels import Linear, SwiGLU, rotate, summed_cross_entropy
 
 Mask = Tensor | list[int] | None  # see `attention_mask`, or the lengths of packed sequences
 Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see `KVCache.append`
@@ -270,7 +270,7 @@ def attention_mask(places: Tensor, S: int, n_pad: Tensor | None) -> Tensor:
 
 
 def rotary_table(config: LLaMAConfig, positions: Tensor) -> Tensor:
-    """Cosines and sines (2, ..., T, hs) by which `apply_rope` rotates the channels at token positions (..., T).
+    """Cosines and sines (..., T, hs / 2, 2) by which `apply_rope` rotates the channels at token positions (..., T).
 
     Always float32: in bfloat16, 2048 positions would share 641 angles. Computed anew in each forward pass, they cost
     next to nothing and leave no state to cast, move or save.
@@ -280,8 +280,7 @@ def rotary_table(config: LLaMAConfig, positions: Tensor) -> Tensor:
     if config.rope_scaling is not None:
         freqs = stretch_frequencies(freqs, config.rope_scaling)
     angles = positions.float().unsqueeze(-1) * freqs  # (..., T, hs / 2), one for each pair of channels
-    cos, sin = angles.cos(), angles.sin()
-    return torch.stack((torch.stack((cos, cos), -1), torch.stack((-sin, sin), -1))).flatten(-2)  # (2, ..., T, hs)
+    return torch.stack((angles.cos(), angles.sin()), -1)  # (..., T, hs / 2, 2)
 
 
 def stretch_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
@@ -294,7 +293,5 @@ def stretch_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate each pair of neighbouring channels of x (B, heads, T, hs) by its position's angle (arXiv 2104.09864)."""
-    cos, sin = rope  # (..., T, hs)
-    ab = x.float()
-    ba = ab.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # each pair swapped
-    return torch.addcmul(ab * cos, ba, sin).to(x.dtype)  # a cos - b sin, b cos + a sin (B, heads, T, hs)
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, heads, T, hs / 2, 2)
+    return rotate(pairs, rope).flatten(-2).to(x.dtype)  # (B, heads, T, hs)

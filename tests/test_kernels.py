@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lit_llama.kernels import CHUNK, SwiGLU, matrix_vector, summed_cross_entropy
+from lit_llama.kernels import CHUNK, SwiGLU, matrix_vector, rotate, summed_cross_entropy
 from lit_llama.lora import LoRAConfig, LoRALinear
 from lit_llama.model import Linear
 
@@ -31,6 +31,16 @@ def test_swiglu_and_its_gradients_are_those_of_the_formula() -> None:
     gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     torch.testing.assert_close(SwiGLU.apply(gate, up), gate * gate.sigmoid() * up)
     assert torch.autograd.gradcheck(SwiGLU.apply, (gate, up))
+
+
+@pytest.mark.parametrize("is_compiling", [False, True])
+def test_rotate_and_its_gradient_are_those_of_the_formula(is_compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)
+    pairs, angle = torch.randn(2, 3, 4, 5, 2, dtype=torch.float64, requires_grad=True), torch.randn(4, 5).double()
+    matrix = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), -1).view(4, 5, 2, 2)
+    angles = torch.stack((angle.cos(), angle.sin()), -1)
+    torch.testing.assert_close(rotate(pairs, angles), (matrix @ pairs.unsqueeze(-1)).squeeze(-1))
+    assert torch.autograd.gradcheck(rotate, (pairs, angles))
 
 
 @pytest.mark.parametrize("n", [0, 1, CHUNK, 2 * CHUNK + 7])
