@@ -84,6 +84,12 @@ def dequantize_blocks(model: LLaMA) -> None:
             layer.weight = nn.Parameter(layer.weight.dequantize(), requires_grad=False)
 
 
+def check_compilable(model: LLaMA) -> None:
+    """Raise a UserError if matrices are quantised: torch.compile cannot look into bitsandbytes' products."""
+    if any(isinstance(parameter, NF4Weight) for parameter in model.parameters()):
+        raise UserError("a model with a 4-bit base cannot be compiled; leave out --compile")
+
+
 @cache
 def bitsandbytes() -> Any:
     """The library, which is an extra."""

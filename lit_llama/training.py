@@ -22,6 +22,7 @@ from lit_llama.device import TrainingPrecision, storage_dtype
 from lit_llama.errors import UserError
 from lit_llama.log import TrainingLog
 from lit_llama.model import LLaMA
+from lit_llama.nf4 import check_compilable
 from lit_llama.sharding import shard, whole_tensor
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 
@@ -76,6 +77,7 @@ def load_base(fabric: Fabric, path: Path, dtype: torch.dtype, quantize: Quantize
 
 def compile_blocks(llama: LLaMA) -> None:
     """Have torch.compile fuse the operations of each kind of block, once for batches of all sizes."""
+    check_compilable(llama)
     for block in llama.transformer.h:
         block.compile(dynamic=True)
 

@@ -1,6 +1,7 @@
 """A frozen base in 4 bits: what is stored, computed, trained, and what is not."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,11 @@ from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, ma
 from lit_llama.checkpoint import load_model, save_model_folder
 from lit_llama.errors import UserError
 from lit_llama.finetuned import load_lora
+from lit_llama.generation import compile_steps
 from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable, merge_lora
 from lit_llama.model import Linear, LLaMA
 from lit_llama.nf4 import NF4Weight, dequantize_blocks, quantize_blocks
-from lit_llama.training import load_base
+from lit_llama.training import compile_blocks, load_base
 
 LORA = LoRAConfig(r=4, dropout=0.0, targets=TARGETS)
 
@@ -105,6 +107,13 @@ def test_the_adapter_gets_the_gradients_of_the_dequantised_base() -> None:
     assert results[0].keys() == results[1].keys() == adapter_state_dict(model).keys()
     for name, gradient in results[0].items():
         torch.testing.assert_close(gradient, results[1][name])
+
+
+@pytest.mark.parametrize("compiling", [compile_blocks, compile_steps])
+def test_a_quantised_model_is_not_compiled(compiling: Callable[[LLaMA], None]) -> None:
+    model, _ = quantized_and_plain()
+    with pytest.raises(UserError, match="leave out --compile"):
+        compiling(model)
 
 
 def test_the_backward_pass_keeps_no_dequantised_matrix() -> None:
