@@ -18,6 +18,7 @@ from lit_llama.files import (
     CONFIG,
     check_finite,
     check_listed,
+    page_out,
     read_file,
     read_json,
     replacing,
@@ -120,6 +121,8 @@ def load_model(
     model.tie_weights()
     if nf4:
         quantize_blocks(model, device, dtype)
+        for tensor in state.values():  # what is still read comes back by itself
+            page_out(tensor)
     return model
 
 

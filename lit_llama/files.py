@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from lit_llama.integrity import check_archive, digest, fingerprint, unsealed
 from lit_llama.locks import alone
 
 check_all = True  # --check_files of every script
+MADV_PAGEOUT = 21  # of Linux's mman.h
 CONFIG = "config.json"  # of a model folder: says under "files" which others belong to it
 
 
@@ -263,3 +265,11 @@ def check_listed(path: Path) -> None:
             f"{path} is not the file that {config} was written with; copy both again, or remove its "
             '"files" and "checksum" if you have exchanged the file'
         )
+
+
+def page_out(tensor: Tensor) -> None:
+    """Tell Linux that memory mapped from a file is not needed soon, or it would stay in use beside the copy."""
+    if sys.platform == "linux" and tensor.device.type == "cpu":
+        first, end = -(-tensor.data_ptr() // PAGESIZE), (tensor.data_ptr() + tensor.nbytes) // PAGESIZE  # whole pages
+        start, size = ctypes.c_void_p(first * PAGESIZE), ctypes.c_size_t(max(0, end - first) * PAGESIZE)
+        ctypes.CDLL(None).madvise(start, size, MADV_PAGEOUT)  # whatever it answers, no number is lost

@@ -5,9 +5,6 @@ A weight w of output channel i is stored as the integer q = round(w / s), where 
 section 2; but here activations keep their precision.)
 """
 
-import ctypes
-import sys
-from mmap import PAGESIZE
 from pathlib import Path
 from typing import Literal
 
@@ -17,10 +14,10 @@ from torch.nn import functional as F
 
 from lit_llama.checkpoint import load_model
 from lit_llama.errors import UserError
+from lit_llama.files import page_out
 from lit_llama.model import Linear, LLaMA
 
 Quantization = Literal["int8"]
-MADV_PAGEOUT = 21  # of Linux's mman.h
 FEW = 32  # tokens, up to which the CPU's product of bfloat16 and int8 is faster than first unpacking the weight
 
 
@@ -77,11 +74,3 @@ def quantize_int8(model: LLaMA, dtype: torch.dtype, device: torch.device) -> Non
             raise UserError("only merged LoRA layers can be quantised; leave out --merge false, and give one LoRA file")
     for parameter in model.parameters():  # which 8-bit layers have none of
         parameter.data = parameter.data.to(device, dtype)
-
-
-def page_out(tensor: Tensor) -> None:
-    """Tell Linux that memory mapped from a file is not needed soon, or it would stay in use beside the copy."""
-    if sys.platform == "linux" and tensor.device.type == "cpu":
-        first, end = -(-tensor.data_ptr() // PAGESIZE), (tensor.data_ptr() + tensor.nbytes) // PAGESIZE  # whole pages
-        start, size = ctypes.c_void_p(first * PAGESIZE), ctypes.c_size_t(max(0, end - first) * PAGESIZE)
-        ctypes.CDLL(None).madvise(start, size, MADV_PAGEOUT)  # whatever it answers, no number is lost
