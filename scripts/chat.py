@@ -4,7 +4,6 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,7 +75,13 @@ def main(
     if adapter_path:
         own_style = load_adapter(model, adapter_path, checkpoint_path, force)
         model.to(dtype)
-    load = partial(load_lora, model, alpha=lora_alpha, base_path=checkpoint_path, force=force)
+
+    def load(path: Path) -> PromptStyle:
+        if base_is_nf4(path) != nf4:
+            its = "that is not in 4 bits" if nf4 else "in 4 bits"
+            raise UserError(f"{path} was trained on a base {its}; start chat.py again, with --lora_path {path}")
+        return load_lora(model, path, lora_alpha, checkpoint_path, force)
+
     chat = Chat(Conversation(model, tokenizer, "plain"), sampling, load, own_style, prompt_style)
     chat.use(lora_path)
     if system:

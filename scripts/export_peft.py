@@ -7,7 +7,7 @@ from pathlib import Path
 from lit_llama.checkpoint import check_state, read_config
 from lit_llama.cli import run
 from lit_llama.files import read_file, replacing_folder, write_file, write_safetensors
-from lit_llama.finetuned import read_finetuned
+from lit_llama.finetuned import base_is_nf4, read_finetuned
 from lit_llama.hf_tokenizer import TOKENIZER_FILES, tokenizer_files
 from lit_llama.lora import lora_shapes
 from lit_llama.peft_format import peft_config, to_peft
@@ -47,6 +47,9 @@ def main(
         write_safetensors(part / "adapter_model.safetensors", tensors)
         write_file(part / "adapter_config.json", json.dumps(peft_config(config, base_model), indent=2))
     print(f"Saved {out_dir}", file=sys.stderr)
+    if base_is_nf4(lora_path):
+        how = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
+        print(f"It was trained on a base in 4 bits: load the base with BitsAndBytesConfig({how})", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from builders import TINY, random_model, randomize, run_script, save_file
 from torch import Tensor
 
 from lit_llama import conversation
+from lit_llama.finetuned import read_described, save_finetuned
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.prompt import PromptStyle
 
@@ -84,6 +85,16 @@ def test_a_lora_file_that_cannot_be_used_leaves_the_one_there_is(talk: Talk, lor
     assert out == expected
     assert "error: nothing.pth does not exist" in err
     assert "error: the model does not say which template" in err
+
+
+def test_a_lora_file_for_a_4_bit_base_is_not_put_onto_another(talk: Talk, lora_files: list[Path]) -> None:
+    plain, other = lora_files
+    about = read_described(other)
+    save_finetuned(other, {**about, "hyperparameters": {"quantize": "nf4"}}, about.pop("state_dict"))
+    _, err = talk(f"/lora {other}", flags=("--lora_path", plain))
+    assert f"error: {other} was trained on a base in 4 bits" in err
+    _, err = talk(f"/lora {plain}", flags=("--lora_path", other))
+    assert f"error: {plain} was trained on a base that is not in 4 bits" in err
 
 
 def test_a_style_of_one_question_says_so_once(talk: Talk) -> None:

@@ -182,6 +182,14 @@ def test_a_lora_file_answers_on_the_base_that_it_was_trained_on(
         assert torch.equal(weight, expected.state_dict()[name]), name
 
 
+def test_an_export_to_peft_says_how_to_load_the_base(
+    finetuned: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    paths = ("--lora_path", finetuned, "--pretrained_path", checkpoint, "--out_dir", tmp_path / "peft")
+    assert run_script("export_peft", *paths, "--base_model", "x") is None
+    assert "BitsAndBytesConfig(load_in_4bit=True" in capsys.readouterr().err
+
+
 def test_a_4_bit_base_is_not_sharded(checkpoint: Path) -> None:
     sharded: Any = SimpleNamespace(strategy=ModelParallelStrategy(lambda model, _: model))
     with pytest.raises(UserError, match="choose --strategy ddp"):
