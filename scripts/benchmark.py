@@ -5,7 +5,8 @@ Both sides train r = 8 on query and value with dropout 0.05, on the same micro-b
   grouped  they are of similar length, as with Trainer's group_by_length
 In each, the peer pads its micro-batches to the longest record, or packs them without padding (position_ids restart at
 each record, and transformers masks one from another), whichever is faster. Each measurement runs in a fresh process,
-one side after the other, so that a drift of the machine's speed cancels out of the ratios.
+one side after the other, so that a drift of the machine's speed cancels out of the ratios. With --compile true, all
+sides train with their blocks compiled.
 
 With --only generation, only generation is timed, in one process and again in turns: ours in float32 and int8, and
 with --compile true also compiled, over the peer's `generate` with a growing or a compiled static cache.
@@ -34,10 +35,11 @@ from lit_llama.generation import Sampling, compile_steps, generate
 from lit_llama.huggingface import hf_config, to_hf
 from lit_llama.lora import LoRAConfig, add_lora, mark_only_lora_as_trainable
 from lit_llama.quantize import quantize_int8
-from lit_llama.training import loss_sum
+from lit_llama.training import compile_blocks, loss_sum
 
 Generator = Callable[[int], Sequence[int]]  # of so many tokens, greedily
 PROMPT = list(range(1000, 1040))
+WARM_UP = 3  # micro-batches, since compilers learn from the first ones which sizes vary
 IGNORED = -100  # the label of what transformers does not train on
 
 
@@ -53,6 +55,7 @@ class Setting:
     new_tokens: int
     seed: int
     batches: Literal["random", "grouped"]
+    compile: bool
 
     def micro_batches(self) -> tuple[Dataset, list[np.ndarray]]:
         """Micro-batches of the first records, which are the same for all sides and both kinds of batches."""
@@ -93,7 +96,7 @@ def main(
         new_tokens: Tokens to generate.
         rounds: How often each side is measured.
         only: generation, to time nothing else, and without the training in the same process.
-        compile: With --only generation, measure compiled steps, too, which takes minutes.
+        compile: Compile what is trained; with --only generation, measure compiled steps beside the others.
     """
     if only:
         print(generation_table(pretrained_path, new_tokens, rounds, compile))
@@ -109,7 +112,7 @@ def main(
             for side, measure in sides.items():
                 paths = (data_dir, pretrained_path)
                 sizes = (n_records, micro_batch_size, block_size, new_tokens)
-                measured = in_fresh_process(measure, Setting(*paths, *sizes, number, batches))
+                measured = in_fresh_process(measure, Setting(*paths, *sizes, number, batches, compile))
                 results[side].append(measured)
                 print(f"{batches}, round {number + 1}, {side}: {measured}", file=sys.stderr)
         print(table_row(batches, *results.values()))
@@ -142,6 +145,8 @@ def measure_ours(setting: Setting) -> Measured:
     generation = setting.new_tokens / (time.perf_counter() - start)
     add_lora(model, LoRAConfig())
     mark_only_lora_as_trainable(model)
+    if setting.compile:
+        compile_blocks(model)
 
     def loss_of(records: np.ndarray) -> Tensor:
         batch = dataset.batch(records)
@@ -169,6 +174,9 @@ def measure_peer(setting: Setting, inputs: Callable[[Dataset, np.ndarray], dict[
     out = model.generate(prompt, attention_mask=mask, max_new_tokens=n, min_new_tokens=n, do_sample=False)
     assert out.size(1) == len(PROMPT) + n
     generation = n / (time.perf_counter() - start)
+    if setting.compile:
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)
     lora = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
     model = peft.get_peft_model(model, lora).train()
 
@@ -279,8 +287,8 @@ def timed(
     """Unpadded tokens per second of optimizer steps of one micro-batch."""
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     start = 0.0
-    for i, records in enumerate([micro_batches[0], *micro_batches]):
-        if i == 1:  # the first one warms up
+    for i, records in enumerate([*micro_batches[:WARM_UP], *micro_batches]):
+        if i == WARM_UP:
             start = time.perf_counter()
         loss_of(records).backward()
         optimizer.step()
