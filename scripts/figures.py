@@ -140,8 +140,8 @@ def speed() -> str:
     """Against transformers + PEFT, on equal batches, as it is and compiled."""
     tables = []
     for flags in (
-        "--rounds 3 --n_records 32 --new_tokens 50",
-        "--rounds 2 --n_records 32 --new_tokens 50 --compile true",
+        "--rounds 3 --n_records 32",
+        "--rounds 2 --n_records 32 --compile true",
     ):
         tables.append(f"{script('benchmark.py', *flags.split())}\n(`python scripts/benchmark.py {flags}`)\n")
     return "\n".join(
@@ -151,8 +151,8 @@ def speed() -> str:
 
 def generation() -> str:
     """Against transformers, one token after the other."""
-    table = script("benchmark.py", "--only", "generation", "--rounds", 3)
-    return f"{table}\n(`python scripts/benchmark.py --only generation`, {sitting()})"
+    table = script("benchmark_generation.py")
+    return f"{table}\n(`python scripts/benchmark_generation.py`, {sitting()})"
 
 
 def validation_losses(out_dir: Path) -> list[float]:
