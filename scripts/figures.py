@@ -48,7 +48,7 @@ def main(only: tuple[str, ...] = (), alpaca_file: Path | None = None) -> None:
     unknown = set(only) - FIGURES.keys()
     if unknown:
         raise UserError(f"there is no figure {', '.join(unknown)}; there are {', '.join(FIGURES)}")
-    if not Path("data/alpaca/meta.json").is_file() and {"speed", "batches"} & set(only or FIGURES):
+    if not Path("data/alpaca/meta.json").is_file() and {"speed", "compiled", "batches"} & set(only or FIGURES):
         local = ("--data_file", alpaca_file) if alpaca_file else ()
         script("prepare_alpaca.py", "--pretrained_path", MODEL, *local)
     for name in only or FIGURES:
@@ -137,16 +137,18 @@ def adapter() -> str:
 
 
 def speed() -> str:
-    """Against transformers + PEFT, on equal batches, as it is and compiled."""
-    tables = []
-    for flags in (
-        "--rounds 3 --n_records 32",
-        "--rounds 2 --n_records 32 --compile true",
-    ):
-        tables.append(f"{script('benchmark.py', *flags.split())}\n(`python scripts/benchmark.py {flags}`)\n")
-    return "\n".join(
-        ["As it is:\n", tables[0], "With the blocks of all sides compiled:\n", tables[1], f"({sitting()})"]
-    )
+    """Against transformers + PEFT, on equal batches."""
+    return benchmark("--rounds 3 --n_records 32")
+
+
+def compiled() -> str:
+    """The same, with the blocks of all sides compiled."""
+    return benchmark("--rounds 2 --n_records 32 --compile true")
+
+
+def benchmark(flags: str) -> str:
+    table = script("benchmark.py", *flags.split())
+    return f"{table}\nMedians; each side in turn (`python scripts/benchmark.py {flags}`, {sitting()})."
 
 
 def generation() -> str:
@@ -282,6 +284,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "comparison": comparison,
     "speed": speed,
+    "compiled": compiled,
     "generation": generation,
     "nf4": nf4,
     "batches": batches,
