@@ -136,17 +136,8 @@ def adapter() -> str:
     return "\n".join([*rows, "", f"Before training it is {losses[0]:.3f} ({sitting()})."])
 
 
-def speed() -> str:
-    """Against transformers + PEFT, on equal batches."""
-    return benchmark("--rounds 3 --n_records 32")
-
-
-def compiled() -> str:
-    """The same, with the blocks of all sides compiled."""
-    return benchmark("--rounds 2 --n_records 32 --compile true")
-
-
 def benchmark(flags: str) -> str:
+    """Against transformers + PEFT, on equal batches."""
     table = script("benchmark.py", *flags.split())
     return f"{table}\nMedians; each side in turn (`python scripts/benchmark.py {flags}`, {sitting()})."
 
@@ -283,8 +274,8 @@ def command(*words: object) -> str:
 FIGURES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "comparison": comparison,
-    "speed": speed,
-    "compiled": compiled,
+    "speed": lambda: benchmark("--rounds 3 --n_records 32"),
+    "compiled": lambda: benchmark("--rounds 2 --n_records 32 --compile true"),
     "generation": generation,
     "nf4": nf4,
     "batches": batches,
