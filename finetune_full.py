@@ -64,7 +64,7 @@ devices: PositiveInt = 1  # per node
 num_nodes: PositiveInt = 1
 strategy: Strategy = "auto"  # fsdp on several devices: each stores its share of weights, gradients and moments
 activation_checkpointing = True  # recompute blocks in the backward pass: less memory, a third more time
-compile = False  # fuse the operations of blocks with torch.compile, for a GPU; needs a C++ compiler
+compile = False  # fuse the operations of blocks with torch.compile; needs a C++ compiler
 precision: TrainingPrecision | None = None  # None: bf16-mixed on a GPU, or 16-mixed on an old one; else 32-true
 
 BEST_FOLDER = "best"
@@ -117,11 +117,11 @@ def main(
 
     memory = expected_memory(fabric, llama, schedule, dtype, partial(AdamW, lr=0.0, moments_dtype=moments))
     fabric.print(*plan(schedule, val_data, rate, llama), memory, sep="\n", file=sys.stderr)
+    if compile:
+        compile_blocks(llama)
     if dry_run:
         fabric.print(show_records(train_data, tokenizer))
         return
-    if compile:
-        compile_blocks(llama)
     log = TrainingLog(fabric, out_dir, last_step, first_step, log_interval)
     stop, check_step = StopSignal(), StepCheck(log, llama, fabric.strategy.precision)
     if first_step == 0:

@@ -67,7 +67,7 @@ devices: PositiveInt = 1  # per node
 num_nodes: PositiveInt = 1
 strategy: Strategy = "auto"  # ddp: the whole model on each device; fsdp: spread over them, if it does not fit on one
 activation_checkpointing = False  # recompute blocks in the backward pass: less memory, up to half more time
-compile = False  # fuse the operations of blocks with torch.compile, for a GPU; needs a C++ compiler
+compile = False  # fuse the operations of blocks with torch.compile; needs a C++ compiler
 precision: TrainingPrecision | None = None  # None: bf16-mixed on a GPU, or 16-mixed on an old one; else 32-true
 quantize: Quantize | None = None  # nf4: the matrices of the blocks take 4 bits a weight; slower
 
@@ -118,11 +118,11 @@ def main(
 
     memory = expected_memory(fabric, llama, schedule, dtype, torch.optim.AdamW)
     fabric.print(*plan(schedule, val_data, rate, llama), memory, sep="\n", file=sys.stderr)
+    if compile:
+        compile_blocks(llama)
     if dry_run:
         fabric.print(show_records(train_data, tokenizer))
         return
-    if compile:
-        compile_blocks(llama)
     log = TrainingLog(fabric, out_dir, last_step, first_step, log_interval)
     stop, check_step = StopSignal(), StepCheck(log, llama, fabric.strategy.precision)
     if first_step == 0:

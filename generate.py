@@ -10,7 +10,7 @@ from lit_llama.cli import run
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
 from lit_llama.generation import Sampling, compile_steps, read_prompts, respond
 from lit_llama.prompt import PromptStyle
-from lit_llama.quantize import Quantization, load_in_place, settle
+from lit_llama.quantize import Quantization, load_unsettled, settle
 from lit_llama.tokenizer import find_tokenizer
 
 
@@ -57,7 +57,7 @@ def main(
     tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
     style = prompt_style or own_prompt_style(checkpoint_path) or "plain"
     device = default_device()
-    model = load_in_place(checkpoint_path, quantize, dtype, device)
+    model = load_unsettled(checkpoint_path, quantize, dtype, device)
     settle(model, quantize, dtype, device)
     if compile:
         compile_steps(model)

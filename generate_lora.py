@@ -12,7 +12,7 @@ from lit_llama.errors import UserError
 from lit_llama.finetuned import base_is_nf4, load_lora
 from lit_llama.generation import Sampling, compile_steps, read_prompts, respond
 from lit_llama.lora import merge_lora, remove_lora
-from lit_llama.quantize import Quantization, load_in_place, settle
+from lit_llama.quantize import Quantization, load_unsettled, settle
 from lit_llama.tokenizer import find_tokenizer
 
 
@@ -71,7 +71,7 @@ def main(
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     device = default_device()
     nf4 = base_is_nf4(*lora_path)
-    model = load_in_place(pretrained_path, quantize, dtype, device, nf4)
+    model = load_unsettled(pretrained_path, quantize, dtype, device, nf4)
     for path in lora_path:
         start = time.perf_counter()
         remove_lora(model)

@@ -114,15 +114,15 @@ def load_model(
     stored = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
     if dtype is None and len(stored) > 1:
         raise UserError(f"{path} mixes {' and '.join(sorted(stored))}; convert the model again, to one of them")
-    for name in state:
-        if not (nf4 and name.startswith("transformer.h.") and state[name].dim() == 2):
-            state[name] = state[name].to(device, dtype)
+    quantized = {name for name in state if nf4 and name.startswith("transformer.h.") and state[name].dim() == 2}
+    for name in state.keys() - quantized:
+        state[name] = state[name].to(device, dtype)
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
     if nf4:
         quantize_blocks(model, device, dtype)
-        for tensor in state.values():  # what is still read comes back by itself
-            page_out(tensor)
+        for name in quantized:
+            page_out(state[name])
     return model
 
 

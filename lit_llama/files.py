@@ -268,7 +268,7 @@ def check_listed(path: Path) -> None:
 
 
 def page_out(tensor: Tensor) -> None:
-    """Tell Linux that memory mapped from a file is not needed soon, or it would stay in use beside the copy."""
+    """Tell Linux that a tensor mapped from a file is not needed soon; it would stay in memory beside the copy."""
     if sys.platform == "linux" and tensor.device.type == "cpu":
         first, end = -(-tensor.data_ptr() // PAGESIZE), (tensor.data_ptr() + tensor.nbytes) // PAGESIZE  # whole pages
         start, size = ctypes.c_void_p(first * PAGESIZE), ctypes.c_size_t(max(0, end - first) * PAGESIZE)

@@ -161,7 +161,7 @@ def digest(path: Path, size: int | None = None, start: int = 0) -> str:
 
 
 def size_and_digest(path: Path, size: int | None = None) -> str:
-    """The length of a file, or of its first `size` bytes if it has so many, and their sha256."""
+    """The length and sha256 of a file, or of its first `size` bytes if it is longer."""
     length = path.stat().st_size
     size = length if size is None else min(length, size)
     return f"{size} {digest(path, size)}"

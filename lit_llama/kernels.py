@@ -32,14 +32,14 @@ class Linear(nn.Linear):
 
 
 def rotate(pairs: Tensor, angles: Tensor) -> Tensor:
-    """Turn each pair (a, b) of pairs (..., 2) by an angle, of which angles (..., 2) has cos and sin.
+    """Rotate each pair (a, b) of pairs (..., 2) by the angle whose cosine and sine are in angles (..., 2).
 
-    That is a product of complex numbers, in one pass; but torch.compile and Apple's GPUs want it spelled out.
+    As a product of complex numbers, it takes a single pass; torch.compile and Apple's GPUs need it written out.
     """
     if torch.compiler.is_compiling() or pairs.device.type == "mps":
-        (a, b), (cos, sin) = pairs.unbind(-1), angles.unbind(-1)
-        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1)
-    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(angles))
+        (a, b), (cos, sin) = pairs.unbind(-1), angles.unbind(-1)  # (...) each
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1)  # (..., 2)
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(angles))  # (..., 2)
 
 
 class SwiGLU(torch.autograd.Function):

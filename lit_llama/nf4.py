@@ -85,7 +85,7 @@ def dequantize_blocks(model: LLaMA) -> None:
 
 
 def check_compilable(model: LLaMA) -> None:
-    """Raise a UserError if matrices are quantised: torch.compile cannot look into bitsandbytes' products."""
+    """Raise a UserError if matrices are quantised: torch.compile cannot trace bitsandbytes' products."""
     if any(isinstance(parameter, NF4Weight) for parameter in model.parameters()):
         raise UserError("a model with a 4-bit base cannot be compiled; leave out --compile")
 

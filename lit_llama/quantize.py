@@ -45,15 +45,15 @@ class Int8Linear(nn.Module):
         return self.weight.to(dtype).mul_(self.scale[:, None])
 
 
-def load_in_place(
+def load_unsettled(
     path: Path, quantize: Quantization | None, dtype: torch.dtype, device: torch.device, nf4: bool = False
 ) -> LLaMA:
-    """The model of a checkpoint, or if it is to be quantised still mapped from its file; `settle` does that."""
+    """A model in `dtype`, or if it is to be quantised, which `settle` does, still mapped from its file."""
     return load_model(path, nf4=nf4) if quantize else load_model(path, dtype, device, nf4)
 
 
 def settle(model: LLaMA, quantize: Quantization | None, dtype: torch.dtype, device: torch.device) -> None:
-    """Quantise a model from `load_in_place`, once it is merged, or bring all that was added to it to `dtype`."""
+    """Quantise a model from `load_unsettled`, after merging, or else cast what was added to it to `dtype`."""
     if quantize:
         quantize_int8(model, dtype, device)
     else:

@@ -33,7 +33,7 @@ from lit_llama.huggingface import hf_config, to_hf
 from lit_llama.lora import LoRAConfig, add_lora, mark_only_lora_as_trainable
 from lit_llama.training import loss_sum
 
-WARM_UP = 3  # micro-batches, since compilers learn from the first ones which sizes vary
+WARM_UP = 3  # micro-batches, in which blocks are compiled and memory is allocated
 TITLES = ("batches", "speed", "memory", "tokens/s, ours", "padded peer", "packed peer", "matrix rate", "mean loss")
 IGNORED = -100  # the label of what transformers does not train on
 
@@ -81,7 +81,7 @@ def main(
     rounds: PositiveInt = 3,
     compile: bool = False,
 ) -> None:
-    """Print a table of our speed and memory over the faster of the peer's two ways.
+    """Print our speed and memory over those of the peer's faster way, and the matrix rate and mean loss of both.
 
     Args:
         data_dir: Prepared data, for example Alpaca.
@@ -90,7 +90,7 @@ def main(
         micro_batch_size: Records in a micro-batch.
         block_size: Tokens after which records are cut.
         rounds: How often each side is measured.
-        compile: Have torch.compile compile the blocks, on all sides.
+        compile: Compile the blocks of all sides with torch.compile.
     """
     os.environ.pop("OPENBLAS_CORETYPE", None)  # a kernel forced on OpenBLAS for an older machine would slow this one
     sides = {"ours": measure_ours, "peer, padded": measure_padded, "peer, packed": measure_packed}
@@ -160,7 +160,7 @@ def measure_peer(setting: Setting, inputs: Callable[[Dataset, np.ndarray], dict[
     model = peft.get_peft_model(model, lora).train()
 
     def loss_of(records: np.ndarray) -> Tensor:
-        return model(**inputs(dataset, records), use_cache=False).loss  # with one, it would not separate records
+        return model(**inputs(dataset, records), use_cache=False).loss  # else records would see each other
 
     return measure(model, loss_of, dataset, micro_batches, blocks)
 
@@ -213,9 +213,6 @@ def measure(
     blocks: Iterable[nn.Module],
 ) -> Measured:
     """Train, with an optimizer step after each micro-batch; `blocks` are compiled."""
-    with Products() as products:
-        loss_of(micro_batches[0]).backward()
-    work = products.operations / dataset.n_tokens(micro_batches[0])  # for a token
     for block in blocks:
         block.compile(dynamic=True)
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
@@ -228,13 +225,18 @@ def measure(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    speed = sum(dataset.n_tokens(records) for records in micro_batches) / (time.perf_counter() - start)
+    seconds = time.perf_counter() - start
     memory = peak_memory(torch.device("cpu"))
-    return Measured(speed, memory, statistics.mean(losses[len(warm_up) :]), work * speed / matrix_rate())
+    with torch.compiler.set_stance("force_eager"), Products() as products:
+        for records in micro_batches:
+            loss_of(records).backward()
+    speed = sum(dataset.n_tokens(records) for records in micro_batches) / seconds
+    share = products.operations / seconds / matrix_rate()
+    return Measured(speed, memory, statistics.mean(losses[len(warm_up) :]), share)
 
 
 class Products(TorchDispatchMode):
-    """Counts the multiplications and additions of matrix products."""
+    """Counts the additions and multiplications of matrix products, except those of attention, which are fused."""
 
     operations = 0
 

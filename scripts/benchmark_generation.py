@@ -1,4 +1,4 @@
-"""Time generation against transformers on the same machine and weights: one token after the other, greedily.
+"""Time generation against transformers on the same machine and weights: one token at a time, greedily.
 
 Ours in float32 and int8, and with --compile true also compiled, over the peer's `generate` with a growing or a compiled
 static cache. All run in one process, in turns.

@@ -78,8 +78,8 @@ def main(
 
     def load(path: Path) -> PromptStyle:
         if base_is_nf4(path) != nf4:
-            its = "that is not in 4 bits" if nf4 else "in 4 bits"
-            raise UserError(f"{path} was trained on a base {its}; start chat.py again, with --lora_path {path}")
+            kind = "that is not in 4 bits" if nf4 else "in 4 bits"
+            raise UserError(f"{path} was trained on a base {kind}; start chat.py again with --lora_path {path}")
         return load_lora(model, path, lora_alpha, checkpoint_path, force)
 
     chat = Chat(Conversation(model, tokenizer, "plain"), sampling, load, own_style, prompt_style)

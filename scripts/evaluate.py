@@ -23,7 +23,7 @@ from lit_llama.lora import merge_lora
 from lit_llama.model import LLaMA
 from lit_llama.progress import progress
 from lit_llama.prompt import stop_ids
-from lit_llama.quantize import Quantization, load_in_place, settle
+from lit_llama.quantize import Quantization, load_unsettled, settle
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 from lit_llama.training import matching_tokenizer
 
@@ -120,7 +120,7 @@ def load(
 ) -> LLaMA:
     """The model as its generate script would use it, but with LoRA merged on a 4-bit base, too."""
     device = default_device()
-    model = load_in_place(path, quantize, dtype, device, base_is_nf4(lora_path, adapter_path))
+    model = load_unsettled(path, quantize, dtype, device, base_is_nf4(lora_path, adapter_path))
     if lora_path:
         load_lora(model, lora_path, lora_alpha, path, force)
         merge_lora(model)

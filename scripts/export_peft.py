@@ -49,7 +49,7 @@ def main(
     print(f"Saved {out_dir}", file=sys.stderr)
     if base_is_nf4(lora_path):
         how = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
-        print(f"It was trained on a base in 4 bits: load the base with BitsAndBytesConfig({how})", file=sys.stderr)
+        print(f"The LoRA was trained on a 4-bit base: load the base with BitsAndBytesConfig({how})", file=sys.stderr)
 
 
 if __name__ == "__main__":

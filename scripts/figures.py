@@ -139,11 +139,11 @@ def adapter() -> str:
 def benchmark(flags: str) -> str:
     """Against transformers + PEFT, on equal batches."""
     table = script("benchmark.py", *flags.split())
-    return f"{table}\nMedians; each side in turn (`python scripts/benchmark.py {flags}`, {sitting()})."
+    return f"{table}\nMedians over the rounds, each side in turn (`python scripts/benchmark.py {flags}`, {sitting()})."
 
 
 def generation() -> str:
-    """Against transformers, one token after the other."""
+    """Against transformers, one token at a time."""
     table = script("benchmark_generation.py")
     return f"{table}\n(`python scripts/benchmark_generation.py`, {sitting()})"
 
@@ -274,8 +274,8 @@ def command(*words: object) -> str:
 FIGURES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "comparison": comparison,
-    "speed": lambda: benchmark("--rounds 3 --n_records 32"),
-    "compiled": lambda: benchmark("--rounds 2 --n_records 32 --compile true"),
+    "speed": lambda: benchmark("--rounds 2 --n_records 24"),
+    "compiled": lambda: benchmark("--rounds 1 --n_records 24 --compile true"),
     "generation": generation,
     "nf4": nf4,
     "batches": batches,
