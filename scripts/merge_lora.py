@@ -26,8 +26,9 @@ def main(
     force: bool = False,
     prompt: str = "Please explain how weight decay works",
 ) -> None:
-    """Merge in float32, and save in the dtype of the base model. If the LoRA was
-    trained on a 4-bit base, the base is first rounded to 4 bits again.
+    """Merge in float32, and save in the dtype of the base model.
+
+    If the LoRA was trained on a 4-bit base, the base is first rounded to 4 bits again.
 
     Args:
         out_dir: The model folder to write: lit-llama.pth, config.json (with the prompt style) and the tokenizer.
