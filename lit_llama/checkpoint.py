@@ -4,6 +4,7 @@
 "files", fingerprints of the others. Where it does not say (version 1.0, say), nothing is compared.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from lit_llama.files import (
     CONFIG,
     check_finite,
     check_listed,
+    is_plain,
     page_out,
     read_file,
     read_json,
@@ -25,7 +27,7 @@ from lit_llama.files import (
     replacing_folder,
     write_file,
 )
-from lit_llama.integrity import check_archive, digest, fingerprint, is_plain, sealed, unsealed
+from lit_llama.integrity import check_archive, digest, fingerprint
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
 from lit_llama.nf4 import quantize_blocks
 from lit_llama.progress import say
@@ -67,8 +69,9 @@ def write_model(
         tensors: those of `untied(state)`, one by one, if `state` tells only their shapes and dtypes.
     """
     fields = {**asdict(config), "prompt_style": prompt_style}
-    for name, content in {**files, CONFIG: sealed(fields)}.items():
+    for name, content in files.items():
         write_file(folder / name, content)
+    write_file(folder / CONFIG, json.dumps(fields, indent=2))
     layout = untied(state, config.tie_embeddings)
     tensors = finite(folder / WEIGHTS, [*layout.items()] if tensors is None else tensors)
     if config.tie_embeddings:
@@ -77,7 +80,7 @@ def write_model(
         write_tensors(part, layout, tensors)
         check_archive(part)
     prints = {WEIGHTS: fingerprint(folder / WEIGHTS), **{name: digest(folder / name) for name in files}}
-    write_file(folder / CONFIG, sealed({**fields, "files": prints}))
+    write_file(folder / CONFIG, json.dumps({**fields, "files": prints}, indent=2))
 
 
 def untied(state: Mapping[str, Tensor], tied: bool) -> dict[str, Tensor]:
@@ -147,8 +150,8 @@ def read_config(path: Path, state: Mapping[str, Any]) -> LLaMAConfig:
     """The config.json next to the checkpoint, or the LLaMA size that the shapes of its tensors imply."""
     file = path.with_name(CONFIG)
     if file.is_file():
-        fields = unsealed(file, read_json(file))
-        for name in ("files", "prompt_style"):  # see check_listed and own_prompt_style
+        fields = read_json(file)
+        for name in ("files", "prompt_style", "checksum"):  # see check_listed, own_prompt_style; of old files
             fields.pop(name, None)
         with naming(file, "get it again"):
             return parse(LLaMAConfig, fields)

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_llama.errors import UserError
-from lit_llama.integrity import check_archive, digest, fingerprint, unsealed
+from lit_llama.integrity import check_archive, digest, fingerprint
 from lit_llama.locks import alone
 
 check_all = True  # --check_files of every script
@@ -258,13 +258,24 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_listed(path: Path) -> None:
     """Raise a UserError if the config.json of a model folder was written with another file of this name."""
     config = path.with_name(CONFIG)
-    files = unsealed(config, read_json(config)).get("files") if config.is_file() else None
+    files = read_json(config).get("files") if config.is_file() else None
     expected = files.get(path.name) if isinstance(files, dict) else None
     if expected and expected != (fingerprint(path) if path.suffix == ".pth" else digest(path)):
         raise UserError(
             f"{path} is not the file that {config} was written with; copy both again, or remove its "
-            '"files" and "checksum" if you have exchanged the file'
+            '"files" if you have exchanged the file'
         )
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a tensor whose numbers all lie in memory or in its file, one by one."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
 
 
 def page_out(tensor: Tensor) -> None:

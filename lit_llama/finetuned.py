@@ -1,8 +1,8 @@
 """Files of finetuned weights: written so that they describe themselves, and read onto their base model.
 
 A file holds {"kind": "lora" or "adapter", the method's config under that name, "base": the base model's config,
-"prompt_style", "hyperparameters", "state_dict", "checksum"}; "hyperparameters" name the base model's
-file and its fingerprint. The archived Lit-LLaMA wrote the tensors of "state_dict" alone.
+"prompt_style", "hyperparameters", "state_dict"}; "hyperparameters" name the base model's file and its
+fingerprint. The archived Lit-LLaMA wrote the tensors of "state_dict" alone.
 """
 
 import re
@@ -17,8 +17,8 @@ from torch import Tensor
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
 from lit_llama.checkpoint import check_state, hint
 from lit_llama.errors import UserError
-from lit_llama.files import check_finite, read_file, write_file
-from lit_llama.integrity import SEAL, check_base, checksum, identity, is_plain
+from lit_llama.files import check_finite, is_plain, read_file, write_file
+from lit_llama.integrity import check_base, identity
 from lit_llama.lora import LoRAConfig, add_lora, lora_shapes, lora_state_dict
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prompt import TEMPLATES, PromptStyle
@@ -57,8 +57,7 @@ def save_finetuned(path: Path, about: Mapping[str, Any], state: Mapping[str, Ten
     grown = [tensor for name, tensor in state.items() if name.endswith(("lora_B", "gating_factor"))]  # from zero
     if grown and not any(tensor.any() for tensor in grown):
         raise UserError(f"{path} was not written: all of its updates are zero, so nothing was learned")
-    content = {**about, "state_dict": dict(state)}
-    write_file(path, {**content, SEAL: checksum(content)})
+    write_file(path, {**about, "state_dict": dict(state)})
 
 
 def read_described(path: Path) -> dict[str, Any]:
@@ -66,9 +65,7 @@ def read_described(path: Path) -> dict[str, Any]:
     content = read_file(path)
     if "kind" not in content:
         return content
-    expected = content.pop(SEAL, None)
-    if expected is not None and expected != checksum(content):
-        raise UserError(f"{path} is damaged: it does not match its checksum; copy or write it again")
+    content.pop("checksum", None)  # older files have a second one; the archive's own is checked already
     with naming(path, "it may be damaged: copy or write it again"):
         method = {content["kind"]: Mapping} if content["kind"] in ("lora", "adapter", "full") else {}
         check_types(content, {"kind": str, **method, **FIELDS}, PROGRESS)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_llama.errors import UserError
-from lit_llama.integrity import is_plain
+from lit_llama.files import is_plain
 from lit_llama.model import LLaMAConfig
 from lit_llama.schema import parse, short
 

@@ -19,7 +19,7 @@ from lit_llama import files
 from lit_llama.arrays import ArrayFile, rises
 from lit_llama.encoder import Encoder, Spools, count_records, tokenised
 from lit_llama.errors import UserError
-from lit_llama.integrity import digest, sealed, unsealed
+from lit_llama.integrity import digest
 from lit_llama.progress import progress, say
 from lit_llama.prompt import TEMPLATES
 from lit_llama.records import split_records
@@ -70,7 +70,7 @@ def prepare(
             "split_seed": split_seed,
             "records": n_records,
         }
-        files.write_file(part / "meta.json", sealed({**meta, "sha256": checksums}))
+        files.write_file(part / "meta.json", json.dumps({**meta, "sha256": checksums}, indent=2))
     warn_if_few(n_records.get("validation", 0))
 
 
@@ -118,8 +118,8 @@ def write_split(folder: Path, split: str, spools: Spools, records: np.ndarray) -
 def read_split(data_dir: Path, split: str) -> tuple[dict[str, Any], list[np.ndarray]]:
     """meta.json, and the arrays of a split in the order of ARRAYS, mapped from their files after a check of those."""
     try:
-        meta = unsealed(data_dir / "meta.json", files.read_json(data_dir / "meta.json"))
-        check_types(meta, META, {"sha256": Mapping, "documents": bool})
+        meta = files.read_json(data_dir / "meta.json")
+        check_types(meta, META, {"sha256": Mapping, "documents": bool, "checksum": str})
         if (data_dir / f"{split}_prompt_lengths.npy").is_file():
             raise UserError("it is of version 1.0")
         paths = [data_dir / f"{split}_{name}.npy" for name in ARRAYS]

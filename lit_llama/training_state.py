@@ -25,9 +25,9 @@ from torch.optim import Optimizer
 
 from lit_llama.checkpoint import check_state, untied, write_model
 from lit_llama.errors import UserError
-from lit_llama.files import check_finite, remove_folder
+from lit_llama.files import check_finite, is_plain, remove_folder
 from lit_llama.finetuned import read_described, save_finetuned
-from lit_llama.integrity import check_base, is_plain, size_and_digest
+from lit_llama.integrity import check_base, size_and_digest
 from lit_llama.locks import check_room, claim
 from lit_llama.model import LLaMAConfig
 from lit_llama.schema import check_types, naming, short

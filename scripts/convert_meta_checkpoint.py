@@ -13,8 +13,7 @@ from torch import Tensor
 from lit_llama.checkpoint import check_complete, save_model_folder
 from lit_llama.cli import run
 from lit_llama.errors import UserError
-from lit_llama.files import check_apart, read_file, read_json
-from lit_llama.integrity import is_plain
+from lit_llama.files import check_apart, is_plain, read_file, read_json
 from lit_llama.model import CONFIGS, LLAMA_3_SCALING, LLaMA, LLaMAConfig
 from lit_llama.progress import progress
 from lit_llama.prompt import PromptStyle

@@ -1,12 +1,15 @@
 """What tests build from and run with: a tiny model, records, scripts as the command line runs them."""
 
+import hashlib
 import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -17,6 +20,7 @@ from lit_llama import cli
 from lit_llama.adapter import AdapterConfig
 from lit_llama.data import Dataset
 from lit_llama.encoder import Encoder, count_records
+from lit_llama.files import is_plain
 from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.lora import LoRAConfig
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -115,6 +119,22 @@ def run_script(name: str, *arguments: object) -> str | None:
         for constant, value in constants.items():
             setattr(module, constant, value)
     return None
+
+
+def content_digest(content: Any) -> str:
+    """A sha256 of nested mappings, lists, values and tensors."""
+
+    def describe(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: describe(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [describe(item) for item in value]
+        if not is_plain(value):
+            return f"{type(value).__name__} {value!r}"
+        numbers = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return value.dtype, tuple(value.shape), hashlib.sha256(numbers).hexdigest()
+
+    return hashlib.sha256(repr(describe(content)).encode()).hexdigest()
 
 
 def state_tensors(out: Path) -> dict[str, torch.Tensor]:

@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from builders import content_digest
 from fuzz_mutations import mutate
 from fuzz_targets import TARGETS, Target, make_worlds
 from tqdm import tqdm
 
 from lit_llama import locks
 from lit_llama.errors import UserError
-from lit_llama.integrity import checksum
 
 OUTCOMES = ("one line", "right", "unsealed", "WRONG", "TRACEBACK", "HANG", "MEMORY", "ELSEWHERE")
 HANG = 20  # seconds
@@ -72,9 +72,8 @@ def trial(number: int, target: Target, worlds: Path, work: Path, watch: Watch, r
     outcome, what = "", ""
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            read = checksum(target.read(work))
-        sealed = target.seal == "another" or (target.seal == "own" and b"checksum" in path.read_bytes())
-        outcome = "right" if read == rights[target.name] else "WRONG" if sealed else "unsealed"
+            read = content_digest(target.read(work))
+        outcome = "right" if read == rights[target.name] else "WRONG" if target.is_sealed else "unsealed"
         outcome = "one line" if outcome == "WRONG" and "warning: " in said.getvalue() else outcome
     except (UserError, OSError) as error:
         outcome = "TRACEBACK" if "\n" in str(error) else "one line"
@@ -151,7 +150,7 @@ def main() -> None:
             for target in TARGETS:
                 shutil.rmtree(worlds.parent / "work", ignore_errors=True)
                 shutil.copytree(worlds / target.world, worlds.parent / "work")
-                rights[target.name] = checksum(target.read(worlds.parent / "work"))
+                rights[target.name] = content_digest(target.read(worlds.parent / "work"))
         sys.exit(report(fuzz(options.first, options.workers, time.monotonic() + options.seconds, worlds, rights)))
 
 

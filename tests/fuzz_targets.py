@@ -48,16 +48,13 @@ FABRIC = Fabric(accelerator="cpu", devices=1)
 
 @dataclass(frozen=True)
 class Target:
-    """A file of a world (a folder), and what is read from it.
-
-    `seal` says what tells a changed content: the file's "own" checksum, if it has one, or that of "another" file.
-    """
+    """A file of a world (a folder), and what is read from it; `is_sealed` if another file tells a changed content."""
 
     name: str
     world: str
     file: str
     read: Callable[[Path], Any]
-    seal: str = ""
+    is_sealed: bool = False
 
 
 def answer(model: LLaMA, folder: Path) -> list[Any]:
@@ -214,22 +211,22 @@ def model_world(folder: Path) -> None:
 
 
 TARGETS = [
-    Target("config.json", "ours", "config.json", read_model, "own"),
-    Target("config.json, finetuning", "ours", "config.json", resume("lora-run"), "own"),
-    Target("lit-llama.pth", "ours", "lit-llama.pth", read_model, "another"),
-    Target("LoRA file, generate", "ours", "lora.pth", read_lora, "own"),
-    Target("LoRA file, merge", "ours", "lora.pth", merge, "own"),
-    Target("LoRA file, export_peft", "ours", "lora.pth", export, "own"),
-    Target("adapter file", "ours", "adapter.pth", read_adapter, "own"),
-    Target("training state, LoRA", "ours", "lora-run/training-state.pth", resume("lora-run"), "own"),
-    Target("training state, full", "ours", "full/training-state.pth", resume("full"), "own"),
-    Target("metrics.csv at a resume", "ours", "lora-run/metrics.csv", resume("lora-run"), "another"),
-    Target("prepared tokens", "ours", "data/train_tokens.npy", read_data, "another"),
-    Target("prepared offsets", "ours", "data/train_offsets.npy", read_data, "another"),
-    Target("prepared spans", "ours", "data/validation_spans.npy", read_data, "another"),
-    Target("meta.json", "ours", "data/meta.json", read_data, "own"),
-    Target("tokenizer_config.json", "ours", "tokenizer_config.json", read_tokenizer("tokenizer.json"), "another"),
-    Target("tokenizer.json", "ours", "tokenizer.json", read_tokenizer("tokenizer.json"), "another"),
+    Target("config.json", "ours", "config.json", read_model),
+    Target("config.json, finetuning", "ours", "config.json", resume("lora-run")),
+    Target("lit-llama.pth", "ours", "lit-llama.pth", read_model, is_sealed=True),
+    Target("LoRA file, generate", "ours", "lora.pth", read_lora),
+    Target("LoRA file, merge", "ours", "lora.pth", merge),
+    Target("LoRA file, export_peft", "ours", "lora.pth", export),
+    Target("adapter file", "ours", "adapter.pth", read_adapter),
+    Target("training state, LoRA", "ours", "lora-run/training-state.pth", resume("lora-run")),
+    Target("training state, full", "ours", "full/training-state.pth", resume("full")),
+    Target("metrics.csv at a resume", "ours", "lora-run/metrics.csv", resume("lora-run"), is_sealed=True),
+    Target("prepared tokens", "ours", "data/train_tokens.npy", read_data, is_sealed=True),
+    Target("prepared offsets", "ours", "data/train_offsets.npy", read_data, is_sealed=True),
+    Target("prepared spans", "ours", "data/validation_spans.npy", read_data, is_sealed=True),
+    Target("meta.json", "ours", "data/meta.json", read_data),
+    Target("tokenizer_config.json", "ours", "tokenizer_config.json", read_tokenizer("tokenizer.json"), is_sealed=True),
+    Target("tokenizer.json", "ours", "tokenizer.json", read_tokenizer("tokenizer.json"), is_sealed=True),
     Target("version 1: config.json", "version 1", "model/config.json", read_version_1("lora")),
     Target("version 1: lit-llama.pth", "version 1", "model/lit-llama.pth", read_version_1("lora")),
     Target("version 1: LoRA file", "version 1", "lora/finished.pth", read_version_1("lora")),

@@ -25,14 +25,24 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from builders import RECORDS, RESULTS, ROOT, TINY, TORCHRUN, prepare_records, random_model, run_script, state_tensors
+from builders import (
+    RECORDS,
+    RESULTS,
+    ROOT,
+    TINY,
+    TORCHRUN,
+    content_digest,
+    prepare_records,
+    random_model,
+    run_script,
+    state_tensors,
+)
 from builders_tokenizers import train_byte_tokenizer
 from killed_writers import KILLED, left_over, on_each_operation
 from test_finetune import finetune_arguments
 from tqdm import tqdm
 
 from lit_llama.checkpoint import save_model_folder
-from lit_llama.integrity import checksum
 from lit_llama.log import read_metrics
 
 SAVE_INTERVAL = 2  # of finetune_arguments
@@ -75,7 +85,7 @@ def outcome(out: Path, method: str) -> str:
     result = torch.load(out / RESULTS[method], weights_only=True)
     groups = torch.load(out / STATE, weights_only=True)["optimizer"]["param_groups"]
     tensors = sorted(state_tensors(out).items())
-    return checksum([rows, result.get("state_dict", result), groups, dict(tensors)])
+    return content_digest([rows, result.get("state_dict", result), groups, dict(tensors)])
 
 
 def start_ranks(folder: Path, out: Path, ranks: int, restarts: int) -> subprocess.Popen:

@@ -1,17 +1,19 @@
 import json
+import os
 import shutil
+import subprocess
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from builders import TINY, random_model, run_script
+from builders import ROOT, TINY, content_digest, random_model, run_script
 
-from lit_llama.checkpoint import load_model, save_model_folder
+from lit_llama.checkpoint import load_model, own_prompt_style, save_model_folder
 from lit_llama.errors import UserError
 from lit_llama.files import read_file, write_file
-from lit_llama.finetuned import describe, load_lora, save_finetuned
-from lit_llama.integrity import MAX_PICKLE, check_archive, checksum, fingerprint, identity, sealed, unsealed
+from lit_llama.finetuned import describe, save_finetuned
+from lit_llama.integrity import MAX_PICKLE, check_archive, fingerprint, identity
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.tokenizer import Tokenizer
 
@@ -22,17 +24,49 @@ def test_no_flipped_bit_changes_what_is_read(tmp_path: Path) -> None:
     """Some bits mean nothing, such as those of padding: then the content is right."""
     path = tmp_path / "x.pth"
     write_file(path, STATE)
-    whole, right, refused = path.read_bytes(), checksum(STATE), 0
+    whole, right, refused = path.read_bytes(), content_digest(STATE), 0
     for place in range(0, len(whole), 5):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << (place % 8)
         path.write_bytes(damaged)
         try:
-            read = checksum(read_file(path))
+            read = content_digest(read_file(path))
         except UserError as error:
             read, refused = str(error), refused + 1
         assert read == right or str(path) in read
     assert refused > len(whole) / 5 / 3
+
+
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+CHECK_OFTEN = """
+import sys
+from pathlib import Path
+from lit_llama.errors import UserError
+from lit_llama.integrity import check_archive
+refused = 0
+for _ in range(int(sys.argv[2])):
+    try:
+        check_archive(Path(sys.argv[1]))
+    except UserError:
+        refused += 1
+print(*sys.version_info[:2], refused)
+"""
+
+
+@pytest.mark.parametrize("version", PYTHONS)
+def test_a_good_file_is_read_on_every_python(version: str, tmp_path: Path) -> None:
+    """Many threads read it at once: where they shared a position in the file, Python 3.12 refused 2 of 3 good files."""
+    path = tmp_path / "x.pth"
+    torch.save({f"tensor {i}": torch.randn(2000) for i in range(60)}, path)
+    python = {**os.environ, "PYENV_VERSION": version}  # where pyenv has several
+    command = [f"python{version}", "-c", CHECK_OFTEN, path, "200"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=python, cwd=ROOT)
+    except FileNotFoundError:
+        pytest.skip(f"python{version} is not on this machine")
+    if "not found" in done.stderr:
+        pytest.skip(f"python{version} is not on this machine")
+    assert done.stdout.split() == [*version.split("."), "0"], done.stderr
 
 
 def test_a_bomb_is_not_opened(tmp_path: Path) -> None:
@@ -55,20 +89,12 @@ def test_a_fingerprint_is_of_the_tensors_in_any_order(tmp_path: Path) -> None:
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_a_checksum_tells_values_types_and_places_apart() -> None:
-    contents = [{"x": 1}, {"x": "1"}, {"x": 1.0}, {"y": 1}, {"x": [1]}, {"x": {}}, {"x": None}]
-    contents += [{"x": torch.ones(2)}, {"x": torch.ones(1, 2)}, {"x": torch.ones(2).int()}, {"x": torch.zeros(2)}]
-    assert len({checksum(content) for content in contents}) == len(contents)
-
-
-def test_an_edited_json_is_named_and_kept_without_its_checksum(tmp_path: Path) -> None:
-    path, fields = tmp_path / "config.json", json.loads(sealed({"n_layer": 2, "norm_eps": 1e-6}))
-    assert unsealed(path, fields) == {"n_layer": 2, "norm_eps": 1e-6}
-    fields["n_layer"] = 3
-    with pytest.raises(UserError, match=r"config\.json is damaged or was edited.*remove that"):
-        unsealed(path, fields)
-    del fields["checksum"]
-    assert unsealed(path, fields) == {"n_layer": 3, "norm_eps": 1e-6}
+def test_fields_of_config_json_may_be_edited(model_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_folder, tmp_path, dirs_exist_ok=True)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "norm_eps": 1e-3, "prompt_style": "chatml"}))
+    assert load_model(tmp_path / "lit-llama.pth").config.norm_eps == 1e-3
+    assert own_prompt_style(tmp_path / "lit-llama.pth") == "chatml"
 
 
 def test_an_exchanged_file_of_a_model_folder_is_named(model_folder: Path, tmp_path: Path) -> None:
@@ -82,7 +108,7 @@ def test_an_exchanged_file_of_a_model_folder_is_named(model_folder: Path, tmp_pa
     with pytest.raises(UserError, match=r"tokenizer_config\.json is not the file"):
         Tokenizer(folder / "tokenizer.json")
     fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in fields.items() if k not in ("files", "checksum")}))
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in fields.items() if k != "files"}))
     load_model(folder / "lit-llama.pth")
     assert Tokenizer(folder / "tokenizer.json").eos_id == 0
 
@@ -100,7 +126,7 @@ def lora_of_another(tmp_path: Path) -> Path:
 
 
 def test_a_lora_file_of_another_base_is_refused_naming_both(
-    lora_of_another: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    lora_of_another: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     common = ["--lora_path", lora_of_another]
     for script, flags in (
@@ -113,12 +139,6 @@ def test_a_lora_file_of_another_base_is_refused_naming_both(
         assert str(checkpoint) in ended
         assert "--force true" in ended
         assert run_script(script, *common, *flags, "--force", "true") is None
-    capsys.readouterr()
-    content = torch.load(lora_of_another, weights_only=True)
-    content["lora"]["alpha"] = 999
-    torch.save(content, lora_of_another)
-    with pytest.raises(UserError, match="does not match its checksum"):
-        load_lora(random_model(TINY), lora_of_another)
 
 
 def test_what_was_not_trained_is_not_saved(tmp_path: Path) -> None:
