@@ -89,19 +89,18 @@ def from_hf(tensors: Iterable[tuple[str, Tensor]], config: LLaMAConfig, dtype: t
 
 def hf_config(config: LLaMAConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The fields of transformers' LlamaConfig."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_base}
-    if scaling := config.rope_scaling:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_block_size,
-        }
+    scaling = config.rope_scaling and {
+        "rope_type": "llama3",
+        "factor": config.rope_scaling.factor,
+        "low_freq_factor": config.rope_scaling.low_freq_factor,
+        "high_freq_factor": config.rope_scaling.high_freq_factor,
+        "original_max_position_embeddings": config.rope_scaling.original_block_size,
+    }
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),  # its name in transformers 4
         "vocab_size": config.vocab_size,
         "hidden_size": config.n_embd,
         "intermediate_size": config.n_hidden,
@@ -110,7 +109,9 @@ def hf_config(config: LLaMAConfig, dtype: torch.dtype) -> dict[str, Any]:
         "num_key_value_heads": config.n_kv_head,
         "max_position_embeddings": config.block_size,
         "rms_norm_eps": config.norm_eps,
-        "rope_parameters": rope,
+        "rope_theta": config.rope_base,  # transformers 4 reads these two, transformers 5 the third, vLLM what it finds
+        "rope_scaling": scaling,
+        "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": config.rope_base},
         "tie_word_embeddings": config.tie_embeddings,
     }
 

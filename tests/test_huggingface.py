@@ -151,3 +151,25 @@ def test_files_that_the_index_does_not_name_are_left_alone(hf_folder: Path, tmp_
     convert_hf_checkpoint.main(hf_folder, tmp_path / "out")
     ours = load_model(tmp_path / "out" / "lit-llama.pth")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in to_hf(ours.state_dict(), ours.config).items())
+
+
+@pytest.mark.parametrize("scaling", [None, RopeScaling(8.0, 1.0, 4.0, 8192)])
+def test_rotary_embedding_is_written_for_readers_of_transformers_4_and_5(scaling: RopeScaling | None) -> None:
+    """Whoever does not know a key takes a base of 10,000 without scaling, in silence."""
+    config = replace(TINY, rope_base=5e5, rope_scaling=scaling)
+    fields = hf_config(config, torch.bfloat16)
+    old = {name: value for name, value in fields.items() if name not in ("rope_parameters", "dtype")}
+    new = {name: value for name, value in fields.items() if name not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    assert (old["rope_theta"], old["torch_dtype"], new["dtype"]) == (5e5, "bfloat16", "bfloat16")
+    assert old["rope_scaling"] == (
+        scaling
+        and {  # as in Llama 3.1's config.json
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    )
+    assert config_from_hf(old) == config_from_hf(new) == config
+    assert LlamaConfig(**old).rope_parameters == LlamaConfig(**new).rope_parameters == fields["rope_parameters"]
