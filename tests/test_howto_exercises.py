@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from builders import ROOT
@@ -12,10 +13,10 @@ FOLDER = ROOT / "howto" / "exercises"
 NAMES = ("gradients", "scaling", "merge", "keys", "bug")
 
 
-def check(answers: str, *flags: str) -> dict[str, str]:
+def check(answers: str, *flags: str, folder: Path = FOLDER) -> dict[str, str]:
     """What the exercises' tests say of a file of answers: the outcome of each test."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rA", *flags]
-    environment = {**os.environ, "EXERCISES": answers}
+    environment = {**os.environ, "EXERCISES": answers, "PYTHONPATH": str(folder)}
     done = subprocess.run(
         [*command, str(FOLDER / "test_exercises.py")],
         stdout=subprocess.PIPE,
@@ -35,6 +36,31 @@ def test_every_exercise_fails_as_it_stands_and_its_solution_passes() -> None:
     assert unsolved.keys() == solved.keys()
     assert set(unsolved.values()) == {"FAILED"}
     assert set(solved.values()) == {"PASSED"}
+
+
+MERGES = {
+    "(W.float() + scaling * (B.float() @ A.float())).to(W.dtype)": "PASSED",
+    "(W.float() + (B.float() @ A.float()) * scaling).to(W.dtype)": "PASSED",
+    "(W.float() + B.float() @ (scaling * A.float())).to(W.dtype)": "PASSED",
+    "(W.double() + scaling * B.double() @ A.double()).to(W.dtype)": "PASSED",
+    "torch.addmm(W.float(), B.float(), A.float(), alpha=scaling).to(W.dtype)": "PASSED",
+    "W + (scaling * B.float() @ A.float()).to(W.dtype)": "FAILED",  # rounded twice
+    "W + scaling * B @ A": "FAILED",
+    "W.float() + scaling * B.float() @ A.float()": "FAILED",  # not of W's dtype
+    "(W.float() + B.float() @ A.float()).to(W.dtype)": "FAILED",
+    "W.add_((scaling * B.float() @ A.float()).to(W.dtype))": "FAILED",  # W is changed
+}
+
+
+@pytest.mark.parametrize(("answer", "expected"), MERGES.items())
+def test_right_answers_to_merge_pass_however_they_are_written(answer: str, expected: str, tmp_path: Path) -> None:
+    solutions = (FOLDER / "solutions.py").read_text(encoding="utf-8")
+    right = "(W.float() + scaling * B.float() @ A.float()).to(W.dtype)"
+    assert right in solutions
+    (tmp_path / "another.py").write_text(solutions.replace(right, answer))
+    outcomes = check("another", "-k", "merge", folder=tmp_path)
+    assert outcomes["test_merge_is_rounded_once[dtype1]"] == expected  # bfloat16
+    assert expected == "FAILED" or outcomes["test_merge_is_rounded_once[dtype0]"] == "PASSED"
 
 
 def test_every_exercise_has_tests_by_its_name() -> None:
