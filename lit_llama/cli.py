@@ -9,7 +9,8 @@ import signal
 import sys
 import traceback
 from argparse import Action, ArgumentError
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
@@ -25,6 +26,7 @@ from lit_llama.finetuned import FILE_NAMES
 from lit_llama.locks import release
 
 MISTAKE, WRONG_FLAG = 1, 2  # exit statuses; 128 and the signal's number after a signal
+LIKENESS = 0.52  # of two words, from 0 to 1: that of checkpoint_path and pretrained_path is just above
 FILES = {  # what a folder stands for, by the names of flags
     "pretrained_path": WEIGHTS,
     "checkpoint_path": WEIGHTS,
@@ -134,8 +136,10 @@ def parse(main: Callable[..., None], module: ModuleType) -> tuple[dict[str, Any]
         group.add_argument(f"--{name}", type=types[name], default=default, help=comment or name.replace("_", " "))
     lists = {f"--{name}" for name, annotation in types.items() if get_origin(annotation) is tuple}
     given = join_lists(sys.argv[1:], lists)
+    check_flags(given, types)
     try:
-        return vars(parser.parse_args(given)), {word.partition("=")[0] for word in given}
+        values = {name: expand_home(value) for name, value in vars(parser.parse_args(given)).items()}
+        return values, {word.partition("=")[0] for word in given}
     except ArgumentError as error:
         end(f"error: {mistake(str(error), types, given)}; see --help", WRONG_FLAG)
 
@@ -154,16 +158,41 @@ def kind(annotation: Any) -> tuple[str, str]:
     return kind(choices[0]) if choices else KINDS.get(annotation, ("VALUE", "a value"))
 
 
+def check_flags(given: Sequence[str], names: Collection[str]) -> None:
+    """End if a flag is not spelled out, so that none is taken for another one; suggest the nearest."""
+    for flag in (word.partition("=")[0] for word in given if word.startswith("--")):
+        if flag not in ("--", "--help", *(f"--{name}" for name in names)):
+            near = nearest(flag.strip("-").replace("-", "_").lower(), names)
+            suggestion = f"did you mean --{near}? --help lists all" if near else "see --help"
+            end(f"error: {flag} is not a flag of this script; {suggestion}", WRONG_FLAG)
+
+
+def nearest(word: str, names: Collection[str]) -> str | None:
+    """The name that a word stands for: by initials (lr), a part (epochs) or its beginning; else the most similar."""
+    parts = {name: name.split("_") for name in names}
+    candidates = [name for name in names if word in (name, "".join(part[0] for part in parts[name])) and len(word) > 1]
+    candidates += [name for name in names if word in parts[name]] + [name for name in names if name.startswith(word)]
+    return next(iter(candidates + get_close_matches(word, names, n=1, cutoff=LIKENESS)), None)
+
+
+def expand_home(value: Any) -> Any:
+    """A path with ~ replaced by the user's home, which a shell does not do within quotes or after =."""
+    if isinstance(value, tuple):
+        return tuple(expand_home(item) for item in value)
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
+
+
 def mistake(message: str, types: dict[str, Any], given: list[str]) -> str:
     """What jsonargparse says of a value, in words for users."""
     message = " ".join(message.split())
-    key = re.match(r'Parser key "(\w+)"', message)
+    key = re.match(r'(?:Parser key "|argument --)(\w+)', message)
     if key is None or key[1] not in types:
         return message
     flag = f"--{key[1]}"
     words = [pair for pair in zip(given, [*given[1:], ""], strict=True) if pair[0].partition("=")[0] == flag]
     found = words[-1][0].partition("=")[2] or words[-1][1] if words else ""
-    return f"{flag} takes {kind(types[key[1]])[1]}, not {found!r}"
+    found = f"not {found!r}" if found and not found.startswith("--") else "and none is given"
+    return f"{flag} takes {kind(types[key[1]])[1]}, {found}"
 
 
 def meant(name: str, value: Any, is_given: bool) -> Any:

@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 from builders import RESULTS, TINY, command, random_model, randomize, run_script, save_file
 
-from lit_llama.cli import explain, join_lists, kind
+from lit_llama.cli import expand_home, explain, join_lists, kind, nearest
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.progress import progress
 
@@ -82,6 +82,10 @@ def test_help_lists_each_constant_with_its_comment_type_and_default(script: Path
         (("--unknown", "1"), "--unknown"),
         (("--rate", "x"), "--rate takes a number, not 'x'"),
         (("--resume", "perhaps"), "--resume takes true or false, not 'perhaps'"),
+        (("--resume",), "--resume takes true or false, and none is given"),
+        (("--resume", "--steps", "3"), "--resume takes true or false, and none is given"),
+        (("--step", "3"), "--step is not a flag of this script; did you mean --steps?"),
+        (("--xyz=3",), "--xyz is not a flag of this script; see --help"),
     ],
 )
 def test_wrong_values_are_refused(script: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -90,6 +94,37 @@ def test_wrong_values_are_refused(script: Path, arguments: tuple[str, ...], mess
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "flag"),
+    [
+        ("lr", "learning_rate"),
+        ("bs", "batch_size"),
+        ("epochs", "num_epochs"),
+        ("num_ep", "num_epochs"),
+        ("r", "lora_r"),
+        ("lora_rank", "lora_r"),
+        ("checkpoint_path", "pretrained_path"),
+        ("seed_", "seed"),
+        ("xyz", None),
+    ],
+)
+def test_the_nearest_flag_is_found(word: str, flag: str | None) -> None:
+    flags = ("lr_schedule", "learning_rate", "batch_size", "num_epochs", "resume", "lora_r", "pretrained_path", "seed")
+    assert nearest(word, flags) == flag
+
+
+def test_no_abbreviation_is_taken_for_a_flag() -> None:
+    for script, flag in (("finetune_lora", "--num_ep"), ("generate", "--temp"), ("generate_lora", "--max_new")):
+        assert f"{flag} is not a flag of this script" in str(run_script(script, flag, 3))
+
+
+def test_the_home_folder_is_meant_by_its_short_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/somebody")
+    paths = (Path("~/x"), Path("a/~"), Path("~nobody-of-this-name/x"))
+    assert expand_home(paths) == (Path("/home/of/somebody/x"), Path("a/~"), Path("~nobody-of-this-name/x"))
+    assert expand_home("~/x") == "~/x"
 
 
 def test_a_kind_of_value_is_said_in_plain_words() -> None:
