@@ -3,6 +3,7 @@
 Every setting below is also a command-line flag.
 """
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,8 @@ def main(
     first_step = state.restore(adapter_state_dict(llama), optimizer)
     last_step = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
     rate = LearningRate(learning_rate, round(warmup_epochs * schedule.steps_per_epoch), lr_schedule, last_step)
+    if state.is_complete(last_step, patience, out_dir / ADAPTER_FILE):
+        return
 
     memory = expected_memory(fabric, llama, schedule, dtype, torch.optim.AdamW)
     fabric.print(*plan(schedule, val_data, rate, llama), memory, sep="\n", file=sys.stderr)
@@ -124,10 +127,13 @@ def main(
     log = TrainingLog(fabric, out_dir, last_step, first_step, log_interval)
     stop, check_step = StopSignal(), StepCheck(log, llama, fabric.strategy.precision)
     if first_step == 0:
-        log.validation(0, validation_loss(fabric, model, val_data, micro_batch_size))
+        val_loss = validation_loss(fabric, model, val_data, micro_batch_size)
+        log.validation(0, val_loss)
+        state.is_best(0, val_loss)  # the best file has to beat the untrained model, too
     # A step depends on nothing but its number and the state before it: a resumed run ends like an uninterrupted one.
     for number in range(first_step, last_step):
         if state.is_patience_over(patience):
+            log.say(f"Stopped after step {number} of {last_step}: no new lowest loss in {patience} validations.")
             break
         for group in optimizer.param_groups:
             group["lr"] = rate.at(number)
@@ -167,8 +173,10 @@ def main(
     save_weights(fabric, path, about, adapter_state_dict(llama), dtype)
     log.close(f"{pretrained_path.parent.name}, LLaMA-Adapter with {prompt_length} prefix vectors")
     if fabric.is_global_zero:
-        log.say(f"Saved {path} ({path.stat().st_size / 1e6:.1f} MB). Ask it something:")
-        log.say(f'python generate_adapter.py --adapter_path {path} --pretrained_path {pretrained_path} --prompt "..."')
+        recommended, verdict = state.recommend(path, out_dir / BEST_FILE)
+        log.say(f"{verdict}Saved {path} ({path.stat().st_size / 1e6:.1f} MB). Ask it something:")
+        flags = shlex.join(["--adapter_path", str(recommended), "--pretrained_path", str(pretrained_path)])
+        log.say(f'python generate_adapter.py {flags} --prompt "..."')
 
 
 if __name__ == "__main__":

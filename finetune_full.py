@@ -3,6 +3,7 @@
 Every setting below is also a command-line flag.
 """
 
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -114,6 +115,8 @@ def main(
     first_step = state.restore(llama.state_dict(), optimizer)
     last_step = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
     rate = LearningRate(learning_rate, state.limit_warmup(warmup_steps, last_step), lr_schedule, last_step)
+    if state.is_complete(last_step, patience, out_dir / WEIGHTS):
+        return
 
     memory = expected_memory(fabric, llama, schedule, dtype, partial(AdamW, lr=0.0, moments_dtype=moments))
     fabric.print(*plan(schedule, val_data, rate, llama), memory, sep="\n", file=sys.stderr)
@@ -125,10 +128,13 @@ def main(
     log = TrainingLog(fabric, out_dir, last_step, first_step, log_interval)
     stop, check_step = StopSignal(), StepCheck(log, llama, fabric.strategy.precision)
     if first_step == 0:
-        log.validation(0, validation_loss(fabric, model, val_data, micro_batch_size))
+        val_loss = validation_loss(fabric, model, val_data, micro_batch_size)
+        log.validation(0, val_loss)
+        state.is_best(0, val_loss)  # the best file has to beat the untrained model, too
     # A step depends on nothing but its number and the state before it: a resumed run ends like an uninterrupted one.
     for number in range(first_step, last_step):
         if state.is_patience_over(patience):
+            log.say(f"Stopped after step {number} of {last_step}: no new lowest loss in {patience} validations.")
             break
         for group in optimizer.param_groups:
             group["lr"] = rate.at(number)
@@ -167,8 +173,10 @@ def main(
     path = out_dir / WEIGHTS
     log.close(f"{pretrained_path.parent.name}, all weights")
     if fabric.is_global_zero:
-        log.say(f"Saved {path} ({path.stat().st_size / 1e6:.1f} MB). Ask it something:")
-        log.say(f'python generate.py --checkpoint_path {path} --prompt "..."')
+        recommended, verdict = state.recommend(path, out_dir / BEST_FOLDER / WEIGHTS)
+        log.say(f"{verdict}Saved {path} ({path.stat().st_size / 1e6:.1f} MB). Ask it something:")
+        flags = shlex.join(["--checkpoint_path", str(recommended)])
+        log.say(f'python generate.py {flags} --prompt "..."')
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Every setting below is also a command-line flag.
 """
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,8 @@ def main(
     first_step = state.restore(lora_state_dict(llama), optimizer)
     last_step = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
     rate = LearningRate(learning_rate, state.limit_warmup(warmup_steps, last_step), lr_schedule, last_step)
+    if state.is_complete(last_step, patience, out_dir / LORA_FILE):
+        return
 
     memory = expected_memory(fabric, llama, schedule, dtype, torch.optim.AdamW)
     fabric.print(*plan(schedule, val_data, rate, llama), memory, sep="\n", file=sys.stderr)
@@ -126,10 +129,13 @@ def main(
     log = TrainingLog(fabric, out_dir, last_step, first_step, log_interval)
     stop, check_step = StopSignal(), StepCheck(log, llama, fabric.strategy.precision)
     if first_step == 0:
-        log.validation(0, validation_loss(fabric, model, val_data, micro_batch_size))
+        val_loss = validation_loss(fabric, model, val_data, micro_batch_size)
+        log.validation(0, val_loss)
+        state.is_best(0, val_loss)  # the best file has to beat the untrained model, too
     # A step depends on nothing but its number and the state before it: a resumed run ends like an uninterrupted one.
     for number in range(first_step, last_step):
         if state.is_patience_over(patience):
+            log.say(f"Stopped after step {number} of {last_step}: no new lowest loss in {patience} validations.")
             break
         torch.manual_seed(seed + number * fabric.world_size + fabric.global_rank)  # for the dropout
         for group in optimizer.param_groups:
@@ -170,8 +176,10 @@ def main(
     save_weights(fabric, path, about, lora_state_dict(llama), dtype)
     log.close(f"{pretrained_path.parent.name}, LoRA with r = {lora_r}")
     if fabric.is_global_zero:
-        log.say(f"Saved {path} ({path.stat().st_size / 1e6:.1f} MB). Ask it something:")
-        log.say(f'python generate_lora.py --lora_path {path} --pretrained_path {pretrained_path} --prompt "..."')
+        recommended, verdict = state.recommend(path, out_dir / BEST_FILE)
+        log.say(f"{verdict}Saved {path} ({path.stat().st_size / 1e6:.1f} MB). Ask it something:")
+        flags = shlex.join(["--lora_path", str(recommended), "--pretrained_path", str(pretrained_path)])
+        log.say(f'python generate_lora.py {flags} --prompt "..."')
 
 
 if __name__ == "__main__":

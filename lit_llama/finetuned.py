@@ -34,6 +34,7 @@ PROGRESS = {  # what a training state has in addition
     "optimizer": Mapping,
     "metrics": str,
     "precision": Mapping,
+    "folder": str,
     "shards": Mapping,
 }
 ARCHIVED_STYLE: PromptStyle = "alpaca-stanford"

@@ -4,10 +4,13 @@
 done, the best validation so far and the optimizer's state.
 
 If all weights are trained and sharded, their tensors and the optimizer's are in a folder beside it, named after the
-step (see `lit_llama/shards.py`), and the file has the checksums of its files. A new state gets a new folder; it counts
-once the file names it, and only then is the old folder removed. A run may continue on another number of devices.
+step (see `lit_llama/shards.py`), and the file has its name and the checksums of its files. A new state gets a new
+folder; it counts once the file names it, and only then is the old folder removed. While that happens, a list
+(training-state.folders) says which folders are a run's own, so that no other is ever removed. A run may continue on
+another number of devices.
 """
 
+import itertools
 import math
 import re
 import sys
@@ -25,7 +28,7 @@ from torch.optim import Optimizer
 
 from lit_llama.checkpoint import check_state, untied, write_model
 from lit_llama.errors import UserError
-from lit_llama.files import check_finite, is_plain, remove_folder
+from lit_llama.files import check_finite, is_plain, read_text, remove_folder, write_file
 from lit_llama.finetuned import read_described, save_finetuned
 from lit_llama.integrity import check_base, size_and_digest
 from lit_llama.locks import check_room, claim
@@ -64,6 +67,7 @@ class TrainingState:
         self.fabric, self.path = fabric, out_dir / STATE_FILE
         self.saved: dict[str, Any] = {}
         self.shards: Path | None = None  # the folder that the state names
+        self._list_of_folders = self.path.with_suffix(".folders")
         if resume == "auto":
             resume = fabric.broadcast(self.path.is_file())
             results = results[:-1]
@@ -83,7 +87,7 @@ class TrainingState:
         if not dry_run:
             on_first_process(fabric, self._tidy)
         self.version: int = self.saved.get("version", 1) if resume else VERSION
-        self.best: dict[str, float] = self.saved.get("best", {"loss": math.inf, "step": 0, "waited": 0})
+        self.best: dict[str, Any] = self.saved.get("best", {"loss": math.inf, "step": 0, "waited": 0})
 
     def limit_warmup(self, steps: int, last_step: int) -> int:
         """At most a tenth of the run, lest the learning rate never rise in a short one (version 1.0 had no limit)."""
@@ -101,6 +105,30 @@ class TrainingState:
     def is_patience_over(self, patience: int | None) -> bool:
         """Whether the last `patience` validations were no better than the best."""
         return patience is not None and self.best["waited"] >= patience
+
+    def is_complete(self, n_steps: int, patience: int | None, result: Path) -> bool:
+        """Whether a resumed run has nothing left to do, not even to write its result; it then says how to go on."""
+        step = self.saved.get("step", 0)
+        stopped = self.is_patience_over(patience)
+        is_written = result.is_file() and self.path.is_file() and result.stat().st_mtime >= self.path.stat().st_mtime
+        complete = self.fabric.broadcast((step >= n_steps or stopped) and is_written)
+        if complete and self.fabric.is_global_zero:
+            flags = "--patience" if stopped and step < n_steps else "--num_epochs or --max_steps"
+            line = f"nothing left to do: the run is complete after step {step}, and {result} is written"
+            print(f"{line}; to train on, raise {flags}", file=sys.stderr)
+        return complete
+
+    def recommend(self, last: Path, best: Path) -> tuple[Path, str]:
+        """Which result to use, that of the last step or that of the best validation, and what there is to say of it."""
+        loss, step = self.best["loss"], self.best["step"]
+        if not math.isfinite(loss) or (step and not self.best["waited"]):
+            return last, ""
+        if step:
+            return best, f"The best validation loss, {loss:.4f}, was that of step {step}: {best} has its weights.\n"
+        return last, (
+            f"warning: no validation loss was below {loss:.4f}, that of the base model before training; "
+            "try a lower --learning_rate\n"
+        )
 
     def _metrics(self, size: int | None = None) -> str:
         """The length of metrics.csv, or of its first `size` bytes, and their sha256."""
@@ -159,32 +187,47 @@ class TrainingState:
             "precision": self.fabric.strategy.precision.state_dict(),  # float16's scale of the loss
         }
         sharded = about["kind"] == "full" and any(isinstance(tensor, DTensor) for tensor in weights.values())
-        state = optimizer.state_dict()
+        state, folder = optimizer.state_dict(), self._new_folder(step) if sharded else None
+        own = [path.name for path in (self.shards, folder) if path]
         try:
-            if sharded:
+            if own:
+                on_first_process(self.fabric, write_file, self._list_of_folders, "\n".join(own))
+            if folder:
                 tensors = named_tensors(untied(weights, about["base"]["tie_embeddings"]), state["state"])
-                progress["shards"] = self._write_shards(step, tensors)
+                progress |= {"folder": folder.name, "shards": self._write_shards(folder, tensors)}
                 weights, state = {}, {**state, "state": {}}
             progress["optimizer"] = in_one_piece(state, self.fabric.is_global_zero)
             whole = in_one_piece(weights, self.fabric.is_global_zero)
             on_first_process(self.fabric, save_finetuned, self.path, {**about, **progress}, whole)
-            self.shards = self._folder(step) if sharded else None
+            self.shards = folder
         finally:
             if self.fabric.is_global_zero:
                 self._tidy()
 
-    def _write_shards(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    def _new_folder(self, step: int) -> Path:
+        """The folder for the tensors of this step, of a name that nothing has yet."""
+        folder = self.path.with_name(f"{self.path.stem}-{step}")
+        for i in itertools.count(2):
+            if not folder.exists():
+                return self.fabric.broadcast(folder)
+            folder = self.path.with_name(f"{self.path.stem}-{step}-{i}")
+        raise AssertionError
+
+    def _write_shards(self, folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         own = {name: tensor.to_local() for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
         on_all_processes(self.fabric, check_finite, self.path, own)
-        return write_shards(self._folder(step), tensors)
+        return write_shards(folder, tensors)
 
     def _describe_shards(self) -> None:
         """If tensors are in a folder, check it and put their descriptions in their places."""
         if "shards" not in self.saved:
             return
-        fabric, self.shards = self.fabric, self._folder(self.saved["step"])
+        fabric, name = self.fabric, self.saved.get("folder", f"{self.path.stem}-{self.saved['step']}")
         with naming(self.path, "it may be damaged"):
             check_types(self.saved["shards"], {}, dict.fromkeys(self.saved["shards"], str))
+            if not self._may_be_own(name):
+                raise UserError(f"folder is {short(name)}, expected a name like {self.path.stem}-100")
+        self.shards = self.path.with_name(name)
         on_all_processes(fabric, check_shards, self.shards, self.saved["shards"], fabric.global_rank, fabric.world_size)
         self.saved["state_dict"], moments = {}, {}
         for name, tensor in describe_shards(self.shards).items():
@@ -196,14 +239,17 @@ class TrainingState:
                 moments.setdefault(int(i) if i.isdecimal() else i, {})[moment] = tensor
         self.saved["optimizer"] = {**self.saved["optimizer"], "state": moments}
 
-    def _folder(self, step: int) -> Path:
-        return self.path.with_name(f"{self.path.stem}-{step}")
+    def _may_be_own(self, name: str) -> bool:
+        return re.fullmatch(r"-\d+(-\d+)?", name.removeprefix(self.path.stem)) is not None
 
     def _tidy(self) -> None:
-        """Remove folders of tensors that the state does not name: older ones, and what a killed run had begun."""
-        for folder in self.path.parent.glob(f"{self.path.stem}-*"):
-            if folder != self.shards and re.fullmatch(r"-\d+", folder.name.removeprefix(self.path.stem)):
-                remove_folder(folder)
+        """Remove folders of tensors that the state does not name: the one before, and what a killed run had begun."""
+        if self._list_of_folders.is_file():
+            names = read_text(self._list_of_folders).splitlines()
+            for folder in (self.path.with_name(name) for name in names if self._may_be_own(name)):
+                if folder != self.shards:
+                    remove_folder(folder)
+            self._list_of_folders.unlink()
 
 
 def check_settings(path: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ import ast
 import importlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -261,6 +262,88 @@ def test_the_best_weights_are_kept_and_patience_ends_a_run_also_when_it_is_resum
     assert [row["step"] for row in read_metrics(parts / "metrics.csv") if "train_loss" in row] == [1, 2, 3, 4]
 
 
+def with_losses(script: str, losses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make up the validation losses of a script's next run."""
+    remaining = iter(losses)
+    monkeypatch.setattr(importlib.import_module(script), "validation_loss", lambda *_: next(remaining))
+
+
+def test_early_stopping_says_when_and_recommends_the_best_file(
+    method: str, checkpoint: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    script, out_dir = f"finetune_{method}", tmp_path / "a folder"
+    arguments = [*finetune_arguments(method, checkpoint, data_dir, out_dir), "--eval_interval", 1, "--patience", 2]
+    with_losses(script, [9, 3, 3.5, 3], monkeypatch)
+    assert run_script(script, *arguments) is None
+    said = capsys.readouterr().err
+    assert "Stopped after step 3 of 12: no new lowest loss in 2 validations." in said
+    best = out_dir / BEST[method]
+    assert f"The best validation loss, 3.0000, was that of step 1: {best} has its weights.\nSaved {out_dir}" in said
+    printed = shlex.split(said.splitlines()[-1])
+    assert printed[:2] == ["python", f"{'generate' if method == 'full' else f'generate_{method}'}.py"]
+    assert printed[3] == str(best)  # whatever blanks are in it
+    assert run_script(printed[1].removesuffix(".py"), *printed[2:], "--max_new_tokens", 1) is None
+
+
+def test_the_untrained_model_is_a_candidate_for_the_best(
+    method: str, checkpoint: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    script = f"finetune_{method}"
+    arguments = [*finetune_arguments(method, checkpoint, data_dir, tmp_path), "--eval_interval", 1]
+    with_losses(script, [3, 3.25, 4, 3.5], monkeypatch)
+    assert run_script(script, *arguments, "--max_steps", 3) is None
+    said = capsys.readouterr().err
+    assert "warning: no validation loss was below 3.0000, that of the base model before training" in said
+    assert not (tmp_path / BEST[method]).exists()
+    assert str(tmp_path / RESULTS[method]) in said.splitlines()[-1]
+    with_losses(script, [3.75, 2.5], monkeypatch)
+    assert run_script(script, *arguments, "--max_steps", 5, "--resume", "true") is None
+    assert (tmp_path / BEST[method]).exists()
+    said = capsys.readouterr().err
+    assert "warning" not in said
+    assert str(tmp_path / RESULTS[method]) in said.splitlines()[-1]  # the last is the best
+
+
+def test_a_run_that_is_over_has_nothing_left_to_do(
+    method: str, checkpoint: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    script = f"finetune_{method}"
+    arguments = [*finetune_arguments(method, checkpoint, data_dir, tmp_path), "--eval_interval", 1, "--patience", 1]
+    with_losses(script, [9, 3], monkeypatch)
+    assert run_script(script, *arguments, "--max_steps", 1) is None
+    capsys.readouterr()
+    result = tmp_path / RESULTS[method]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    for resume in ("true", "auto"):
+        assert run_script(script, *arguments, "--max_steps", 1, "--resume", resume) is None
+        said = capsys.readouterr().err
+        assert f"nothing left to do: the run is complete after step 1, and {result} is written" in said
+        assert "to train on, raise --num_epochs or --max_steps" in said
+        assert "records to train on" not in said
+        assert "Saved" not in said
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    with_losses(script, [4], monkeypatch)
+    assert run_script(script, *arguments, "--resume", "true") is None
+    capsys.readouterr()
+    assert run_script(script, *arguments, "--resume", "true") is None
+    assert "the run is complete after step 2" in (said := capsys.readouterr().err)
+    assert "to train on, raise --patience" in said
+    result.unlink()  # of a run that was killed after its last state
+    assert run_script(script, *arguments, "--resume", "true") is None
+    assert result.exists()
+
+
+def test_what_a_user_keeps_beside_a_run_stays(method: str, checkpoint: Path, data_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "training-state-7").mkdir()
+    (tmp_path / "training-state-7" / "mine.txt").write_text("x")
+    (tmp_path / "training-state-9").write_text("a file")
+    arguments = finetune_arguments(method, checkpoint, data_dir, tmp_path)
+    assert run_script(f"finetune_{method}", *arguments, "--max_steps", 2) is None
+    assert run_script(f"finetune_{method}", *arguments, "--max_steps", 3, "--resume", "true") is None
+    assert (tmp_path / "training-state-7" / "mine.txt").read_text() == "x"
+    assert (tmp_path / "training-state-9").read_text() == "a file"
+
+
 def test_a_dry_run_shows_the_plan_and_records_and_writes_nothing(
     method: str, checkpoint: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -364,7 +447,7 @@ def test_the_loops_are_the_same_text() -> None:
     for method in RESULTS:
         source = (ROOT / f"finetune_{method}.py").read_text()
         main = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "main")
-        assert main.end_lineno - main.lineno < 100
+        assert main.end_lineno - main.lineno < 110
         loop = next(node for node in main.body if isinstance(node, ast.For))
         text = ast.get_source_segment(source, loop).replace(STATES[method], "weights")
         text = text.replace(SAVE_BEST["full"], SAVE_BEST["lora"])

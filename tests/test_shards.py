@@ -92,14 +92,41 @@ def test_a_sharded_state_has_the_bits_of_the_model_and_runs_on_any_number_of_pro
     sharded: Path, checkpoint: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(sharded, tmp_path, dirs_exist_ok=True)
+    for name in ("training-state-2", "training-state-5"):  # a user's own, and in the way
+        shutil.copytree(sharded / "training-state-3", tmp_path / name)
     model, state = torch.load(tmp_path / "lit-llama.pth", weights_only=True), state_tensors(tmp_path)
     assert all(torch.equal(tensor, state[f"model.{name}"]) for name, tensor in model.items())
     steps = [*arguments("full", checkpoint, data_dir, tmp_path), "--resume", "true", "--max_steps"]
     assert run_script("finetune_full", *steps, 4) is None
-    assert [path.name for path in tmp_path.glob("training-state*")] == ["training-state.pth"]
+    own = ["training-state-2", "training-state-5"]
+    assert sorted(path.name for path in tmp_path.glob("training-state*")) == [*own, "training-state.pth"]
     result = on_two_processes("full", *steps, 5)  # from the single file
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "training-state-5").is_dir()
+    assert sorted(path.name for path in tmp_path.glob("training-state*")) == [
+        *own,
+        "training-state-5-2",
+        "training-state.pth",
+    ]
+    assert read_file(tmp_path / "training-state.pth")["folder"] == "training-state-5-2"
+    for name in own:
+        assert len([*(tmp_path / name).iterdir()]) == 2
+    assert run_script("finetune_full", *steps, 6) is None
+    assert sorted(path.name for path in tmp_path.glob("training-state*")) == [*own, "training-state.pth"]
+
+
+@pytest.mark.slow
+def test_a_folder_that_a_killed_run_began_is_removed(
+    sharded: Path, checkpoint: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(sharded, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(sharded / "training-state-3", tmp_path / "training-state-4")
+    (tmp_path / "training-state.folders").write_text("training-state-3\ntraining-state-4\n../other\n")
+    (tmp_path.parent / "other").mkdir()
+    steps = [*arguments("full", checkpoint, data_dir, tmp_path), "--resume", "true", "--max_steps", 3]
+    result = on_two_processes("full", *steps)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in tmp_path.glob("training-state*")) == ["training-state-3", "training-state.pth"]
+    assert (tmp_path.parent / "other").is_dir()
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
