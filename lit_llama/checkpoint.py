@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lit_llama.archive import write_tensors
-from lit_llama.errors import UserError
+from lit_llama.checks import from_fields
+from lit_llama.errors import UserError, error_context, short
 from lit_llama.files import (
     CONFIG,
     check_finite,
@@ -32,7 +33,6 @@ from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
 from lit_llama.nf4 import quantize_blocks
 from lit_llama.progress import say
 from lit_llama.prompt import TEMPLATES, PromptStyle
-from lit_llama.schema import naming, parse, short
 
 WEIGHTS = "lit-llama.pth"
 MODEL_FILES = r"(lit-llama\.pth|config\.json|tokenizer\.model|tokenizer\.json|tokenizer_config\.json)(\.part)?"
@@ -153,8 +153,8 @@ def read_config(path: Path, state: Mapping[str, Any]) -> LLaMAConfig:
         fields = read_json(file)
         for name in ("files", "prompt_style", "checksum"):  # see check_listed, own_prompt_style; of old files
             fields.pop(name, None)
-        with naming(file, "get it again"):
-            return parse(LLaMAConfig, fields)
+        with error_context(file, "get it again"):
+            return from_fields(LLaMAConfig, fields)
     wte, n_layer = state.get("transformer.wte.weight"), sum(name.endswith("attn.c_attn.weight") for name in state)
     for config in CONFIGS.values():
         if n_layer == config.n_layer and getattr(wte, "shape", None) == (config.vocab_size, config.n_embd):

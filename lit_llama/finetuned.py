@@ -16,13 +16,13 @@ from torch import Tensor
 
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
 from lit_llama.checkpoint import check_state, hint
-from lit_llama.errors import UserError
+from lit_llama.checks import check_types, from_fields
+from lit_llama.errors import UserError, error_context, short
 from lit_llama.files import check_finite, is_plain, read_file, write_file
 from lit_llama.integrity import check_base, identity
 from lit_llama.lora import LoRAConfig, add_lora, lora_shapes, lora_state_dict
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prompt import TEMPLATES, PromptStyle
-from lit_llama.schema import check_types, naming, parse, short
 
 FILE_NAMES = {"lora": "lit-llama-lora-finetuned.pth", "adapter": "lit-llama-adapter-finetuned.pth"}
 FIELDS = {"base": Mapping, "prompt_style": str, "hyperparameters": Mapping, "state_dict": Mapping}
@@ -66,7 +66,7 @@ def read_described(path: Path) -> dict[str, Any]:
     if "kind" not in content:
         return content
     content.pop("checksum", None)  # older files have a second one; the archive's own is checked already
-    with naming(path, "it may be damaged: copy or write it again"):
+    with error_context(path, "it may be damaged: copy or write it again"):
         method = {content["kind"]: Mapping} if content["kind"] in ("lora", "adapter", "full") else {}
         check_types(content, {"kind": str, **method, **FIELDS}, PROGRESS)
         if content["prompt_style"] not in TEMPLATES:
@@ -101,9 +101,9 @@ def read_finetuned(
         raise UserError(f"{path} is not a file that finetune_{kind}.py wrote{hint(content)}")
     if kind == "lora" and alpha not in (None, content["lora"].get("alpha")):
         raise UserError(f"{path} holds its own alpha, {content['lora']['alpha']}; leave out --lora_alpha")
-    with naming(path, "copy or write it again"):
-        method = parse(LoRAConfig if kind == "lora" else AdapterConfig, content[kind])
-        theirs, ours = asdict(parse(LLaMAConfig, content["base"])), asdict(base)
+    with error_context(path, "copy or write it again"):
+        method = from_fields(LoRAConfig if kind == "lora" else AdapterConfig, content[kind])
+        theirs, ours = asdict(from_fields(LLaMAConfig, content["base"])), asdict(base)
     different = [f"{name} {theirs[name]}, not {ours[name]}" for name in ours if ours[name] != theirs[name]]
     if different:
         raise UserError(f"{path} was made for a different base model: one with {'; '.join(different)}")
@@ -132,16 +132,16 @@ def archived_lora(path: Path, state: Mapping[str, Tensor], alpha: float | None) 
         )
     ranks = [tensor.size(1) for name, tensor in state.items() if name.endswith("lora_B") and is_matrix(tensor)]
     fields = {"r": (ranks or [0])[0], "alpha": alpha, "dropout": 0.0, "targets": ("query", "value")}
-    with naming(path):
-        return parse(LoRAConfig, fields)
+    with error_context(path):
+        return from_fields(LoRAConfig, fields)
 
 
 def archived_adapter(path: Path, state: Mapping[str, Tensor]) -> AdapterConfig:
     matches = [(re.fullmatch(r"transformer\.h\.(\d{1,4})\.attn\.adapter_wte\.weight", name), name) for name in state]
     prefixes = {int(match[1]): len(state[name]) for match, name in matches if match and is_matrix(state[name])}
     first = min(prefixes, default=0)
-    with naming(path):
-        return parse(AdapterConfig, {"prompt_length": prefixes.get(first, 0), "start_layer": first})
+    with error_context(path):
+        return from_fields(AdapterConfig, {"prompt_length": prefixes.get(first, 0), "start_layer": first})
 
 
 def is_matrix(value: Any) -> bool:

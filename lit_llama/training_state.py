@@ -24,13 +24,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_llama.checkpoint import check_state, untied, write_model
-from lit_llama.errors import UserError
+from lit_llama.checks import check_types
+from lit_llama.errors import UserError, error_context, short
 from lit_llama.files import check_finite, is_plain, remove_folder
 from lit_llama.finetuned import read_described, save_finetuned
 from lit_llama.integrity import check_base, size_and_digest
 from lit_llama.locks import check_room, claim
 from lit_llama.model import LLaMAConfig
-from lit_llama.schema import check_types, naming, short
 from lit_llama.sharding import fill, gathered, in_one_piece, on_all_processes, on_first_process
 from lit_llama.shards import check_shards, describe_shards, read_shards, write_shards
 
@@ -132,7 +132,7 @@ class TrainingState:
         weights, state = untied(weights, tied), untied(self.saved["state_dict"], tied)
         moments = self.saved["optimizer"]
         check_state(self.path, state, weights)
-        with naming(self.path, "it may be damaged"):
+        with error_context(self.path, "it may be damaged"):
             check_moments(moments, optimizer)
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for i, entry in moments["state"].items():
@@ -183,7 +183,7 @@ class TrainingState:
         if "shards" not in self.saved:
             return
         fabric, self.shards = self.fabric, self._folder(self.saved["step"])
-        with naming(self.path, "it may be damaged"):
+        with error_context(self.path, "it may be damaged"):
             check_types(self.saved["shards"], {}, dict.fromkeys(self.saved["shards"], str))
         on_all_processes(fabric, check_shards, self.shards, self.saved["shards"], fabric.global_rank, fabric.world_size)
         self.saved["state_dict"], moments = {}, {}
