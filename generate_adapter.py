@@ -5,11 +5,12 @@ from pathlib import Path
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from lit_llama.adapter import cache_prefix
+from lit_llama.checkpoint import finish_loading, load_for_merging
 from lit_llama.cli import run
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
 from lit_llama.finetuned import base_is_nf4, load_adapter
 from lit_llama.generation import Sampling, compile_steps, read_prompts, respond
-from lit_llama.quantize import Quantization, load_unsettled, settle
+from lit_llama.quantization import Quantization
 from lit_llama.tokenizer import find_tokenizer
 
 
@@ -54,9 +55,9 @@ def main(
     prompts = read_prompts(prompt, prompt_file)
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     device = default_device()
-    model = load_unsettled(pretrained_path, quantize, dtype, device, base_is_nf4(adapter_path))
+    model = load_for_merging(pretrained_path, quantize, dtype, device, base_is_nf4(adapter_path))
     prompt_style = load_adapter(model, adapter_path, pretrained_path, force)
-    settle(model, quantize, dtype, device)
+    finish_loading(model, quantize, dtype, device)
     cache_prefix(model)
     if compile:
         compile_steps(model)

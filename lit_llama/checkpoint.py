@@ -30,9 +30,9 @@ from lit_llama.files import (
 )
 from lit_llama.integrity import check_archive, digest, fingerprint
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
-from lit_llama.nf4 import quantize_blocks
 from lit_llama.progress import say
 from lit_llama.prompt import TEMPLATES, PromptStyle
+from lit_llama.quantization import Quantization, quantize_blocks, quantize_int8
 
 WEIGHTS = "lit-llama.pth"
 MODEL_FILES = r"(lit-llama\.pth|config\.json|tokenizer\.model|tokenizer\.json|tokenizer_config\.json)(\.part)?"
@@ -127,6 +127,24 @@ def load_model(
         for name in quantized:
             page_out(state[name])
     return model
+
+
+def load_for_merging(
+    path: Path, quantize: Quantization | None, dtype: torch.dtype, device: torch.device, nf4: bool = False
+) -> LLaMA:
+    """A model that LoRA may be merged into before `finish_loading`: in `dtype`, or as it is stored and mapped.
+
+    The latter if it is to be quantised, so that it never takes more memory than what it is quantised to.
+    """
+    return load_model(path, nf4=nf4) if quantize else load_model(path, dtype, device, nf4)
+
+
+def finish_loading(model: LLaMA, quantize: Quantization | None, dtype: torch.dtype, device: torch.device) -> None:
+    """Quantise a model from `load_for_merging`, or else cast what was added to it to `dtype`."""
+    if quantize:
+        quantize_int8(model, dtype, device)
+    else:
+        model.to(dtype)
 
 
 def file_in(path: Path, name: str = WEIGHTS) -> Path:

@@ -19,8 +19,8 @@ from lit_llama.huggingface import config_from_hf
 from lit_llama.lora import LoRAConfig, add_lora, mark_only_lora_as_trainable, parse_targets
 from lit_llama.memory import Count, count_resume, count_step, without_data
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
-from lit_llama.nf4 import quantize_blocks
 from lit_llama.optimizer import AdamW
+from lit_llama.quantization import quantize_blocks
 from lit_llama.sharding import store_as
 from lit_llama.training import Quantize
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_llama.adapter import cache_prefix
+from lit_llama.checkpoint import finish_loading, load_for_merging
 from lit_llama.cli import run
 from lit_llama.data import Dataset, single_step
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
@@ -23,7 +24,7 @@ from lit_llama.lora import merge_lora
 from lit_llama.model import LLaMA
 from lit_llama.progress import progress
 from lit_llama.prompt import stop_ids
-from lit_llama.quantize import Quantization, load_unsettled, settle
+from lit_llama.quantization import Quantization
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 from lit_llama.training import matching_tokenizer
 
@@ -120,13 +121,13 @@ def load(
 ) -> LLaMA:
     """The model as its generate script would use it, but with LoRA merged on a 4-bit base, too."""
     device = default_device()
-    model = load_unsettled(path, quantize, dtype, device, base_is_nf4(lora_path, adapter_path))
+    model = load_for_merging(path, quantize, dtype, device, base_is_nf4(lora_path, adapter_path))
     if lora_path:
         load_lora(model, lora_path, lora_alpha, path, force)
         merge_lora(model)
     if adapter_path:
         load_adapter(model, adapter_path, path, force)
-    settle(model, quantize, dtype, device)
+    finish_loading(model, quantize, dtype, device)
     model.eval()
     cache_prefix(model)
     return model

@@ -12,8 +12,8 @@ from lit_llama.files import check_apart
 from lit_llama.finetuned import base_is_nf4, load_lora
 from lit_llama.lora import merge_lora
 from lit_llama.model import LLaMA
-from lit_llama.nf4 import dequantize_blocks, quantize_blocks
 from lit_llama.prompt import encode_prompt
+from lit_llama.quantization import dequantize_blocks, quantize_blocks
 from lit_llama.tokenizer import find_tokenizer
 
 

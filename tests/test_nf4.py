@@ -20,7 +20,7 @@ from lit_llama.finetuned import load_lora
 from lit_llama.generation import compile_steps
 from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable, merge_lora
 from lit_llama.model import Linear, LLaMA
-from lit_llama.nf4 import NF4Weight, dequantize_blocks, quantize_blocks
+from lit_llama.quantization import NF4Weight, dequantize_blocks, quantize_blocks
 from lit_llama.training import compile_blocks, load_base
 
 LORA = LoRAConfig(r=4, dropout=0.0, targets=TARGETS)
