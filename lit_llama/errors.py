@@ -8,8 +8,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
-from torch import Tensor
-
 
 class UserError(Exception):
     """Something a user can fix. The message is one line: what was found, what was expected and what to do."""
@@ -71,7 +69,7 @@ def describe_type(expected: Any) -> str:
 
 def short(value: Any) -> str:
     """A value for a message: on one line, and not long."""
-    if isinstance(value, Tensor):
+    if hasattr(value, "shape") and hasattr(value, "dtype"):  # without importing torch
         return f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     text = ascii(value) if isinstance(value, str | int | float | bytes | NoneType) else f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
