@@ -177,7 +177,7 @@ def read_config(path: Path, state: Mapping[str, Any]) -> LLaMAConfig:
     for config in CONFIGS.values():
         if n_layer == config.n_layer and getattr(wte, "shape", None) == (config.vocab_size, config.n_embd):
             return config
-    raise UserError(f"{path} has no config.json next to it, and its tensors are of no known LLaMA size{hint(state)}")
+    raise UserError(f"{path} has no config.json next to it, and its tensors fit no known LLaMA{suggest_flag(state)}")
 
 
 def own_prompt_style(path: Path) -> PromptStyle | None:
@@ -195,7 +195,7 @@ def check_state(path: Path, state: Mapping[str, Any], expected: Mapping[str, Ten
     for names, what in ((missing, "lacks"), (unexpected, "has unexpected"), (wrong, "has a different shape for")):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{path} does not fit the model: it {what} {short(names[0])[1:-1]}{more}{hint(state)}")
+            raise UserError(f"{path} does not fit the model: it {what} {short(names[0])}{more}{suggest_flag(state)}")
     for name, tensor in state.items():
         if not is_plain(tensor) or not tensor.is_floating_point() or tensor.itemsize == 1:
             raise UserError(f"{path} holds {name} as {short(tensor)}, expected float32, bfloat16 or float16")
@@ -207,7 +207,9 @@ def check_complete(path: Path, state: Mapping[str, Any], config: LLaMAConfig) ->
         check_state(path, state, LLaMA(config).state_dict())
 
 
-def hint(state: Mapping[str, Any]) -> str:
-    """Suggest which file this really is, if we can tell."""
-    kind = state.get("kind") or next((k for k in ("lora", "adapter") if any(f"{k}_" in name for name in state)), None)
-    return f"; it is a file of {kind} weights, for --{kind}_path" if kind else ""
+def suggest_flag(content: Mapping[str, Any]) -> str:
+    """The end of a message about a file that is one of LoRA or adapter weights: which flag it is for."""
+    for kind in ("lora", "adapter"):
+        if content.get("kind") == kind or any(f"{kind}_" in name for name in content):
+            return f"; it is a file of {kind} weights, for --{kind}_path"
+    return ""
