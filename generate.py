@@ -5,12 +5,12 @@ from pathlib import Path
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from lit_llama.checkpoint import own_prompt_style
+from lit_llama.checkpoint import finish_loading, load_for_merging, own_prompt_style
 from lit_llama.cli import run
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
 from lit_llama.generation import Sampling, compile_steps, read_prompts, respond
 from lit_llama.prompt import PromptStyle
-from lit_llama.quantize import Quantization, load_unsettled, settle
+from lit_llama.quantization import Quantization
 from lit_llama.tokenizer import find_tokenizer
 
 
@@ -57,8 +57,8 @@ def main(
     tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
     style = prompt_style or own_prompt_style(checkpoint_path) or "plain"
     device = default_device()
-    model = load_unsettled(checkpoint_path, quantize, dtype, device)
-    settle(model, quantize, dtype, device)
+    model = load_for_merging(checkpoint_path, quantize, dtype, device)
+    finish_loading(model, quantize, dtype, device)
     if compile:
         compile_steps(model)
     for i in range(num_samples):

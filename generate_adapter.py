@@ -5,11 +5,12 @@ from pathlib import Path
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from lit_llama.adapter import cache_prefix
+from lit_llama.checkpoint import finish_loading, load_for_merging
 from lit_llama.cli import run
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
-from lit_llama.finetuned import base_is_nf4, load_adapter
+from lit_llama.finetuned import base_is_nf4, read_finetuned
 from lit_llama.generation import Sampling, compile_steps, read_prompts, respond
-from lit_llama.quantize import Quantization, load_unsettled, settle
+from lit_llama.quantization import Quantization
 from lit_llama.tokenizer import find_tokenizer
 
 
@@ -54,13 +55,14 @@ def main(
     prompts = read_prompts(prompt, prompt_file)
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     device = default_device()
-    model = load_unsettled(pretrained_path, quantize, dtype, device, base_is_nf4(adapter_path))
-    prompt_style = load_adapter(model, adapter_path, pretrained_path, force)
-    settle(model, quantize, dtype, device)
+    adapter = read_finetuned(adapter_path, "adapter", None, pretrained_path, force)
+    model = load_for_merging(pretrained_path, quantize, dtype, device, base_is_nf4(adapter))
+    adapter.add_to(model)
+    finish_loading(model, quantize, dtype, device)
     cache_prefix(model)
     if compile:
         compile_steps(model)
-    respond(model, tokenizer, prompts, prompt_style, input, sampling)
+    respond(model, tokenizer, prompts, adapter.prompt_style, input, sampling)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from lit_llama.checkpoint import finish_loading, load_for_merging
 from lit_llama.cli import run
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
 from lit_llama.errors import UserError
-from lit_llama.finetuned import base_is_nf4, load_lora
+from lit_llama.finetuned import base_is_nf4, read_finetuned
 from lit_llama.generation import Sampling, compile_steps, read_prompts, respond
 from lit_llama.lora import merge_lora, remove_lora
-from lit_llama.quantize import Quantization, load_unsettled, settle
+from lit_llama.quantization import Quantization
 from lit_llama.tokenizer import find_tokenizer
 
 
@@ -70,20 +71,21 @@ def main(
     prompts = read_prompts(prompt, prompt_file)
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     device = default_device()
-    nf4 = base_is_nf4(*lora_path)
-    model = load_unsettled(pretrained_path, quantize, dtype, device, nf4)
-    for path in lora_path:
+    files = [read_finetuned(path, "lora", lora_alpha, pretrained_path, force) for path in lora_path]
+    nf4 = base_is_nf4(*files)
+    model = load_for_merging(pretrained_path, quantize, dtype, device, nf4)
+    for file in files:
         start = time.perf_counter()
         remove_lora(model)
-        prompt_style = load_lora(model, path, lora_alpha, pretrained_path, force)
-        if merge or quantize or (merge is None and len(lora_path) == 1 and not nf4):
+        file.add_to(model)
+        if merge or quantize or (merge is None and len(files) == 1 and not nf4):
             merge_lora(model)
-        settle(model, quantize, dtype, device)
+        finish_loading(model, quantize, dtype, device)
         if compile:
             compile_steps(model)
-        if len(lora_path) > 1:
-            print(f"# {path} (loaded in {1000 * (time.perf_counter() - start):.0f} ms)", file=sys.stderr)
-        respond(model, tokenizer, prompts, prompt_style, input, sampling)
+        if len(files) > 1:
+            print(f"# {file.path} (loaded in {1000 * (time.perf_counter() - start):.0f} ms)", file=sys.stderr)
+        respond(model, tokenizer, prompts, file.prompt_style, input, sampling)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_llama.errors import UserError
+from lit_llama.errors import UserError, check_fields
 from lit_llama.model import CausalSelfAttention, LLaMA, Mask
 
 
@@ -26,8 +26,7 @@ class AdapterConfig:
     start_layer: int = 2
 
     def __post_init__(self) -> None:
-        if self.prompt_length < 1 or self.start_layer < 0:
-            raise UserError(f"an adapter needs 1 or more prefix vectors and a layer from 0 on, not {self}")
+        check_fields(self, prompt_length=(1, 2**16), start_layer=(0, 1023))
 
 
 class AdapterAttention(CausalSelfAttention):

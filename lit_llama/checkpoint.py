@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lit_llama.archive import write_tensors
-from lit_llama.errors import UserError
+from lit_llama.checks import from_fields
+from lit_llama.errors import UserError, error_context, short
 from lit_llama.files import (
     CONFIG,
     check_finite,
@@ -29,10 +30,9 @@ from lit_llama.files import (
 )
 from lit_llama.integrity import check_archive, digest, fingerprint
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
-from lit_llama.nf4 import quantize_blocks
 from lit_llama.progress import say
 from lit_llama.prompt import TEMPLATES, PromptStyle
-from lit_llama.schema import naming, parse, short
+from lit_llama.quantization import Quantization, quantize_blocks, quantize_int8
 
 WEIGHTS = "lit-llama.pth"
 MODEL_FILES = r"(lit-llama\.pth|config\.json|tokenizer\.model|tokenizer\.json|tokenizer_config\.json)(\.part)?"
@@ -129,6 +129,24 @@ def load_model(
     return model
 
 
+def load_for_merging(
+    path: Path, quantize: Quantization | None, dtype: torch.dtype, device: torch.device, nf4: bool = False
+) -> LLaMA:
+    """A model that LoRA may be merged into before `finish_loading`: in `dtype`, or as it is stored and mapped.
+
+    The latter if it is to be quantised, so that it never takes more memory than what it is quantised to.
+    """
+    return load_model(path, nf4=nf4) if quantize else load_model(path, dtype, device, nf4)
+
+
+def finish_loading(model: LLaMA, quantize: Quantization | None, dtype: torch.dtype, device: torch.device) -> None:
+    """Quantise a model from `load_for_merging`, or else cast what was added to it to `dtype`."""
+    if quantize:
+        quantize_int8(model, dtype, device)
+    else:
+        model.to(dtype)
+
+
 def file_in(path: Path, name: str = WEIGHTS) -> Path:
     """The file that is meant by a path: that of this name if it is a folder."""
     if path.is_dir() and not (path / name).is_file():
@@ -153,13 +171,13 @@ def read_config(path: Path, state: Mapping[str, Any]) -> LLaMAConfig:
         fields = read_json(file)
         for name in ("files", "prompt_style", "checksum"):  # see check_listed, own_prompt_style; of old files
             fields.pop(name, None)
-        with naming(file, "get it again"):
-            return parse(LLaMAConfig, fields)
+        with error_context(file, "get it again"):
+            return from_fields(LLaMAConfig, fields)
     wte, n_layer = state.get("transformer.wte.weight"), sum(name.endswith("attn.c_attn.weight") for name in state)
     for config in CONFIGS.values():
         if n_layer == config.n_layer and getattr(wte, "shape", None) == (config.vocab_size, config.n_embd):
             return config
-    raise UserError(f"{path} has no config.json next to it, and its tensors are of no known LLaMA size{hint(state)}")
+    raise UserError(f"{path} has no config.json next to it, and its tensors fit no known LLaMA{suggest_flag(state)}")
 
 
 def own_prompt_style(path: Path) -> PromptStyle | None:
@@ -177,7 +195,7 @@ def check_state(path: Path, state: Mapping[str, Any], expected: Mapping[str, Ten
     for names, what in ((missing, "lacks"), (unexpected, "has unexpected"), (wrong, "has a different shape for")):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{path} does not fit the model: it {what} {short(names[0])[1:-1]}{more}{hint(state)}")
+            raise UserError(f"{path} does not fit the model: it {what} {short(names[0])}{more}{suggest_flag(state)}")
     for name, tensor in state.items():
         if not is_plain(tensor) or not tensor.is_floating_point() or tensor.itemsize == 1:
             raise UserError(f"{path} holds {name} as {short(tensor)}, expected float32, bfloat16 or float16")
@@ -189,7 +207,9 @@ def check_complete(path: Path, state: Mapping[str, Any], config: LLaMAConfig) ->
         check_state(path, state, LLaMA(config).state_dict())
 
 
-def hint(state: Mapping[str, Any]) -> str:
-    """Suggest which file this really is, if we can tell."""
-    kind = state.get("kind") or next((k for k in ("lora", "adapter") if any(f"{k}_" in name for name in state)), None)
-    return f"; it is a file of {kind} weights, for --{kind}_path" if kind else ""
+def suggest_flag(content: Mapping[str, Any]) -> str:
+    """The end of a message about a file that is one of LoRA or adapter weights: which flag it is for."""
+    for kind in ("lora", "adapter"):
+        if content.get("kind") == kind or any(f"{kind}_" in name for name in content):
+            return f"; it is a file of {kind} weights, for --{kind}_path"
+    return ""

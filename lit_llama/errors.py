@@ -1,4 +1,12 @@
-"""The exceptions that end a script in one line."""
+"""The exceptions that end a script in one line, and what puts values and expectations into that line."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 
 class UserError(Exception):
@@ -11,3 +19,57 @@ class Stopped(UserError):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+@contextmanager
+def error_context(path: Path, remedy: str = "") -> Iterator[None]:
+    """Put the name of the file that a UserError is about in front of it, and what to do after it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path} is not valid: {error}{remedy and f'; {remedy}'}") from None
+
+
+def check_fields(config: Any, **ranges: tuple[float, float]) -> None:
+    """Raise a UserError unless the fields of a dataclass have their types, and values in the ranges, ends included."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        check_type(field.name, value, field.type)
+        if field.name in ranges and not ranges[field.name][0] <= value <= ranges[field.name][1]:
+            low, high = ranges[field.name]
+            raise UserError(f"{field.name} is {short(value)}, expected {low} to {high:g}")
+
+
+def check_type(name: str, value: Any, expected: Any) -> None:
+    """Raise a UserError that names the value if it is not of the expected type."""
+    if not fits(value, expected):
+        raise UserError(f"{name} is {short(value)}, expected {describe_type(expected)}")
+
+
+def fits(value: Any, expected: Any) -> bool:
+    """Whether a value is of a type: a whole number is a float too, true and false are not numbers, nan is none."""
+    if isinstance(expected, UnionType):
+        return any(fits(value, part) for part in get_args(expected))
+    if get_origin(expected) is tuple:
+        return isinstance(value, tuple) and all(fits(item, get_args(expected)[0]) for item in value)
+    if expected is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
+
+
+def describe_type(expected: Any) -> str:
+    """A type in words for users."""
+    words = {
+        int: "a whole number", float: "a number", bool: "true or false", str: "text", Mapping: "named values",
+        NoneType: "null", list: "a list", tuple: "a list",
+    }  # fmt: skip
+    parts = get_args(expected) if isinstance(expected, UnionType) else (expected,)
+    return " or ".join(words.get(get_origin(part) or part, getattr(part, "__name__", str(part))) for part in parts)
+
+
+def short(value: Any) -> str:
+    """A value for a message: on one line, and not long."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):  # without importing torch
+        return f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    text = ascii(value) if isinstance(value, str | int | float | bytes | NoneType) else f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -7,7 +7,7 @@ fingerprint. The archived Lit-LLaMA wrote the tensors of "state_dict" alone.
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,28 +15,23 @@ import torch
 from torch import Tensor
 
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
-from lit_llama.checkpoint import check_state, hint
-from lit_llama.errors import UserError
+from lit_llama.checkpoint import check_state, file_in, suggest_flag
+from lit_llama.checks import check_types, from_fields
+from lit_llama.errors import UserError, error_context, short
 from lit_llama.files import check_finite, is_plain, read_file, write_file
 from lit_llama.integrity import check_base, identity
-from lit_llama.lora import LoRAConfig, add_lora, lora_shapes, lora_state_dict
+from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prompt import TEMPLATES, PromptStyle
-from lit_llama.schema import check_types, naming, parse, short
 
-FILE_NAMES = {"lora": "lit-llama-lora-finetuned.pth", "adapter": "lit-llama-adapter-finetuned.pth"}
+Kind = Literal["lora", "adapter"]
+FILE_NAMES: dict[Kind, str] = {"lora": "lit-llama-lora-finetuned.pth", "adapter": "lit-llama-adapter-finetuned.pth"}
 FIELDS = {"base": Mapping, "prompt_style": str, "hyperparameters": Mapping, "state_dict": Mapping}
 Setting = int | float | str | bool | None
 PROGRESS = {  # what a training state has in addition
-    "version": int,
-    "step": int,
-    "best": Mapping,
-    "optimizer": Mapping,
-    "metrics": str,
-    "precision": Mapping,
-    "folder": str,
-    "shards": Mapping,
-}
+    "version": int, "step": int, "best": Mapping, "optimizer": Mapping, "metrics": str, "precision": Mapping,
+    "folder": str, "shards": Mapping,
+}  # fmt: skip
 ARCHIVED_STYLE: PromptStyle = "alpaca-stanford"
 
 
@@ -67,7 +62,7 @@ def read_described(path: Path) -> dict[str, Any]:
     if "kind" not in content:
         return content
     content.pop("checksum", None)  # older files have a second one; the archive's own is checked already
-    with naming(path, "it may be damaged: copy or write it again"):
+    with error_context(path, "it may be damaged: copy or write it again"):
         method = {content["kind"]: Mapping} if content["kind"] in ("lora", "adapter", "full") else {}
         check_types(content, {"kind": str, **method, **FIELDS}, PROGRESS)
         if content["prompt_style"] not in TEMPLATES:
@@ -79,50 +74,89 @@ def read_described(path: Path) -> dict[str, Any]:
     return content
 
 
+@dataclass(frozen=True)
+class FinetunedFile:
+    """What a file of LoRA or adapter weights holds.
+
+    Attributes:
+        config: a LoRAConfig or an AdapterConfig.
+        tensors: the trained parameters, under Lit-LLaMA's names.
+        base: the base model's config; like the hyperparameters, the archived Lit-LLaMA did not store it.
+    """
+
+    path: Path
+    config: Any
+    tensors: Mapping[str, Tensor]
+    prompt_style: PromptStyle = ARCHIVED_STYLE
+    base: LLaMAConfig | None = None
+    hyperparameters: Mapping[str, Setting] = field(default_factory=dict)
+
+    def tensors_for(self, base: LLaMAConfig) -> dict[str, Tensor]:
+        """The tensors; a UserError if they are not those that this method trains on a base model of this config."""
+        theirs, ours = asdict(self.base or base), asdict(base)
+        different = [f"{name} {theirs[name]}, not {ours[name]}" for name in ours if ours[name] != theirs[name]]
+        if different:
+            raise UserError(f"{self.path} was made for a different base model: one with {'; '.join(different)}")
+        tensors = dict(self.tensors)
+        for name, tensor in tensors.items():
+            if name.endswith("gating_factor") and is_plain(tensor) and tensor.numel() == 1:  # as the first files had it
+                tensors[name] = tensor.reshape(1, 1, 1, 1).expand(1, base.n_head, 1, 1).contiguous()
+        with torch.device("meta"):
+            expected = add_method(LLaMA(base), self.config)
+        check_state(self.path, tensors, expected)
+        return tensors
+
+    def add_to(self, model: LLaMA) -> None:
+        """Add the layers of the method to its base model, with these weights."""
+        tensors = self.tensors_for(model.config)
+        for name, parameter in add_method(model, self.config).items():
+            parameter.copy_(tensors[name])
+
+
+def add_method(model: LLaMA, config: LoRAConfig | AdapterConfig) -> dict[str, Tensor]:
+    """Add the layers that a config describes; returns the parameters that are trained in them."""
+    if isinstance(config, LoRAConfig):
+        add_lora(model, config)
+        return lora_state_dict(model)
+    add_adapter(model, config)
+    return adapter_state_dict(model)
+
+
 def read_finetuned(
-    path: Path,
-    kind: Literal["lora", "adapter"],
-    base: LLaMAConfig,
-    alpha: float | None = None,
-    base_path: Path | None = None,
-    force: bool = False,
-) -> tuple[Any, dict[str, Tensor], PromptStyle]:
-    """The method's config, the tensors and the prompt style of a file, checked to be of this kind and for this base.
+    path: Path, kind: Kind, alpha: float | None = None, base_path: Path | None = None, force: bool = False
+) -> FinetunedFile:
+    """Read a file, or the one in a folder, and check that it is of this kind and, by its fingerprint, for this base.
 
     Args:
         alpha: for a LoRA file of the archived Lit-LLaMA, which does not hold it.
         base_path: the checkpoint of the base model, if it is to be compared with the one that was trained on.
         force: use it on another base model of the same shape, too.
     """
+    path = file_in(path, FILE_NAMES[kind])
     content = read_described(path)
     if "kind" not in content and any(f"{kind}_" in name for name in content):
-        method = archived_lora(path, content, alpha) if kind == "lora" else archived_adapter(path, content)
-        return method, content, ARCHIVED_STYLE
+        archived = archived_lora(path, content, alpha) if kind == "lora" else archived_adapter(path, content)
+        return FinetunedFile(path, archived, content)
     if content.get("kind") != kind:
-        raise UserError(f"{path} is not a file that finetune_{kind}.py wrote{hint(content)}")
+        raise UserError(f"{path} is not a file that finetune_{kind}.py wrote{suggest_flag(content)}")
     if kind == "lora" and alpha not in (None, content["lora"].get("alpha")):
         raise UserError(f"{path} holds its own alpha, {content['lora']['alpha']}; leave out --lora_alpha")
-    with naming(path, "copy or write it again"):
-        method = parse(LoRAConfig if kind == "lora" else AdapterConfig, content[kind])
-        theirs, ours = asdict(parse(LLaMAConfig, content["base"])), asdict(base)
-    different = [f"{name} {theirs[name]}, not {ours[name]}" for name in ours if ours[name] != theirs[name]]
-    if different:
-        raise UserError(f"{path} was made for a different base model: one with {'; '.join(different)}")
+    with error_context(path, "copy or write it again"):
+        config = from_fields(LoRAConfig if kind == "lora" else AdapterConfig, content[kind])
+        base = from_fields(LLaMAConfig, content["base"])
+    hyperparameters = content["hyperparameters"]
     if base_path and not force:
         remedy = "give its own base model, or --force true to use this one"
-        check_base(path, content["hyperparameters"], identity(base_path), remedy)
-    return method, content["state_dict"], content["prompt_style"]
+        check_base(path, hyperparameters, identity(base_path), remedy)
+    return FinetunedFile(path, config, content["state_dict"], content["prompt_style"], base, hyperparameters)
 
 
-def base_is_nf4(*paths: Path | None) -> bool:
-    """Whether LoRA or adapter files learned on a base in 4 bits, so that it is to be rounded as it was then."""
-    contents = [read_described(path) for path in paths if path]
-    kinds = {content.get("hyperparameters", {}).get("quantize") for content in contents}
-    if len(kinds) > 1:
-        raise UserError(
-            "some of the LoRA files were trained on a 4-bit base and some were not; give one kind at a time"
-        )
-    return kinds == {"nf4"}
+def base_is_nf4(*files: FinetunedFile | None) -> bool:
+    """Whether LoRA or adapter weights were learned on a base in 4 bits, so that it is to be rounded as it was then."""
+    answers = {file.hyperparameters.get("quantize") == "nf4" for file in files if file}
+    if len(answers) > 1:
+        raise UserError("some of the files were trained on a 4-bit base and some were not; give one kind at a time")
+    return True in answers
 
 
 def archived_lora(path: Path, state: Mapping[str, Tensor], alpha: float | None) -> LoRAConfig:
@@ -131,51 +165,18 @@ def archived_lora(path: Path, state: Mapping[str, Tensor], alpha: float | None) 
             f"{path} was written by the archived Lit-LLaMA, which did not store alpha; pass --lora_alpha (its default "
             "was 16)"
         )
-    ranks = [tensor.size(1) for name, tensor in state.items() if name.endswith("lora_B") and is_matrix(tensor)]
-    fields = {"r": (ranks or [0])[0], "alpha": alpha, "dropout": 0.0, "targets": ("query", "value")}
-    with naming(path):
-        return parse(LoRAConfig, fields)
+    r = next((tensor.size(1) for name, tensor in state.items() if name.endswith("lora_B") and is_matrix(tensor)), 0)
+    with error_context(path):
+        return LoRAConfig(r, alpha, dropout=0.0, targets=("query", "value"))
 
 
 def archived_adapter(path: Path, state: Mapping[str, Tensor]) -> AdapterConfig:
     matches = [(re.fullmatch(r"transformer\.h\.(\d{1,4})\.attn\.adapter_wte\.weight", name), name) for name in state]
     prefixes = {int(match[1]): len(state[name]) for match, name in matches if match and is_matrix(state[name])}
     first = min(prefixes, default=0)
-    with naming(path):
-        return parse(AdapterConfig, {"prompt_length": prefixes.get(first, 0), "start_layer": first})
+    with error_context(path):
+        return AdapterConfig(prefixes.get(first, 0), first)
 
 
 def is_matrix(value: Any) -> bool:
     return is_plain(value) and value.dim() == 2
-
-
-def load_lora(
-    model: LLaMA, path: Path, alpha: float | None = None, base_path: Path | None = None, force: bool = False
-) -> PromptStyle:
-    """Add the LoRA layers of a file to its base model; returns the prompt style that they were trained with."""
-    config, state, prompt_style = read_finetuned(path, "lora", model.config, alpha, base_path, force)
-    check_state(path, state, lora_shapes(model.config, config))
-    add_lora(model, config)
-    copy_state(state, lora_state_dict(model))
-    return prompt_style
-
-
-def load_adapter(model: LLaMA, path: Path, base_path: Path | None = None, force: bool = False) -> PromptStyle:
-    """Add the adapter of a file to its base model; returns the prompt style that it was trained with."""
-    config, state, prompt_style = read_finetuned(path, "adapter", model.config, None, base_path, force)
-    for name, tensor in state.items():
-        if name.endswith("gating_factor") and is_plain(tensor) and tensor.numel() == 1:  # as the first files had it
-            state[name] = tensor.reshape(1, 1, 1, 1).expand(1, model.config.n_head, 1, 1).contiguous()
-    with torch.device("meta"):
-        like = LLaMA(model.config)
-        add_adapter(like, config)
-    check_state(path, state, adapter_state_dict(like))
-    add_adapter(model, config)
-    copy_state(state, adapter_state_dict(model))
-    return prompt_style
-
-
-def copy_state(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    """Fill the tensors of `target` with those of `state`."""
-    for name, tensor in target.items():
-        tensor.copy_(state[name])

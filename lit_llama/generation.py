@@ -14,8 +14,8 @@ from lit_llama.device import peak_memory
 from lit_llama.errors import UserError
 from lit_llama.files import read_text
 from lit_llama.model import KVCache, LLaMA
-from lit_llama.nf4 import check_compilable
 from lit_llama.prompt import Message, PromptStyle, encode_prompt, stop_ids, with_input
+from lit_llama.quantization import check_compilable
 from lit_llama.tokenizer import Tokenizer
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_llama.errors import UserError
+from lit_llama.checks import from_fields
+from lit_llama.errors import UserError, short
 from lit_llama.files import is_plain
 from lit_llama.model import LLaMAConfig
-from lit_llama.schema import parse, short
 
 NAMES = {
     "rms_1.scale": "input_layernorm.weight",
@@ -145,4 +145,4 @@ def config_from_hf(fields: dict[str, Any]) -> LLaMAConfig:
         "rope_scaling": scaling,
         "tie_embeddings": fields.get("tie_word_embeddings", False),
     }
-    return parse(LLaMAConfig, values)
+    return from_fields(LLaMAConfig, values)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_llama.errors import UserError
+from lit_llama.errors import UserError, check_fields
 from lit_llama.model import Linear, LLaMA, LLaMAConfig
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
@@ -35,14 +35,10 @@ class LoRAConfig:
     targets: tuple[str, ...] = ("query", "value")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(self.targets))
+        check_fields(self, r=(1, 2**16), alpha=(-1e9, 1e9), dropout=(0, 0.99))
         unknown = set(self.targets) - set(TARGETS)
         if unknown or not self.targets:
             raise UserError(f"LoRA targets are one or more of {', '.join(TARGETS)}, not {', '.join(unknown) or 'none'}")
-        if self.r < 1 or not 0 <= self.dropout < 1:
-            raise UserError(
-                f"LoRA needs a rank of at least 1 and a dropout from 0 to below 1, not {self.r}, {self.dropout}"
-            )
 
 
 def parse_targets(text: str) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_llama.data import Batch
 from lit_llama.model import LLaMA
-from lit_llama.nf4 import NF4Weight, quantize_blocks
+from lit_llama.quantization import NF4Weight, quantize_blocks
 from lit_llama.sharding import fill, shard
 from lit_llama.training import loss_sum
 from lit_llama.training_state import room_for

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lit_llama.errors import UserError, check_fields
 from lit_llama.kernels import Linear, SwiGLU, rotate, summed_cross_entropy
 
 Mask = Tensor | list[int] | None  # see `attention_mask`, or the lengths of packed sequences
@@ -24,15 +25,17 @@ Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see `KVCache.appen
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How Llama 3.1 and later stretch the rotary frequencies beyond the pretrained length.
-
-    The formula is that of `apply_scaling` in Meta's llama-models.
-    """
+    """How Llama 3.1 and later stretch the rotary frequencies beyond the pretrained length (Meta's `apply_scaling`)."""
 
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_block_size: int
+
+    def __post_init__(self) -> None:
+        check_fields(self, factor=(1, 1e6), original_block_size=(1, 2**24), low_freq_factor=(0, 1e6))
+        if not self.low_freq_factor < self.high_freq_factor <= 1e6:
+            raise UserError(f"high_freq_factor is {self.high_freq_factor}, expected {self.low_freq_factor} to 1e6")
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,16 @@ class LLaMAConfig:
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(  # the limits are far beyond any published model
+            self, block_size=(1, 2**24), vocab_size=(1, 2**22), n_layer=(1, 1024), n_head=(1, 4096), n_embd=(2, 2**17),
+            n_kv_head=(0, 4096), n_hidden=(0, 2**20), norm_eps=(0, 0.1), rope_base=(1, 1e12),
+        )  # fmt: skip
         if not self.n_kv_head:
             object.__setattr__(self, "n_kv_head", self.n_head)
         if not self.n_hidden:
             object.__setattr__(self, "n_hidden", math.ceil(int(8 * self.n_embd / 3) / 256) * 256)
-        if isinstance(self.rope_scaling, dict):  # as files carry it
-            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
-        if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
-            raise ValueError(f"{self.n_embd=} must divide by {self.n_head=}, and that by {self.n_kv_head=}")
+        if self.n_embd % self.n_head or self.n_head % self.n_kv_head or self.head_size % 2:
+            raise UserError(f"{self.n_embd=} must be an even multiple of {self.n_head=}, that one of {self.n_kv_head=}")
 
     @property
     def head_size(self) -> int:
@@ -74,7 +79,6 @@ class LLaMAConfig:
 _llama_2 = LLaMAConfig(block_size=4096, norm_eps=1e-5)
 LLAMA_3_SCALING = RopeScaling(8.0, 1.0, 4.0, 8192)
 _llama_3 = replace(_llama_2, block_size=131072, vocab_size=128256, n_kv_head=8, n_hidden=14336, rope_base=500000.0)
-_llama_3_1 = replace(_llama_3, rope_scaling=LLAMA_3_SCALING)
 _llama_3_2 = replace(_llama_3, n_hidden=8192, rope_scaling=replace(LLAMA_3_SCALING, factor=32.0), tie_embeddings=True)
 _smollm2 = LLaMAConfig(block_size=8192, vocab_size=49152, norm_eps=1e-5, rope_base=100000.0, tie_embeddings=True)
 
@@ -87,7 +91,7 @@ CONFIGS = {  # of published models
     "Llama-2-13B": replace(_llama_2, n_layer=40, n_head=40, n_kv_head=40, n_embd=5120, n_hidden=13824),
     "Llama-2-70B": replace(_llama_2, n_layer=80, n_head=64, n_kv_head=8, n_embd=8192, n_hidden=28672),
     "TinyLlama-1.1B": LLaMAConfig(n_layer=22, n_kv_head=4, n_embd=2048, n_hidden=5632, norm_eps=1e-5),
-    "Llama-3.1-8B": _llama_3_1,
+    "Llama-3.1-8B": replace(_llama_3, rope_scaling=LLAMA_3_SCALING),
     "Llama-3.2-1B": replace(_llama_3_2, n_layer=16, n_embd=2048),
     "Llama-3.2-3B": replace(_llama_3_2, n_layer=28, n_head=24, n_embd=3072),
     "SmolLM2-135M": replace(_smollm2, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536),
@@ -286,8 +290,7 @@ def rotary_table(config: LLaMAConfig, positions: Tensor) -> Tensor:
 def stretch_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
     """Divide slow rotations by `factor`, leave fast ones, blend in between (as Llama 3.1 was trained)."""
     turns = scaling.original_block_size * freqs / (2 * math.pi)  # within the original length
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = keep.clamp(0, 1)
+    keep = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
     return keep * freqs + (1 - keep) * freqs / scaling.factor
 
 

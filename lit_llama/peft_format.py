@@ -5,16 +5,17 @@ PEFT knows query, key and value as three layers, and orders the rows of queries 
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lit_llama.checks import from_fields
 from lit_llama.errors import UserError
 from lit_llama.huggingface import NAMES, halves_from_pairs, pairs_from_halves
 from lit_llama.lora import LoRAConfig, lora_shapes
 from lit_llama.model import LLaMAConfig
-from lit_llama.schema import parse
 
 PREFIX = "base_model.model."
 MODULES = {  # what a target is called there
@@ -110,8 +111,9 @@ def config_from_peft(fields: dict[str, Any], names: Iterator[str]) -> LoRAConfig
         raise UserError(f"adapter_config.json asks for {what}; only plain LoRA can be imported")
     present = {name.removeprefix(PREFIX).rsplit(".", 2)[0].split(".", 3)[-1] for name in names}
     targets = tuple(target for target, modules in MODULES.items() if present & set(modules))
-    with_rank = parse(LoRAConfig, {"r": fields["r"], "alpha": fields["lora_alpha"]})
-    r, alpha = with_rank.r, with_rank.alpha
+    dropout = fields.get("lora_dropout", 0.0)
+    given = {"r": fields["r"], "alpha": fields["lora_alpha"], "dropout": dropout, "targets": targets}
+    config = from_fields(LoRAConfig, given)
     if fields.get("use_rslora"):  # it scales by alpha / sqrt(r) (arXiv 2312.03732)
-        alpha *= math.sqrt(r)
-    return parse(LoRAConfig, {"r": r, "alpha": alpha, "dropout": fields.get("lora_dropout", 0.0), "targets": targets})
+        config = replace(config, alpha=config.alpha * math.sqrt(config.r))
+    return config

@@ -17,13 +17,13 @@ import numpy as np
 
 from lit_llama import files
 from lit_llama.arrays import ArrayFile, rises
+from lit_llama.checks import check_types
 from lit_llama.encoder import Encoder, Spools, count_records, tokenised
 from lit_llama.errors import UserError
 from lit_llama.integrity import digest
 from lit_llama.progress import progress, say
 from lit_llama.prompt import TEMPLATES
 from lit_llama.records import split_records
-from lit_llama.schema import check_types
 
 ARRAYS = ("tokens", "offsets", "spans")
 DATA_FILES = r"(meta\.json|(train|validation)_(tokens|offsets|spans|prompt_lengths)\.npy)(\.part)?"

@@ -22,7 +22,7 @@ from lit_llama.device import TrainingPrecision, storage_dtype
 from lit_llama.errors import UserError
 from lit_llama.log import TrainingLog
 from lit_llama.model import LLaMA
-from lit_llama.nf4 import check_compilable
+from lit_llama.quantization import check_compilable
 from lit_llama.sharding import shard, whole_tensor
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 

@@ -27,13 +27,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_llama.checkpoint import check_state, untied, write_model
-from lit_llama.errors import UserError
+from lit_llama.checks import check_types
+from lit_llama.errors import UserError, error_context, short
 from lit_llama.files import check_finite, is_plain, read_text, remove_folder, write_file
 from lit_llama.finetuned import read_described, save_finetuned
 from lit_llama.integrity import check_base, size_and_digest
 from lit_llama.locks import check_room, claim
 from lit_llama.model import LLaMAConfig
-from lit_llama.schema import check_types, naming, short
 from lit_llama.sharding import fill, gathered, in_one_piece, on_all_processes, on_first_process
 from lit_llama.shards import check_shards, describe_shards, read_shards, write_shards
 
@@ -160,7 +160,7 @@ class TrainingState:
         weights, state = untied(weights, tied), untied(self.saved["state_dict"], tied)
         moments = self.saved["optimizer"]
         check_state(self.path, state, weights)
-        with naming(self.path, "it may be damaged"):
+        with error_context(self.path, "it may be damaged"):
             check_moments(moments, optimizer)
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for i, entry in moments["state"].items():
@@ -223,7 +223,7 @@ class TrainingState:
         if "shards" not in self.saved:
             return
         fabric, name = self.fabric, self.saved.get("folder", f"{self.path.stem}-{self.saved['step']}")
-        with naming(self.path, "it may be damaged"):
+        with error_context(self.path, "it may be damaged"):
             check_types(self.saved["shards"], {}, dict.fromkeys(self.saved["shards"], str))
             if not self._may_be_own(name):
                 raise UserError(f"folder is {short(name)}, expected a name like {self.path.stem}-100")

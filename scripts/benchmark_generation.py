@@ -18,7 +18,7 @@ from jsonargparse.typing import PositiveInt
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import run
 from lit_llama.generation import Sampling, compile_steps, generate
-from lit_llama.quantize import quantize_int8
+from lit_llama.quantization import quantize_int8
 
 Generator = Callable[[int], Sequence[int]]  # of so many tokens, greedily
 PROMPT = list(range(1000, 1040))

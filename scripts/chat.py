@@ -10,12 +10,12 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from lit_llama.adapter import cache_prefix
-from lit_llama.checkpoint import file_in, load_model, own_prompt_style
+from lit_llama.checkpoint import load_model, own_prompt_style
 from lit_llama.cli import run
 from lit_llama.conversation import Conversation
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
 from lit_llama.errors import UserError
-from lit_llama.finetuned import FILE_NAMES, base_is_nf4, load_adapter, load_lora
+from lit_llama.finetuned import FinetunedFile, base_is_nf4, read_finetuned
 from lit_llama.generation import Sampling
 from lit_llama.lora import remove_lora
 from lit_llama.prompt import ONE_QUESTION, PromptStyle
@@ -68,22 +68,26 @@ def main(
     dtype = storage_dtype(precision or default_precision())
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
-    nf4 = base_is_nf4(lora_path, adapter_path)
+    lora = read_finetuned(lora_path, "lora", lora_alpha, checkpoint_path, force) if lora_path else None
+    adapter = read_finetuned(adapter_path, "adapter", None, checkpoint_path, force) if adapter_path else None
+    nf4 = base_is_nf4(lora, adapter)
     model = load_model(checkpoint_path, dtype, default_device(), nf4).eval()
     tokenizer.check_fits(model.config.vocab_size)
     own_style = own_prompt_style(checkpoint_path)
-    if adapter_path:
-        own_style = load_adapter(model, adapter_path, checkpoint_path, force)
+    if adapter:
+        adapter.add_to(model)
+        own_style = adapter.prompt_style
         model.to(dtype)
 
-    def load(path: Path) -> PromptStyle:
-        if base_is_nf4(path) != nf4:
+    def read(path: Path) -> FinetunedFile:
+        file = read_finetuned(path, "lora", lora_alpha, checkpoint_path, force)
+        if base_is_nf4(file) != nf4:
             kind = "that is not in 4 bits" if nf4 else "in 4 bits"
             raise UserError(f"{path} was trained on a base {kind}; start chat.py again with --lora_path {path}")
-        return load_lora(model, path, lora_alpha, checkpoint_path, force)
+        return file
 
-    chat = Chat(Conversation(model, tokenizer, "plain"), sampling, load, own_style, prompt_style)
-    chat.use(lora_path)
+    chat = Chat(Conversation(model, tokenizer, "plain"), sampling, read, own_style, prompt_style)
+    chat.use(lora)
     if system:
         chat.conversation.set_system(system)
     torch.manual_seed(seed)
@@ -103,7 +107,7 @@ class Chat:
     """A conversation, and the commands that change it.
 
     Args:
-        load: puts the LoRA layers of a file onto the base model, and returns their template.
+        read: reads a LoRA file for the base model.
         own_style: the template of the model without LoRA, if it is known.
         given_style: the one to use instead of any other.
     """
@@ -112,13 +116,13 @@ class Chat:
         self,
         conversation: Conversation,
         sampling: Sampling,
-        load: Callable[[Path], PromptStyle],
+        read: Callable[[Path], FinetunedFile],
         own_style: PromptStyle | None,
         given_style: PromptStyle | None,
     ) -> None:
-        self.conversation, self.sampling, self.load = conversation, sampling, load
+        self.conversation, self.sampling, self.read = conversation, sampling, read
         self.own_style, self.given_style = own_style, given_style
-        self.lora_path: Path | None = None
+        self.lora: FinetunedFile | None = None
         self.has_told = False  # that each question is a conversation of its own
 
     def take(self, line: str) -> None:
@@ -132,7 +136,7 @@ class Chat:
         elif command == "/system":
             self.conversation.set_system(rest)
         elif command == "/lora":
-            self.swap(file_in(Path(rest), FILE_NAMES["lora"]) if rest else None)
+            self.swap(self.read(Path(rest)) if rest else None)
         elif command == "/help":
             print(HELP, file=sys.stderr)
         else:
@@ -159,27 +163,28 @@ class Chat:
             limit = self.sampling.max_new_tokens
             print(f"(Cut after {limit} tokens, the most that --max_new_tokens allows.)", file=sys.stderr)
 
-    def swap(self, path: Path | None) -> None:
+    def swap(self, lora: FinetunedFile | None) -> None:
         """Go on with another LoRA file, or with the one there is if the other cannot be used."""
-        before = self.lora_path
+        before = self.lora
         try:
-            self.use(path)
+            self.use(lora)
         except (UserError, KeyboardInterrupt):
             self.use(before)
             raise
-        print(f"{path or 'No LoRA file'}, prompt style {self.conversation.style}", file=sys.stderr)
+        print(f"{lora.path if lora else 'No LoRA file'}, prompt style {self.conversation.style}", file=sys.stderr)
 
-    def use(self, path: Path | None) -> None:
+    def use(self, lora: FinetunedFile | None) -> None:
         """Put the LoRA layers of a file onto the base model, in place of others."""
         model = self.conversation.model
         dtype = model.lm_head.weight.dtype
         self.conversation.forget()
         remove_lora(model)
-        style = self.load(path) if path else self.own_style
+        if lora:
+            lora.add_to(model)
         model.to(dtype).eval()
         cache_prefix(model)
-        self.lora_path = path
-        style = self.given_style or style
+        self.lora = lora
+        style = self.given_style or (lora.prompt_style if lora else self.own_style)
         if style is None:
             raise UserError("the model does not say which template it was trained with; give one by --prompt_style")
         self.conversation.style = style

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lit_llama.chat_templates import style_of
 from lit_llama.checkpoint import check_complete, save_model_folder
+from lit_llama.checks import from_fields
 from lit_llama.cli import run
-from lit_llama.errors import UserError
+from lit_llama.errors import UserError, error_context
 from lit_llama.gguf_format import CHAT_TEMPLATE, ROPE_FREQS, TENSOR_NAMES, rope_divisors
 from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling
 from lit_llama.progress import progress
-from lit_llama.schema import naming, parse
 from lit_llama.tokenizer_formats import from_gguf
 
 try:
@@ -146,8 +146,8 @@ def read_config(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> LLaMACo
         }
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{metadata.path} does not describe a LLaMA ({error}); get another model") from None
-    with naming(metadata.path, "get another model"):
-        config = parse(LLaMAConfig, values)
+    with error_context(metadata.path, "get another model"):
+        config = from_fields(LLaMAConfig, values)
     rotated = metadata.get("llama.rope.dimension_count", config.head_size)
     if rotated != config.head_size:
         raise UserError(f"{metadata.path} rotates {rotated} channels of a head, LLaMA all {config.head_size} of them")

@@ -11,11 +11,10 @@ from torch import Tensor
 from lit_llama.chat_templates import read_chat_template, style_of
 from lit_llama.checkpoint import check_complete, save_model_folder
 from lit_llama.cli import run
-from lit_llama.errors import UserError
+from lit_llama.errors import UserError, error_context, short
 from lit_llama.files import check_apart, read_file, read_json, read_safetensors
 from lit_llama.huggingface import config_from_hf, from_hf
 from lit_llama.progress import progress
-from lit_llama.schema import naming, short
 from lit_llama.tokenizer import FILE_NAMES, find_tokenizer
 
 
@@ -33,7 +32,7 @@ def main(checkpoint_dir: Path, out_dir: Path, dtype: Literal["float32", "bfloat1
     if name not in ("float32", "bfloat16", "float16"):
         raise UserError(f"{checkpoint_dir}/config.json has weights of {short(name)}; choose their type by --dtype")
     try:
-        with naming(checkpoint_dir / "config.json"):
+        with error_context(checkpoint_dir / "config.json"):
             config = config_from_hf(fields)
         state = from_hf(read_shards(checkpoint_dir), config, getattr(torch, name))
     except UserError as error:

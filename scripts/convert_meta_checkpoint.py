@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from lit_llama.checkpoint import check_complete, save_model_folder
+from lit_llama.checks import from_fields
 from lit_llama.cli import run
-from lit_llama.errors import UserError
+from lit_llama.errors import UserError, error_context, short
 from lit_llama.files import check_apart, is_plain, read_file, read_json
 from lit_llama.model import CONFIGS, LLAMA_3_SCALING, LLaMA, LLaMAConfig
 from lit_llama.progress import progress
 from lit_llama.prompt import PromptStyle
-from lit_llama.schema import naming, parse, short
 from lit_llama.tokenizer import FILE_NAMES, Tokenizer
 from lit_llama.tokenizer_formats import from_tiktoken, is_tiktoken
 
@@ -95,8 +95,8 @@ def read_config(folder: Path, shard: dict[str, Any], n_shards: int) -> LLaMAConf
             "rope_base": params.get("rope_theta", 10000.0),
             "rope_scaling": scaling and asdict(scaling),
         }
-        with naming(folder / "params.json", "download it again"):
-            return parse(LLaMAConfig, values)
+        with error_context(folder / "params.json", "download it again"):
+            return from_fields(LLaMAConfig, values)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{folder} does not describe a LLaMA ({error!r}); download it again") from None
 

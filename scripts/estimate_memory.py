@@ -13,15 +13,14 @@ from lit_llama.adapter import AdapterConfig, add_adapter, mark_only_adapter_as_t
 from lit_llama.checkpoint import WEIGHTS, file_in, read_config
 from lit_llama.cli import run
 from lit_llama.device import TrainingPrecision, storage_dtype
-from lit_llama.errors import UserError
+from lit_llama.errors import UserError, error_context
 from lit_llama.files import CONFIG, read_file, read_json
 from lit_llama.huggingface import config_from_hf
 from lit_llama.lora import LoRAConfig, add_lora, mark_only_lora_as_trainable, parse_targets
 from lit_llama.memory import Count, count_resume, count_step, without_data
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
-from lit_llama.nf4 import quantize_blocks
 from lit_llama.optimizer import AdamW
-from lit_llama.schema import naming
+from lit_llama.quantization import quantize_blocks
 from lit_llama.sharding import store_as
 from lit_llama.training import Quantize
 
@@ -128,7 +127,7 @@ def model_config(name: str) -> LLaMAConfig:
         raise UserError(f"--model is one of {', '.join(CONFIGS)}, or a model folder or config.json, not {name!r}")
     file = path / CONFIG if path.is_dir() else path
     if file.is_file() and "model_type" in (fields := read_json(file)):
-        with naming(file, "get it again"):
+        with error_context(file, "get it again"):
             return config_from_hf(fields)
     checkpoint = file.with_name(WEIGHTS) if file.is_file() else file_in(path)
     return read_config(checkpoint, {} if file.is_file() else read_file(checkpoint))

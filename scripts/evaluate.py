@@ -12,18 +12,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_llama.adapter import cache_prefix
+from lit_llama.checkpoint import finish_loading, load_for_merging
 from lit_llama.cli import run
 from lit_llama.data import Dataset, single_step
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
 from lit_llama.errors import UserError
 from lit_llama.files import read_text as read_text_file
-from lit_llama.finetuned import base_is_nf4, load_adapter, load_lora
+from lit_llama.finetuned import base_is_nf4, read_finetuned
 from lit_llama.generation import Sampling, generate_batch
 from lit_llama.lora import merge_lora
 from lit_llama.model import LLaMA
 from lit_llama.progress import progress
 from lit_llama.prompt import stop_ids
-from lit_llama.quantize import Quantization, load_unsettled, settle
+from lit_llama.quantization import Quantization
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 from lit_llama.training import matching_tokenizer
 
@@ -120,13 +121,15 @@ def load(
 ) -> LLaMA:
     """The model as its generate script would use it, but with LoRA merged on a 4-bit base, too."""
     device = default_device()
-    model = load_unsettled(path, quantize, dtype, device, base_is_nf4(lora_path, adapter_path))
-    if lora_path:
-        load_lora(model, lora_path, lora_alpha, path, force)
+    lora = read_finetuned(lora_path, "lora", lora_alpha, path, force) if lora_path else None
+    adapter = read_finetuned(adapter_path, "adapter", None, path, force) if adapter_path else None
+    model = load_for_merging(path, quantize, dtype, device, base_is_nf4(lora, adapter))
+    if lora:
+        lora.add_to(model)
         merge_lora(model)
-    if adapter_path:
-        load_adapter(model, adapter_path, path, force)
-    settle(model, quantize, dtype, device)
+    if adapter:
+        adapter.add_to(model)
+    finish_loading(model, quantize, dtype, device)
     model.eval()
     cache_prefix(model)
     return model

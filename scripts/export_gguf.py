@@ -10,13 +10,12 @@ from torch import Tensor
 
 from lit_llama.chat_templates import FILE_NAME as TEMPLATE_NAME
 from lit_llama.chat_templates import begins_with_bos, chat_template
-from lit_llama.checkpoint import check_state, load_model, own_prompt_style, read_config
+from lit_llama.checkpoint import load_model, own_prompt_style, read_config
 from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.files import check_apart, check_finite, read_file, replacing_folder, write_file
 from lit_llama.finetuned import read_finetuned
 from lit_llama.gguf_format import CHAT_TEMPLATE, lora_metadata, lora_to_gguf, model_metadata, to_gguf
-from lit_llama.lora import lora_shapes
 from lit_llama.ollama import modelfile
 from lit_llama.progress import progress
 from lit_llama.prompt import PromptStyle, stop_ids
@@ -109,10 +108,9 @@ def template_metadata(style: PromptStyle, tokenizer: Tokenizer) -> dict[str, Any
 
 def read_lora(path: Path, base_path: Path, alpha: float | None, force: bool) -> Content:
     base = read_config(base_path, read_file(base_path))
-    config, state, style = read_finetuned(path, "lora", base, alpha, base_path, force)
-    check_state(path, state, lora_shapes(base, config))
-    metadata = {"general.name": path.stem} | lora_metadata(config)
-    return Content(metadata, dict(lora_to_gguf(state, base, config)), style)
+    lora = read_finetuned(path, "lora", alpha, base_path, force)
+    metadata = {"general.name": lora.path.stem} | lora_metadata(lora.config)
+    return Content(metadata, dict(lora_to_gguf(lora.tensors_for(base), base, lora.config)), lora.prompt_style)
 
 
 def relative(path: Path, folder: Path) -> str:

@@ -4,12 +4,11 @@ import json
 import sys
 from pathlib import Path
 
-from lit_llama.checkpoint import check_state, read_config
+from lit_llama.checkpoint import read_config
 from lit_llama.cli import run
 from lit_llama.files import read_file, replacing_folder, write_file, write_safetensors
 from lit_llama.finetuned import base_is_nf4, read_finetuned
 from lit_llama.hf_tokenizer import TOKENIZER_FILES, tokenizer_files
-from lit_llama.lora import lora_shapes
 from lit_llama.peft_format import peft_config, to_peft
 from lit_llama.tokenizer import find_tokenizer
 
@@ -37,17 +36,16 @@ def main(
         force: Use the file even if it was trained on a different base model of the same shape.
     """
     base = read_config(pretrained_path, read_file(pretrained_path, check_tensors=False))
-    config, state, prompt_style = read_finetuned(lora_path, "lora", base, lora_alpha, pretrained_path, force)
-    check_state(lora_path, state, lora_shapes(base, config))
-    tensors = to_peft(state, base, config)
+    lora = read_finetuned(lora_path, "lora", lora_alpha, pretrained_path, force)
+    tensors = to_peft(lora.tensors_for(base), base, lora.config)
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     with replacing_folder(out_dir, PEFT_FILES) as part:
-        for name, text in tokenizer_files(tokenizer, prompt_style).items():
+        for name, text in tokenizer_files(tokenizer, lora.prompt_style).items():
             write_file(part / name, text)
         write_safetensors(part / "adapter_model.safetensors", tensors)
-        write_file(part / "adapter_config.json", json.dumps(peft_config(config, base_model), indent=2))
+        write_file(part / "adapter_config.json", json.dumps(peft_config(lora.config, base_model), indent=2))
     print(f"Saved {out_dir}", file=sys.stderr)
-    if base_is_nf4(lora_path):
+    if base_is_nf4(lora):
         how = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
         print(f"The LoRA was trained on a 4-bit base: load the base with BitsAndBytesConfig({how})", file=sys.stderr)
 

@@ -8,13 +8,12 @@ from torch import Tensor
 from lit_llama.chat_templates import read_chat_template, style_of
 from lit_llama.checkpoint import read_config
 from lit_llama.cli import run
-from lit_llama.errors import UserError
+from lit_llama.errors import UserError, error_context
 from lit_llama.files import check_apart, read_file, read_json, read_safetensors
 from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.integrity import identity
 from lit_llama.peft_format import config_from_peft, from_peft
 from lit_llama.prompt import PromptStyle
-from lit_llama.schema import naming
 
 
 def main(
@@ -37,7 +36,7 @@ def main(
     base = read_config(pretrained_path, read_file(pretrained_path, check_tensors=False))
     fields, tensors = read_json(peft_dir / "adapter_config.json"), read_tensors(peft_dir)
     try:
-        with naming(peft_dir / "adapter_config.json"):
+        with error_context(peft_dir / "adapter_config.json"):
             config = config_from_peft(fields, iter(tensors))
         state = from_peft(tensors, base, config)
     except UserError as error:

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from lab_report import mean, table
 from lab_runs import BLOCK_SIZE, Lab, scaled
 
 from lit_llama.data import Dataset
-from lit_llama.finetuned import load_lora
+from lit_llama.finetuned import read_finetuned
 from lit_llama.generation import Sampling, generate
 from lit_llama.lora import merge_lora, remove_lora
 from lit_llama.model import LLaMA
@@ -51,6 +52,10 @@ def merging(lab: Lab, figure: "Figure") -> str:
 def loss_with(lab: Lab, added: dict[str, torch.Tensor]) -> float:
     with lab.updated(added) as model:
         return lab.response_loss(model)
+
+
+def load_lora(model: LLaMA, path: Path) -> None:
+    read_finetuned(path, "lora").add_to(model)
 
 
 def measure_speed(lab: Lab) -> dict[str, float]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lit_llama.checkpoint import load_model
 from lit_llama.data import Dataset
 from lit_llama.files import read_file, read_json, write_file
-from lit_llama.finetuned import load_lora
+from lit_llama.finetuned import read_finetuned
 from lit_llama.lora import LoRAConfig, lora_shapes, remove_lora
 from lit_llama.model import LLaMA
 from lit_llama.peft_format import parts
@@ -122,7 +122,7 @@ class Lab:
         elif run.kind == "full":
             yield load_model(self.train(run), torch.float32).eval()
         else:
-            load_lora(self.base, self.train(run))
+            read_finetuned(self.train(run), "lora").add_to(self.base)
             yield self.base
             remove_lora(self.base)
 
@@ -203,7 +203,7 @@ class Lab:
             if epoch:
                 folder = self.out_dir / "runs" / "overfitting"
                 self.call_script(Run(), few, folder, "--num_epochs", epoch, "--warmup_steps", WARMUP)
-                load_lora(self.base, folder / RESULTS["lora"])
+                read_finetuned(folder / RESULTS["lora"], "lora").add_to(self.base)
             sets: list[tuple[Path, Split]] = [(few, "train"), (few, "validation"), (new_topics, "validation")]
             losses = [self.response_loss(self.base, *one) for one in sets]
             remove_lora(self.base)

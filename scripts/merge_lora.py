@@ -9,11 +9,11 @@ from torch import Tensor
 from lit_llama.checkpoint import load_model, save_model_folder
 from lit_llama.cli import run
 from lit_llama.files import check_apart
-from lit_llama.finetuned import base_is_nf4, load_lora
+from lit_llama.finetuned import base_is_nf4, read_finetuned
 from lit_llama.lora import merge_lora
 from lit_llama.model import LLaMA
-from lit_llama.nf4 import dequantize_blocks, quantize_blocks
 from lit_llama.prompt import encode_prompt
+from lit_llama.quantization import dequantize_blocks, quantize_blocks
 from lit_llama.tokenizer import find_tokenizer
 
 
@@ -41,16 +41,17 @@ def main(
     """
     check_apart(pretrained_path.parent, out_dir)
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
-    nf4 = base_is_nf4(lora_path)
+    lora = read_finetuned(lora_path, "lora", lora_alpha, pretrained_path, force)
+    nf4 = base_is_nf4(lora)
     model = load_model(pretrained_path, nf4=nf4).eval()
     tokenizer.check_fits(model.config.vocab_size)
-    prompt_style = load_lora(model, lora_path, lora_alpha, pretrained_path, force)
-    idx = torch.tensor([encode_prompt(prompt_style, prompt, "", tokenizer)])
+    lora.add_to(model)
+    idx = torch.tensor([encode_prompt(lora.prompt_style, prompt, "", tokenizer)])
     apart = logits(model, idx)
     merge_lora(model)
     dequantize_blocks(model)  # those that had no update
     merged = logits(model, idx)
-    save_model_folder(out_dir, model.state_dict(), model.config, tokenizer.files(), prompt_style)
+    save_model_folder(out_dir, model.state_dict(), model.config, tokenizer.files(), lora.prompt_style)
     change = (merged - apart).abs().max()
     print(f"Saved {out_dir}. Merging changed the logits of a prompt by up to {change:.1e}", file=sys.stderr)
     if nf4:

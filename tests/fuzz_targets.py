@@ -28,7 +28,7 @@ from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
 from lit_llama.checkpoint import load_model, save_model_folder
 from lit_llama.data import Dataset
 from lit_llama.encoder import Encoder
-from lit_llama.finetuned import describe, load_adapter, load_lora, save_finetuned
+from lit_llama.finetuned import Kind, describe, read_finetuned, save_finetuned
 from lit_llama.generation import Sampling, generate, read_prompts
 from lit_llama.integrity import identity
 from lit_llama.log import TrainingLog
@@ -69,14 +69,18 @@ def read_model(folder: Path) -> Any:
     return answer(load_model(folder / "lit-llama.pth"), folder)
 
 
+def read_onto_base(path: Path, kind: Kind, folder: Path) -> Any:
+    model, file = load_model(folder / "lit-llama.pth"), read_finetuned(path, kind, None, folder / "lit-llama.pth")
+    file.add_to(model)
+    return [file.prompt_style, answer(model, folder)]
+
+
 def read_lora(folder: Path) -> Any:
-    model = load_model(folder / "lit-llama.pth")
-    return [load_lora(model, folder / "lora.pth", None, folder / "lit-llama.pth"), answer(model, folder)]
+    return read_onto_base(folder / "lora.pth", "lora", folder)
 
 
 def read_adapter(folder: Path) -> Any:
-    model = load_model(folder / "lit-llama.pth")
-    return [load_adapter(model, folder / "adapter.pth", folder / "lit-llama.pth"), answer(model, folder)]
+    return read_onto_base(folder / "adapter.pth", "adapter", folder)
 
 
 def merge(folder: Path) -> Any:
@@ -138,7 +142,9 @@ def convert(script: Any, source: str) -> Callable[[Path], Any]:
 
 def read_peft(folder: Path) -> Any:
     import_peft.main(folder / "peft", folder / "imported.pth", folder / "lit-llama.pth")
-    return load_lora(load_model(folder / "lit-llama.pth"), folder / "imported.pth")
+    file = read_finetuned(folder / "imported.pth", "lora")
+    file.add_to(load_model(folder / "lit-llama.pth"))
+    return file.prompt_style
 
 
 def read_own(name: str) -> Callable[[Path], Any]:
@@ -150,11 +156,9 @@ def read_own(name: str) -> Callable[[Path], Any]:
     return read
 
 
-def read_version_1(method: str) -> Callable[[Path], Any]:
+def read_version_1(kind: Kind) -> Callable[[Path], Any]:
     def read(folder: Path) -> Any:
-        model = load_model(folder / "model" / "lit-llama.pth")
-        load = {"lora": load_lora, "adapter": load_adapter}[method]
-        return [load(model, folder / method / "finished.pth"), answer(model, folder / "model")]
+        return read_onto_base(folder / kind / "finished.pth", kind, folder / "model")
 
     return read
 

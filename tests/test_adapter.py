@@ -19,7 +19,7 @@ from lit_llama.adapter import (
     mark_only_adapter_as_trainable,
 )
 from lit_llama.errors import UserError
-from lit_llama.finetuned import load_adapter
+from lit_llama.finetuned import read_finetuned
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, merge_lora
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
 
@@ -151,7 +151,9 @@ def test_validation_after_a_step_equals_a_freshly_loaded_model(tmp_path: Path) -
     optimizer.step()
     save_file(tmp_path / "a.pth", CONFIG, model, adapter_state_dict(model), "plain")
     fresh = random_model(TINY)
-    assert load_adapter(fresh, tmp_path / "a.pth") == "plain"
+    file = read_finetuned(tmp_path / "a.pth", "adapter")
+    file.add_to(fresh)
+    assert file.prompt_style == "plain"
     with torch.no_grad():
         assert torch.equal(model(idx), fresh(idx))
         assert not torch.allclose(model(idx), before, atol=1e-3)
@@ -179,13 +181,13 @@ def test_a_file_of_another_kind_or_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     save_file(path, CONFIG, model, adapter_state_dict(model), "plain")
     with pytest.raises(UserError, match="a different base model"):
-        load_adapter(random_model(HEADS["mqa"]), path)
+        read_finetuned(path, "adapter").add_to(random_model(HEADS["mqa"]))
     save_file(path, AdapterConfig(7, 1), model, adapter_state_dict(model), "plain")
     with pytest.raises(UserError, match="adapter_wte"):
-        load_adapter(random_model(TINY), path)
+        read_finetuned(path, "adapter").add_to(random_model(TINY))
     save_file(path, LoRAConfig(), model, {}, "plain")
     with pytest.raises(UserError, match="--lora_path"):
-        load_adapter(random_model(TINY), path)
+        read_finetuned(path, "adapter").add_to(random_model(TINY))
     with pytest.raises(UserError, match="2 layers"):
         add_adapter(random_model(TINY), AdapterConfig(start_layer=2))
     with pytest.raises(UserError):
@@ -213,7 +215,9 @@ def test_a_file_of_the_archived_lit_llama_is_read(gates: str, tmp_path: Path) ->
             state[name] = torch.tensor([0.7])
     torch.save(state, tmp_path / "lit-llama-adapter-finetuned.pth")
     loaded = random_model(TINY)
-    assert load_adapter(loaded, tmp_path / "lit-llama-adapter-finetuned.pth") == "alpaca-stanford"
+    file = read_finetuned(tmp_path / "lit-llama-adapter-finetuned.pth", "adapter")
+    file.add_to(loaded)
+    assert file.prompt_style == "alpaca-stanford"
     idx = torch.randint(TINY.vocab_size, (1, 9))
     assert torch.equal(loaded(idx), model(idx))
     assert not torch.allclose(loaded(idx), random_model(TINY)(idx), atol=0.1)

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import chat
 import pytest
@@ -12,7 +13,7 @@ import torch
 from builders import TINY, random_model, randomize, run_script, save_file
 from torch import Tensor
 
-from lit_llama import conversation
+from lit_llama import conversation, finetuned
 from lit_llama.finetuned import read_described, save_finetuned
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.prompt import PromptStyle
@@ -76,6 +77,13 @@ def test_lora_files_are_swapped_on_the_same_base(talk: Talk, lora_files: list[Pa
     assert f"{alpaca}, prompt style alpaca\n" in err
     (base,), _ = talk("a")
     assert talk(f"/lora {zephyr}", "/lora", "a")[0] == [base]
+
+
+def test_a_lora_file_is_read_once(talk: Talk, lora_files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Mock(side_effect=read_described)
+    monkeypatch.setattr(finetuned, "read_described", read)
+    talk("a", "/lora nothing.pth", flags=("--lora_path", lora_files[0]))
+    assert [str(call.args[0]) for call in read.call_args_list] == [str(lora_files[0]), "nothing.pth"]
 
 
 def test_a_lora_file_that_cannot_be_used_leaves_the_one_there_is(talk: Talk, lora_files: list[Path]) -> None:

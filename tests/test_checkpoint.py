@@ -119,9 +119,9 @@ def test_a_damaged_checkpoint_ends_in_one_line_that_names_it(kind: str, checkpoi
 def test_missing_and_unexpected_names_are_told(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copy(checkpoint.with_name("config.json"), tmp_path)
     for kind, message in {
-        "a key missing": r"lacks transformer\.h\.1\.rms_2\.scale",
+        "a key missing": r"lacks 'transformer\.h\.1\.rms_2\.scale",
         "a key too many": r"transformer\.h\.2\.rms_2\.scale",
-        "a wrong shape": r"different shape for lm_head\.weight",
+        "a wrong shape": r"different shape for 'lm_head\.weight",
         "lora weights": "--lora_path",
     }.items():
         damaged(kind, checkpoint, tmp_path / "lit-llama.pth")
@@ -155,10 +155,11 @@ def test_finetuned_files_are_checked_for_kind_and_base(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     write_file(path, {**describe(AdapterConfig(), TINY, "plain", {}), "state_dict": {}})
     with pytest.raises(UserError, match="adapter"):
-        read_finetuned(path, "lora", TINY)
-    assert read_finetuned(path, "adapter", TINY)[1] == {}
+        read_finetuned(path, "lora")
+    file = read_finetuned(path, "adapter")
+    assert file.config == AdapterConfig()
     with pytest.raises(UserError, match="n_layer 2, not 3"):
-        read_finetuned(path, "adapter", replace(TINY, n_layer=3))
+        file.tensors_for(replace(TINY, n_layer=3))
 
 
 @pytest.mark.slow

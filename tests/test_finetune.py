@@ -452,7 +452,7 @@ def test_the_loops_are_the_same_text() -> None:
         text = ast.get_source_segment(source, loop).replace(STATES[method], "weights")
         text = text.replace(SAVE_BEST["full"], SAVE_BEST["lora"])
         loops[method] = [line.strip() for line in text.splitlines()]
-    assert loops["lora"] == [*loops["adapter"][:3], DROPOUT, *loops["adapter"][3:]]
+    assert loops["lora"] == [*loops["adapter"][:4], DROPOUT, *loops["adapter"][4:]]
     head, rest = "for i, batch in enumerate(batches, 1):", "step_loss += loss.detach()"
     for method in ("adapter", "full"):
         lines = loops[method]

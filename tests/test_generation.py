@@ -19,7 +19,7 @@ from lit_llama.errors import UserError
 from lit_llama.generation import Sampling, compile_steps, generate, generate_batch, sample
 from lit_llama.huggingface import hf_config, to_hf
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.quantize import quantize_int8
+from lit_llama.quantization import quantize_int8
 
 
 def test_greedy_continuation_equals_transformers() -> None:

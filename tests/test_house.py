@@ -24,6 +24,12 @@ def test_lora_is_imported_without_the_command_line_and_without_lightning() -> No
     assert not loaded & {"jsonargparse", "lightning", "transformers"}
 
 
+def test_a_tokenizer_is_imported_without_the_model() -> None:
+    program = "import lit_llama.tokenizer, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not {*done.stdout.split()} & {"lit_llama.model", "lit_llama.lora", "lit_llama.adapter"}
+
+
 def imports(path: Path) -> Iterator[str]:
     """The modules of lit_llama that a file imports, wherever in it."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_llama.errors import UserError
-from lit_llama.finetuned import load_lora
+from lit_llama.finetuned import read_finetuned
 from lit_llama.huggingface import halves_from_pairs, hf_config, to_hf
 from lit_llama.lora import (
     TARGETS,
@@ -228,7 +228,9 @@ def test_a_saved_file_gives_the_same_logits_without_being_told_rank_or_alpha(tmp
     path = tmp_path / "lora.pth"
     save_file(path, lora, model, lora_state_dict(model), "plain")
     loaded = random_model(TINY)
-    assert load_lora(loaded, path) == "plain"
+    file = read_finetuned(path, "lora")
+    file.add_to(loaded)
+    assert file.prompt_style == "plain"
     idx = torch.randint(TINY.vocab_size, (1, 9))
     assert torch.equal(loaded.eval()(idx), model(idx))
 
@@ -238,7 +240,7 @@ def test_a_file_for_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "lora.pth"
     save_file(path, LoRAConfig(), model, lora_state_dict(model), "plain")
     with pytest.raises(UserError, match="a different base model"):
-        load_lora(random_model(HEADS["mqa"]), path)
+        read_finetuned(path, "lora").add_to(random_model(HEADS["mqa"]))
 
 
 @pytest.mark.parametrize("wrong", [{"targets": ("query", "foo")}, {"targets": ()}, {"r": 0}, {"dropout": 1.0}])
@@ -267,8 +269,10 @@ def test_a_file_of_the_archived_lit_llama_needs_its_alpha(tmp_path: Path) -> Non
     torch.save(state, path)
     model = random_model(HEADS["mha"])
     with pytest.raises(UserError, match="--lora_alpha"):
-        load_lora(model, path)
-    assert load_lora(model, path, alpha=12) == "alpaca-stanford"
+        read_finetuned(path, "lora")
+    file = read_finetuned(path, "lora", alpha=12)
+    file.add_to(model)
+    assert file.prompt_style == "alpaca-stanford"
     for i, block in enumerate(base.transformer.h):
         A, B = (state[f"transformer.h.{i}.attn.c_attn.lora_{x}"] for x in "AB")
         block.attn.c_attn.weight[:C] += 12 / 4 * B[:C] @ A[:4]
@@ -281,8 +285,8 @@ def test_alpha_is_not_taken_for_a_file_that_has_its_own(tmp_path: Path) -> None:
     model = lora_model(TINY, LoRAConfig(alpha=8))
     save_file(tmp_path / "a", LoRAConfig(alpha=8), model, lora_state_dict(model), "plain")
     with pytest.raises(UserError, match="its own alpha, 8"):
-        load_lora(random_model(TINY), tmp_path / "a", alpha=16)
-    load_lora(random_model(TINY), tmp_path / "a", alpha=8)
+        read_finetuned(tmp_path / "a", "lora", alpha=16)
+    read_finetuned(tmp_path / "a", "lora", alpha=8)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -300,7 +304,7 @@ def test_several_files_take_turns_on_one_base(tied: bool, tmp_path: Path) -> Non
     base = random_model(config)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     for i in (0, 1, 0):
-        load_lora(base, paths[i])
+        read_finetuned(paths[i], "lora").add_to(base)
         assert torch.equal(base(idx), expected[i])  # without dropout, since the base was in evaluation mode
         remove_lora(base)
         assert base.state_dict().keys() == before.keys()

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, mark_only_adapter_as_trainable
 from lit_llama.checkpoint import load_model, save_model_folder
 from lit_llama.errors import UserError
-from lit_llama.finetuned import load_lora
+from lit_llama.finetuned import read_finetuned
 from lit_llama.generation import compile_steps
 from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable, merge_lora
 from lit_llama.model import Linear, LLaMA
-from lit_llama.nf4 import NF4Weight, dequantize_blocks, quantize_blocks
+from lit_llama.quantization import NF4Weight, dequantize_blocks, quantize_blocks
 from lit_llama.training import compile_blocks, load_base
 
 LORA = LoRAConfig(r=4, dropout=0.0, targets=TARGETS)
@@ -175,7 +175,7 @@ def test_a_lora_file_answers_on_the_base_that_it_was_trained_on(
     first, second = capsys.readouterr().out.split("Count to 3")[1:]
     assert first == second
     expected = load_model(checkpoint, nf4=True)
-    load_lora(expected, finetuned)
+    read_finetuned(finetuned, "lora").add_to(expected)
     merge_lora(expected)
     dequantize_blocks(expected)
     for name, weight in load_model(tmp_path / "merged" / "lit-llama.pth").state_dict().items():

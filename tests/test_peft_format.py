@@ -12,7 +12,7 @@ from builders_tokenizers import train_byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_llama.checkpoint import save_model_folder
-from lit_llama.finetuned import load_lora
+from lit_llama.finetuned import read_finetuned
 from lit_llama.huggingface import hf_config, to_hf
 from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -56,7 +56,7 @@ def imported(folder: Path, config: LLaMAConfig, work: Path) -> LLaMA:
     )
     assert run_script("import_peft", *arguments) is None
     model = random_model(config)
-    load_lora(model, work / "lora.pth")
+    read_finetuned(work / "lora.pth", "lora").add_to(model)
     return model
 
 
