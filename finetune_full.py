@@ -16,7 +16,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat,
 
 from lit_llama.checkpoint import WEIGHTS
 from lit_llama.cli import constants, run
-from lit_llama.data import SCHEDULES, Dataset
+from lit_llama.data import BatchSchedule, Dataset
 from lit_llama.device import TrainingPrecision, default_precision, storage_dtype
 from lit_llama.errors import Stopped
 from lit_llama.files import check_apart
@@ -99,7 +99,7 @@ def main(
     settings = {**constants(sys.modules[__name__]), "data": train_data.fingerprint, **identity(pretrained_path)}
     check_apart(pretrained_path, out_dir / WEIGHTS)
     state = TrainingState(fabric, out_dir, [WEIGHTS, "config.json", BEST_FOLDER], settings, resume, dry_run)
-    schedule = SCHEDULES[state.version](train_data, batch_size, micro_batch_size, seed)
+    schedule = BatchSchedule(train_data, batch_size, micro_batch_size, seed)
 
     torch.manual_seed(seed)
     llama = load_base(fabric, pretrained_path, torch.float32)

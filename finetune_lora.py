@@ -14,7 +14,7 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from lit_llama.cli import constants, run
-from lit_llama.data import SCHEDULES, Dataset
+from lit_llama.data import BatchSchedule, Dataset
 from lit_llama.device import TrainingPrecision, default_precision, storage_dtype
 from lit_llama.errors import Stopped
 from lit_llama.finetuned import describe
@@ -100,7 +100,7 @@ def main(
     val_data = Dataset(data_dir, "validation", block_size, mask_prompt, limit=eval_records)
     settings = {**constants(sys.modules[__name__]), "data": train_data.fingerprint, **identity(pretrained_path)}
     state = TrainingState(fabric, out_dir, [LORA_FILE, BEST_FILE], settings, resume, dry_run)
-    schedule = SCHEDULES[state.version](train_data, batch_size, micro_batch_size, seed)
+    schedule = BatchSchedule(train_data, batch_size, micro_batch_size, seed)
 
     torch.manual_seed(seed)
     llama = load_base(fabric, pretrained_path, dtype, quantize)

@@ -1,7 +1,7 @@
 """Prepared records as a training run sees them: read from their folder, and drawn from it in optimizer steps.
 
-`lit_llama/prepared.py` says what such a folder holds. Length limit and prompt masking are choices of the training, so
-changing them needs no new preparation.
+`lit_llama/preparation.py` says what such a folder holds. Length limit and prompt masking are choices of the training,
+so changing them needs no new preparation.
 """
 
 import hashlib
@@ -17,18 +17,19 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
-from lit_llama.arrays import BLOCK, number_type
 from lit_llama.errors import UserError
-from lit_llama.prepared import read_split
+from lit_llama.preparation import read_split
 from lit_llama.prompt import PromptStyle
 from lit_llama.records import shuffled
+
+BLOCK = 2**18  # records that are measured at once
 
 
 class Batch(NamedTuple):
     """Records to be computed at once, packed one after the other into a single row. N of their tokens are targets."""
 
     input_ids: Tensor  # (1, T)
-    lengths: list[int] | None  # of the records, T in all
+    lengths: list[int]  # of the records, T in all
     select: Tensor  # (N,) indices of the tokens before a target, the only ones that need logits
     targets: Tensor  # (N,)
 
@@ -39,10 +40,11 @@ class Dataset:
     Records are cut at `block_size` tokens (a response that was cut has no end of sequence); one whose prompt leaves no
     room for a response is dropped and counted in `n_dropped`. Documents are cut into blocks, each a record of its own.
     With `mask_prompt` False, all tokens are trained on. `limit` takes the first so many of the records that are left.
-    The arrays stay on the disk; 12 bytes of each record are held in memory, 20 of each block of a document.
+    The arrays stay on the disk; 20 bytes of each record are held in memory.
 
     Attributes:
-        index: the numbers, in the folder, of the records that are left.
+        index: the numbers, in the folder, of the records that are left (of a block, its document's).
+        starts: their first tokens, as places in `tokens`.
         lengths: their tokens.
         target_counts: how many of those are trained on.
     """
@@ -51,36 +53,30 @@ class Dataset:
         self, data_dir: Path, split: str, block_size: int, mask_prompt: bool = True, limit: int | None = None
     ) -> None:
         self.data_dir, self.block_size = data_dir, block_size
-        self.meta, (self.tokens, self.offsets, spans) = read_split(data_dir, split)
-        self.has_checksum = f"{split}_tokens" in self.meta.get("sha256", {})
+        self.meta, (self.tokens, self.offsets, spans, numbers) = read_split(data_dir, split)
         self.prompt_style: PromptStyle = self.meta["prompt_style"]
         origin = {name: self.meta[name] for name in ("sources", "tokenizer", "prompt_style", "split_seed", "records")}
         self.fingerprint = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
         self.targets = spans if mask_prompt else sliding_window_view(self.offsets, 2)
-        self._measure(limit)
+        n_targets = np.concatenate([[0], np.cumsum(self.targets[:, 1] - self.targets[:, 0])])  # before each span
+        blocks = [numbers[i : i + BLOCK] for i in range(0, max(len(numbers), 1), BLOCK)]
+        measured = zip(*(self._measure(block, n_targets) for block in blocks), strict=True)
+        index, starts, lengths, counts, is_cut = (np.concatenate(arrays) for arrays in measured)
+        left = np.flatnonzero(counts)
+        self.n_dropped = len(index) - len(left)
+        left = left[:limit]
+        self.n_cut = int(is_cut[left].sum())
+        self.index, self.starts, self.lengths, self.target_counts = (a[left] for a in (index, starts, lengths, counts))
 
-    def _measure(self, limit: int | None) -> None:
-        """Find the records that are left, and how long they are."""
-        documents, size = self.meta.get("documents", False), self.block_size
-        kind = number_type(len(self.offsets) + len(self.tokens) // size)
-        n_seen = self.n_dropped = self.n_cut = n = 0
-        all_starts, parts = [], []
-        for first in range(0, max(len(self.offsets) - 1, 1), BLOCK):
-            edges = np.array(self.offsets[first : first + BLOCK + 1])
-            starts, ends = cut(edges, size) if documents else (edges[:-1], edges[1:])
-            lengths = np.minimum(ends - starts, size)
-            spans = np.array(self._spans(edges[0], edges[-1]))
-            # Nothing predicts the first token.
-            counts = targets_before(spans, starts + lengths) - targets_before(spans, starts + 1)
-            left = np.flatnonzero(counts)
-            taken = left if limit is None else left[: max(limit - n, 0)]
-            self.n_dropped += len(starts) - len(left)
-            self.n_cut += 0 if documents else int((lengths < ends - starts)[taken].sum())
-            parts.append(((n_seen + taken).astype(kind), *(a[taken].astype(np.int32) for a in (lengths, counts))))
-            all_starts += [starts] if documents else []
-            n_seen, n = n_seen + len(starts), n + len(taken)
-        self.index, self.lengths, self.target_counts = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        self._starts = np.concatenate(all_starts) if documents else self.offsets
+    def _measure(self, numbers: np.ndarray, n_targets: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Of records, or of their blocks: number, start, length, how many tokens are trained on, whether it is cut."""
+        starts, ends = self.offsets[numbers], self.offsets[numbers + 1]
+        if self.meta["documents"]:
+            numbers, starts, ends = split_documents(numbers, starts, ends, self.block_size)
+        lengths = np.minimum(ends - starts, self.block_size)
+        first, last = starts + 1, starts + lengths  # nothing predicts the first token
+        counts = targets_before(last, self.targets, n_targets) - targets_before(first, self.targets, n_targets)
+        return numbers, starts, lengths.astype(np.int32), counts.astype(np.int32), lengths < ends - starts
 
     def _spans(self, start: int, end: int) -> np.ndarray:
         """The spans that reach into tokens[start:end]."""
@@ -100,13 +96,11 @@ class Dataset:
 
     def record(self, i: int) -> Tensor:
         """The tokens of a record: its prompt, then its response."""
-        start = self._starts[self.index[i]]
-        return torch.from_numpy(self.tokens[start : start + self.lengths[i]].astype(np.int64))
+        return torch.from_numpy(self.tokens[self.starts[i] :][: self.lengths[i]].astype(np.int64))
 
     def spans(self, i: int) -> np.ndarray:
         """The spans (n, 2) of a record's tokens that are trained on, as places in the record."""
-        start = self._starts[self.index[i]]
-        end = start + self.lengths[i]
+        start, end = self.starts[i], self.starts[i] + self.lengths[i]
         return np.clip(self._spans(start, end), start, end) - start
 
     def last_answer(self, i: int) -> tuple[list[int], list[int]]:
@@ -131,30 +125,21 @@ class Dataset:
         row = torch.cat(inputs) if inputs else torch.zeros(1, dtype=torch.int64)
         return Batch(row[None], lengths or [1], torch.cat(select), torch.cat(targets))
 
-    def padded_batch(self, records: Sequence[int] | np.ndarray) -> Batch:
-        """These records as rows, padded on the right to the longest, as version 1.0 computed them."""
-        row, lengths, select, targets = self.batch(records)
-        lengths = lengths or [1]
-        rows = torch.nn.utils.rnn.pad_sequence(list(row[0].split(lengths)), batch_first=True)  # (B, width)
-        places = torch.arange(rows.numel()).view(rows.shape)
-        places = torch.cat([line[:n] for line, n in zip(places, lengths, strict=True)])  # (T,)
-        return Batch(rows, None, places[select], targets)
+
+def split_documents(numbers: np.ndarray, starts: np.ndarray, ends: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
+    """The same three of the documents' blocks of at most `size` tokens."""
+    n = -(-(ends - starts) // size)  # blocks of each document
+    place = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)  # of each block in its document
+    block_starts = np.repeat(starts, n) + size * place
+    return np.repeat(numbers, n), block_starts, np.minimum(block_starts + size, np.repeat(ends, n))
 
 
-def cut(edges: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks of `size` tokens of documents: their starts, and the ends of their documents."""
-    n = -(-np.diff(edges) // size)  # of each document
-    number = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)  # of each block in its document
-    return np.repeat(edges[:-1], n) + size * number, np.repeat(edges[1:], n)
-
-
-def targets_before(spans: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """How many tokens before each of some places lie in spans (S, 2)."""
-    starts, ends = spans.T
-    before = np.searchsorted(ends, places, side="right")  # spans that end there or earlier
-    whole = np.concatenate([[0], np.cumsum(ends - starts)])[before]
-    begun = np.append(starts, np.iinfo(np.int64).max)[before]  # the span that a place may be in
-    return whole + np.maximum(places - begun, 0)
+def targets_before(places: np.ndarray, spans: np.ndarray, n_targets: np.ndarray) -> np.ndarray:
+    """How many tokens before each of some places lie in the spans, of which `n_targets` counts those before each."""
+    order = np.argsort(places)  # searching in rising order is several times faster
+    n = np.empty_like(order)  # spans that start before each place; the last of them may end after it
+    n[order] = np.searchsorted(spans[:, 0], places[order])
+    return n_targets[n] - np.maximum(spans[n - 1, 1] - places, 0) * (n > 0)
 
 
 @dataclass(frozen=True)
@@ -163,7 +148,6 @@ class Step:
 
     dataset: Dataset
     micro_batches: list[np.ndarray]
-    padded: bool = False
 
     @property
     def records(self) -> np.ndarray:
@@ -186,18 +170,17 @@ class Step:
         return list(self.batches(rank, world_size))
 
     def batches(self, rank: int, world_size: int) -> Iterator[Batch]:
-        """The same, each drawn when it is its turn."""
+        """An iterator over what `share` lists, which draws each micro-batch when its turn comes."""
         empty = [np.empty(0, np.int64)] * (-len(self.micro_batches) % world_size)
-        batch = self.dataset.padded_batch if self.padded else self.dataset.batch
-        return (batch(records) for records in (self.micro_batches + empty)[rank::world_size])
+        return map(self.dataset.batch, (self.micro_batches + empty)[rank::world_size])
 
 
 class BatchSchedule:
     """Which records each optimizer step of a training run sees: a pure function of the seed and the step.
 
     Every epoch holds each record once, in random steps of `batch_size` records over all devices. Only which of a step's
-    micro-batches a record is in depends on its length: long and short ones are dealt out so that all of them have about
-    as many tokens. The step with the largest micro-batch comes first, so that running out of memory shows immediately.
+    micro-batches a record is in depends on its length: long and short ones are spread so that all of them have about as
+    many tokens. The step with the largest micro-batch comes first, so that running out of memory shows immediately.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, micro_batch_size: int, seed: int) -> None:
@@ -208,93 +191,44 @@ class BatchSchedule:
         self.dataset, self.batch_size, self.micro_batch_size, self.seed = dataset, batch_size, micro_batch_size, seed
         self.steps_per_epoch = math.ceil(len(dataset) / batch_size)
         self._epoch: int | None = None
-        self._order, self._largest = np.empty(0, np.int32), 0  # of the epoch
 
     def step(self, number: int) -> Step:
         """An optimizer step, counted from 0 over all epochs."""
         epoch, place = divmod(number, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._draw(np.random.default_rng((self.seed, epoch)))
-            self._epoch = epoch
-        return self._step(place)
+            self._start_epoch(epoch)
+        return self._drawn(self._places[place])
 
-    def _draw(self, rng: np.random.Generator) -> None:
-        """Shuffle the records for an epoch."""
-        self._order = shuffled(len(self.dataset), rng)
-        self._largest = self._find_largest()
+    def _start_epoch(self, epoch: int) -> None:
+        """Shuffle the records, and put the step with the largest micro-batch first."""
+        self._epoch, self._order = epoch, shuffled(len(self.dataset), np.random.default_rng((self.seed, epoch)))
+        self._places = list(range(self.steps_per_epoch))
+        largest = max(self._places, key=lambda i: max(map(self.dataset.n_tokens, self._drawn(i).micro_batches)))
+        self._places.insert(0, self._places.pop(largest))
 
-    def _step(self, place: int) -> Step:
-        """A step of the epoch; the largest is taken out of its place and put first."""
-        if place <= self._largest:
-            place = (place - 1) % (self._largest + 1)
+    def _drawn(self, place: int) -> Step:
+        """The records in one place of the shuffled order."""
         records = self._order[place * self.batch_size :][: self.batch_size]
-        return Step(self.dataset, deal(records, self.dataset.lengths, self.micro_batch_size))
-
-    def _find_largest(self) -> int:
-        """The first of the steps whose largest micro-batch has the most tokens."""
-        lengths, size = self.dataset.lengths, self.batch_size
-        n_whole = len(self._order) // size * size
-        dealt = seats(size, size // self.micro_batch_size)
-        order = np.argsort(dealt, kind="stable")
-        starts = np.searchsorted(dealt[order], np.arange(size // self.micro_batch_size))  # of each micro-batch
-        n = max(BLOCK // size, 1) * size  # records at a time
-        most = []  # tokens of a micro-batch, of each step
-        for first in range(0, n_whole, n):
-            steps = lengths[self._order[first : min(first + n, n_whole)]].reshape(-1, size)  # (steps, size)
-            steps = np.sort(steps)[:, ::-1]
-            most.append(np.add.reduceat(steps[:, order], starts, axis=1).max(1))  # (steps,)
-        if n_whole < len(self._order):
-            rest = deal(self._order[n_whole:], lengths, self.micro_batch_size)
-            most.append(np.array([max(map(self.dataset.n_tokens, rest))]))
-        return int(np.concatenate(most).argmax())
+        return Step(self.dataset, balance(records, self.dataset.lengths, self.micro_batch_size))
 
 
-def deal(records: np.ndarray, lengths: np.ndarray, most: int) -> list[np.ndarray]:
-    """Cut records into as few micro-batches of at most `most` records as possible, with about as many tokens in each.
+def balance(records: np.ndarray, lengths: np.ndarray, size: int) -> list[np.ndarray]:
+    """Split records into as few micro-batches of at most `size` records as possible, with about as many tokens in each.
 
-    The longest go out first, to one micro-batch after the other and back again, as cards to players.
+    The longest records go first, one to each micro-batch, then the next ones in the opposite direction, and so on.
     """
-    n = math.ceil(len(records) / most)
+    n = math.ceil(len(records) / size)
     records = records[np.argsort(-lengths[records], kind="stable")]
-    dealt = seats(len(records), n)
-    return np.split(records[np.argsort(dealt, kind="stable")], np.cumsum(np.bincount(dealt))[:-1])[:n]
+    micro_batch = snake_order(len(records), n)  # of each record
+    return np.split(records[np.argsort(micro_batch, kind="stable")], np.cumsum(np.bincount(micro_batch))[:-1])[:n]
 
 
-def seats(n: int, n_players: int) -> np.ndarray:
-    """Which of the players gets each of n cards."""
-    place = np.arange(n) % (2 * n_players)
-    return np.minimum(place, 2 * n_players - 1 - place)  # 0, 1, ... n - 1, n - 1, ... 1, 0, 0, 1, ...
+def snake_order(n: int, n_groups: int) -> np.ndarray:
+    """The groups of n items, in turn and back again: 0, 1, ... n_groups - 1, n_groups - 1, ... 1, 0, 0, 1, ..."""
+    place = np.arange(n) % (2 * n_groups)
+    return np.minimum(place, 2 * n_groups - 1 - place)
 
 
 def single_step(dataset: Dataset, micro_batch_size: int) -> Step:
     """All records in one step, for what is evaluated and not trained on."""
-    return Step(dataset, deal(np.arange(len(dataset)), dataset.lengths, micro_batch_size))
-
-
-class GroupedSchedule(BatchSchedule):
-    """The schedule of version 1.0, kept to finish runs that it began and as a baseline for benchmarks.
-
-    Records are sorted by length within windows and cut into padded micro-batches, which are shuffled again. Where a
-    step has few micro-batches, its records are of one length, and its gradient is not that of a random sample.
-    """
-
-    window = 64  # micro-batches that are sorted together
-
-    def _draw(self, rng: np.random.Generator) -> None:
-        order, size, lengths = rng.permutation(len(self.dataset)), self.micro_batch_size, self.dataset.lengths
-        micro_batches: list[np.ndarray] = []
-        for start in range(0, len(order), self.window * size):
-            records = order[start : start + self.window * size]
-            records = records[np.argsort(-lengths[records], kind="stable")]
-            micro_batches += [records[i : i + size] for i in range(0, len(records), size)]
-        rng.shuffle(micro_batches)
-        longest = max(range(len(micro_batches)), key=lambda i: lengths[micro_batches[i]].sum())
-        micro_batches.insert(0, micro_batches.pop(longest))
-        n = self.batch_size // size
-        self._steps = [micro_batches[start : start + n] for start in range(0, len(micro_batches), n)]
-
-    def _step(self, place: int) -> Step:
-        return Step(self.dataset, self._steps[place], padded=True)
-
-
-SCHEDULES = {1: GroupedSchedule, 2: BatchSchedule}  # by the version that a training state was written by
+    return Step(dataset, balance(np.arange(len(dataset)), dataset.lengths, micro_batch_size))

@@ -15,7 +15,6 @@ from urllib.request import urlopen
 
 import numpy as np
 
-from lit_llama.arrays import number_type
 from lit_llama.errors import UserError
 from lit_llama.files import parse_json, read_text, write_file
 from lit_llama.prompt import Message, Role, check_order
@@ -170,7 +169,7 @@ def split_records(n: int, n_validation: int | None, seed: int) -> dict[str, np.n
 
 def shuffled(n: int, rng: np.random.Generator) -> np.ndarray:
     """What rng.permutation(n) gives, in half the memory."""
-    order = np.arange(n, dtype=number_type(n))
+    order = np.arange(n, dtype=np.int32)
     rng.shuffle(order)
     return order
 

@@ -92,14 +92,6 @@ def matching_tokenizer(dataset: Dataset, model: LLaMA, pretrained_path: Path, to
         raise UserError(
             f"{dataset.data_dir} was not prepared with {tokenizer.path}; prepare the data again with that tokenizer"
         )
-    if (
-        not dataset.has_checksum
-        and len(dataset.tokens)
-        and not 0 <= dataset.tokens.min() <= dataset.tokens.max() < tokenizer.vocab_size
-    ):
-        raise UserError(
-            f"{dataset.data_dir} is damaged: it has token ids beyond the vocabulary; prepare the data again"
-        )
     return tokenizer
 
 

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from benchmark import group_by_length
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import run
-from lit_llama.data import BatchSchedule, Dataset, GroupedSchedule, single_step
+from lit_llama.data import BatchSchedule, Dataset, single_step
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable
 from lit_llama.model import CONFIGS, LLaMA
 from lit_llama.optimizer import LearningRate
@@ -60,7 +61,7 @@ def main(
         ways = (
             scheduled(BatchSchedule(dataset, batch_size, size, seed=0), epochs),
             at_random(len(dataset), batch_size, epochs),
-            scheduled(GroupedSchedule(dataset, batch_size, size, seed=0), epochs),
+            grouped(dataset.lengths, batch_size, size, epochs),
         )
         figures = np.array([noise(products, n_targets, way) for way in ways])  # (3, 2)
         variances, cosines = ([f"{value:.3g}" for value in column] for column in figures.T)
@@ -91,7 +92,7 @@ def gradient_products(dataset: Dataset, pretrained_path: Path) -> np.ndarray:
 
 
 def scheduled(schedule: BatchSchedule, epochs: int) -> Iterable[list[np.ndarray]]:
-    """The steps of each epoch by one of our schedules."""
+    """The steps of each epoch by our schedule."""
     n = schedule.steps_per_epoch
     for epoch in range(epochs):
         yield [schedule.step(epoch * n + i).records for i in range(n)]
@@ -103,6 +104,14 @@ def at_random(n_records: int, batch_size: int, epochs: int, seed: int = 1) -> It
     for _ in range(epochs):
         order = rng.permutation(n_records)
         yield [order[i : i + batch_size] for i in range(0, n_records, batch_size)]
+
+
+def grouped(lengths: np.ndarray, batch_size: int, size: int, epochs: int, seed: int = 0) -> Iterable[list[np.ndarray]]:
+    """The steps of each epoch from micro-batches of records of similar length."""
+    rng, n = np.random.default_rng(seed), batch_size // size
+    for _ in range(epochs):
+        micro_batches = group_by_length(lengths, size, rng)
+        yield [np.concatenate(micro_batches[i : i + n]) for i in range(0, len(micro_batches), n)]
 
 
 def noise(products: np.ndarray, n_targets: np.ndarray, epochs: Iterable[list[np.ndarray]]) -> tuple[float, float]:
@@ -127,14 +136,14 @@ def noise(products: np.ndarray, n_targets: np.ndarray, epochs: Iterable[list[np.
 def loss_after_an_epoch(way: str, data_dir: Path, block_size: int, seed: int) -> float:
     """Validation loss of a small LLaMA that was trained for one epoch in steps of 4 records, from random weights."""
     dataset, validation = Dataset(data_dir, "train", block_size), Dataset(data_dir, "validation", block_size)
-    both = np.concatenate([dataset.tokens, validation.tokens])
-    used, both = np.unique(both, return_inverse=True)  # a vocabulary of the tokens that occur, for speed
-    dataset.tokens, validation.tokens = both[: len(dataset.tokens)], both[len(dataset.tokens) :]
-    kind = GroupedSchedule if way == "grouped" else BatchSchedule
-    schedule = kind(dataset, 4, 4, seed)
-    steps = [schedule.step(i).records for i in range(schedule.steps_per_epoch)]
-    if way == "random":
-        steps = next(iter(at_random(len(dataset), 4, 1, seed)))
+    used, tokens = np.unique(dataset.tokens, return_inverse=True)  # a vocabulary of the tokens that occur, for speed
+    dataset.tokens = validation.tokens = tokens
+    epochs = {
+        "ours": scheduled(BatchSchedule(dataset, 4, 4, seed), 1),
+        "random": at_random(len(dataset), 4, 1, seed),
+        "grouped": grouped(dataset.lengths, 4, 4, 1, seed),
+    }
+    steps = next(iter(epochs[way]))
     torch.manual_seed(seed)
     shape = CONFIGS["SmolLM2-135M"]
     model = LLaMA(replace(shape, vocab_size=len(used), n_layer=2, n_head=2, n_kv_head=2, n_embd=64, n_hidden=176))
@@ -144,7 +153,7 @@ def loss_after_an_epoch(way: str, data_dir: Path, block_size: int, seed: int) ->
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
     for i, records in enumerate(progress(steps, f"{way}, seed {seed}", "step")):
         optimizer.param_groups[0]["lr"] = LearningRate(1e-3, 20, "linear", len(steps)).at(i)
-        batch = dataset.batch(records) if way == "ours" else dataset.padded_batch(records)
+        batch = dataset.batch(records)
         (loss_sum(model, batch) / len(batch.targets)).backward()
         optimizer.step()
         optimizer.zero_grad()

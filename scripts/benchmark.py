@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import run
-from lit_llama.data import BatchSchedule, Dataset, GroupedSchedule
+from lit_llama.data import BatchSchedule, Dataset
 from lit_llama.device import peak_memory
 from lit_llama.huggingface import hf_config, to_hf
 from lit_llama.lora import LoRAConfig, add_lora, mark_only_lora_as_trainable
@@ -54,9 +54,22 @@ class Setting:
     def micro_batches(self) -> tuple[Dataset, list[np.ndarray]]:
         """Micro-batches of the first records, which are the same for all sides and both kinds of batches."""
         dataset = Dataset(self.data_dir, "train", self.block_size, limit=self.n_records)
-        kind = BatchSchedule if self.batches == "random" else GroupedSchedule
-        schedule = kind(dataset, self.micro_batch_size, self.micro_batch_size, self.seed)
+        if self.batches == "grouped":
+            return dataset, group_by_length(dataset.lengths, self.micro_batch_size, np.random.default_rng(self.seed))
+        schedule = BatchSchedule(dataset, self.micro_batch_size, self.micro_batch_size, self.seed)
         return dataset, [schedule.step(i).records for i in range(schedule.steps_per_epoch)]
+
+
+def group_by_length(lengths: np.ndarray, size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Micro-batches of records of similar length, in random order: 64 of them at a time are cut from sorted records."""
+    order, window = rng.permutation(len(lengths)), 64 * size
+    micro_batches: list[np.ndarray] = []
+    for start in range(0, len(order), window):
+        records = order[start : start + window]
+        records = records[np.argsort(-lengths[records], kind="stable")]
+        micro_batches += [records[i : i + size] for i in range(0, len(records), size)]
+    rng.shuffle(micro_batches)
+    return micro_batches
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from pathlib import Path
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from lit_llama.cli import run
-from lit_llama.encoder import N_CORES, Encoder
-from lit_llama.prepared import prepare
+from lit_llama.preparation import N_CORES, Encoder, prepare
 from lit_llama.prompt import PromptStyle
 from lit_llama.records import Fields, download
 from lit_llama.tokenizer import find_tokenizer

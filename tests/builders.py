@@ -9,22 +9,23 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from builders_tokenizers import train_byte_tokenizer
 
 from lit_llama import cli
 from lit_llama.adapter import AdapterConfig
 from lit_llama.data import Dataset
-from lit_llama.encoder import Encoder, count_records
 from lit_llama.files import is_plain
 from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.lora import LoRAConfig
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.prepared import prepare
+from lit_llama.preparation import Encoder, prepare
 from lit_llama.prompt import PromptStyle
 from lit_llama.records import Conversation, Fields, conversation, read_rows
 from lit_llama.shards import describe_shards, read_shards
@@ -74,11 +75,13 @@ CONVERSATIONS = [conversation(record, Fields()) for record in RECORDS]
 
 
 def read_records(source: Path, fields: Fields | None = None) -> list[Conversation]:
-    """All records of a file or data set; a UserError if some cannot be used."""
+    """All records of a file or data set; a UserError, as preparing it gives, if some cannot be used."""
     fields = fields or Fields()
-    n, records = count_records(source, fields), [conversation(row, fields) for _, row in read_rows(source)]
-    assert len(records) == n
-    return records
+    with TemporaryDirectory() as folder:
+        tokenizer = Path(folder) / "tokenizer.json"
+        tokenizer.write_text(train_byte_tokenizer().to_str())
+        prepare(Path(folder) / "data", {"train": source}, Encoder(Tokenizer(tokenizer), "zephyr", fields))
+    return [conversation(row, fields) for _, row in read_rows(source)]
 
 
 def prepare_records(

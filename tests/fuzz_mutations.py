@@ -117,15 +117,14 @@ def json_like(value: Any) -> Any:
     return [json_like(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def damage_numpy(content: bytes, rng: Random) -> tuple[bytes, str]:
-    array, file = np.load(io.BytesIO(content)).copy(), io.BytesIO()
-    how = pick(rng, ["value", "value", "float", "more", "fewer", "shape", "object", "none"])
+def damage_array(content: bytes, rng: Random) -> tuple[bytes, str]:
+    """Of a prepared folder's raw numbers."""
+    array = np.frombuffer(content, np.int32).copy()
+    how = pick(rng, ["value", "value", "float", "more", "fewer", "none"])
     if how == "value" and array.size:
-        array.flat[int(rng.integers(array.size))] = pick(rng, [-1, 0, 1, 2**31 - 1, -(2**31), 12345])
-    new = {"float": array.astype(float), "more": np.append(array, array), "fewer": array[:-1], "shape": array[None]}
-    new |= {"object": array.astype(object), "none": array[:0]}
-    np.save(file, new.get(how, array), allow_pickle=True)
-    return file.getvalue(), how
+        array[int(rng.integers(array.size))] = pick(rng, [-1, 0, 1, 2**31 - 1, -(2**31), 12345])
+    new = {"float": array.astype(float), "more": np.append(array, array), "fewer": array[:-1], "none": array[:0]}
+    return new.get(how, array).tobytes(), how
 
 
 def damage_safetensors(content: bytes, rng: Random) -> tuple[bytes, str]:
@@ -148,7 +147,7 @@ def damage_lines(content: bytes, rng: Random) -> tuple[bytes, str]:
 
 
 FORMATS = {
-    ".json": damage_json, ".pth": damage_torch, ".bin": damage_torch, ".npy": damage_numpy, ".csv": damage_lines,
+    ".json": damage_json, ".pth": damage_torch, ".bin": damage_array, ".csv": damage_lines,
     ".safetensors": damage_safetensors, ".tiktoken": damage_lines,
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ import export_peft
 import import_peft
 import merge_lora
 import torch
-from builders import RECORDS, ROOT, TINY, prepare_records, random_model, randomize, read_records
+from builders import RECORDS, TINY, prepare_records, random_model, randomize
 from builders_gguf import bpe_metadata, write_gguf
 from builders_tokenizers import train_byte_tokenizer, train_sentencepiece
 from lightning import Fabric
@@ -27,7 +27,6 @@ from torch.optim import Optimizer
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
 from lit_llama.checkpoint import load_model, save_model_folder
 from lit_llama.data import Dataset
-from lit_llama.encoder import Encoder
 from lit_llama.finetuned import Kind, describe, read_finetuned, save_finetuned
 from lit_llama.generation import Sampling, generate, read_prompts
 from lit_llama.integrity import identity
@@ -35,7 +34,8 @@ from lit_llama.log import TrainingLog
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLaMA
 from lit_llama.optimizer import AdamW
-from lit_llama.prepared import prepare
+from lit_llama.preparation import Encoder, prepare
+from lit_llama.records import Fields, conversation, read_rows
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.tokenizer_formats import from_tiktoken
 from lit_llama.training import matching_tokenizer
@@ -151,14 +151,7 @@ def read_own(name: str) -> Callable[[Path], Any]:
     def read(folder: Path) -> Any:
         encoder = Encoder(Tokenizer(folder / "tokenizer.json"), "plain")
         prepare(folder / "prepared", {"train": folder / name}, encoder)
-        return read_records(folder / name)
-
-    return read
-
-
-def read_version_1(kind: Kind) -> Callable[[Path], Any]:
-    def read(folder: Path) -> Any:
-        return read_onto_base(folder / kind / "finished.pth", kind, folder / "model")
+        return [conversation(row, Fields()) for _, row in read_rows(folder / name)]
 
     return read
 
@@ -166,7 +159,6 @@ def read_version_1(kind: Kind) -> Callable[[Path], Any]:
 def make_worlds(worlds: Path) -> None:
     """Write all files, whole."""
     model_world(worlds / "ours")
-    shutil.copytree(ROOT / "tests" / "version_1", worlds / "version 1")
     foreign = worlds / "foreign"
     shutil.copytree(worlds / "ours", foreign)
     export_hf.main(foreign / "hf", foreign / "lit-llama.pth", max_shard_gb=1e-5)
@@ -225,16 +217,13 @@ TARGETS = [
     Target("training state, LoRA", "ours", "lora-run/training-state.pth", resume("lora-run")),
     Target("training state, full", "ours", "full/training-state.pth", resume("full")),
     Target("metrics.csv at a resume", "ours", "lora-run/metrics.csv", resume("lora-run"), is_sealed=True),
-    Target("prepared tokens", "ours", "data/train_tokens.npy", read_data, is_sealed=True),
-    Target("prepared offsets", "ours", "data/train_offsets.npy", read_data, is_sealed=True),
-    Target("prepared spans", "ours", "data/validation_spans.npy", read_data, is_sealed=True),
+    Target("prepared tokens", "ours", "data/tokens.bin", read_data, is_sealed=True),
+    Target("prepared offsets", "ours", "data/offsets.bin", read_data, is_sealed=True),
+    Target("prepared spans", "ours", "data/spans.bin", read_data, is_sealed=True),
+    Target("prepared split", "ours", "data/train.bin", read_data, is_sealed=True),
     Target("meta.json", "ours", "data/meta.json", read_data),
     Target("tokenizer_config.json", "ours", "tokenizer_config.json", read_tokenizer("tokenizer.json"), is_sealed=True),
     Target("tokenizer.json", "ours", "tokenizer.json", read_tokenizer("tokenizer.json"), is_sealed=True),
-    Target("version 1: config.json", "version 1", "model/config.json", read_version_1("lora")),
-    Target("version 1: lit-llama.pth", "version 1", "model/lit-llama.pth", read_version_1("lora")),
-    Target("version 1: LoRA file", "version 1", "lora/finished.pth", read_version_1("lora")),
-    Target("version 1: adapter file", "version 1", "adapter/finished.pth", read_version_1("adapter")),
     Target("foreign: tokenizer.model", "foreign", "tokenizer.model", read_tokenizer("tokenizer.model")),
     Target("foreign: tokenizer.json", "foreign", "hf/plain.json", read_tokenizer("hf/plain.json")),
     Target("foreign: tiktoken", "foreign", "ranks.tiktoken", lambda folder: from_tiktoken(folder / "ranks.tiktoken")),

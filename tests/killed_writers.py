@@ -35,13 +35,12 @@ from lightning import Fabric
 from tqdm import tqdm
 
 from lit_llama.checkpoint import save_model_folder
-from lit_llama.encoder import Encoder
 from lit_llama.errors import UserError
 from lit_llama.files import write_file
 from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.log import TrainingLog, plot_losses
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
-from lit_llama.prepared import prepare
+from lit_llama.preparation import Encoder, prepare
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training_state import TrainingState
 

@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import json
 import shutil
@@ -10,11 +11,10 @@ import torch
 from builders import RECORDS, TINY, Lengths, prepare_records, random_model
 from torch.nn import functional as F
 
-from lit_llama import arrays, data, files
-from lit_llama.data import BatchSchedule, Dataset, GroupedSchedule, deal
-from lit_llama.encoder import Encoder
+from lit_llama import data, files, preparation
+from lit_llama.data import BatchSchedule, Dataset, balance
 from lit_llama.errors import UserError
-from lit_llama.prepared import prepare
+from lit_llama.preparation import TYPES, Encoder, prepare
 from lit_llama.prompt import Message, encode, encode_prompt
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training import loss_sum
@@ -55,14 +55,14 @@ def test_targets_follow_their_inputs_in_a_batch(data_dir: Path) -> None:
 
 
 @torch.no_grad()
-def test_packed_records_give_what_each_gives_alone_and_what_padded_rows_give(data_dir: Path) -> None:
+def test_packed_records_give_what_each_gives_alone(data_dir: Path) -> None:
     model, dataset = random_model(TINY), Dataset(data_dir, "train", 128)
     records = [4, 0, 10, 7]
     alone = torch.cat([model(dataset.batch([i]).input_ids, select=dataset.batch([i]).select) for i in records])
-    for batch in (dataset.batch(records), dataset.padded_batch(records)):
-        logits = model(batch.input_ids, lengths=batch.lengths, select=batch.select)
-        torch.testing.assert_close(logits, alone, atol=1e-5, rtol=0)
-        assert torch.equal(batch.targets, torch.cat([dataset.batch([i]).targets for i in records]))
+    batch = dataset.batch(records)
+    logits = model(batch.input_ids, lengths=batch.lengths, select=batch.select)
+    torch.testing.assert_close(logits, alone, atol=1e-5, rtol=0)
+    assert torch.equal(batch.targets, torch.cat([dataset.batch([i]).targets for i in records]))
 
 
 def test_a_truncated_response_has_no_eos_and_a_prompt_without_room_is_dropped(
@@ -108,7 +108,7 @@ def test_the_loss_is_the_mean_over_target_tokens(data_dir: Path) -> None:
     model, dataset = random_model(TINY), Dataset(data_dir, "train", 128)
     losses = []
     for i in range(3):
-        start, length, first = dataset.offsets[i], dataset.lengths[i], dataset.spans(i)[0, 0]
+        start, length, first = dataset.starts[i], dataset.lengths[i], dataset.spans(i)[0, 0]
         ids = torch.from_numpy(dataset.tokens[start : start + length].astype(np.int64))
         logits = model(ids[None, :-1])[0]
         losses += [F.cross_entropy(logits[t - 1], ids[t]) for t in range(first, length)]
@@ -116,17 +116,13 @@ def test_the_loss_is_the_mean_over_target_tokens(data_dir: Path) -> None:
     torch.testing.assert_close(mean, torch.stack(losses).mean())
 
 
-SCHEDULE_KINDS = [BatchSchedule, GroupedSchedule]
-
-
 def random_lengths(n: int, high: int = 100) -> Lengths:
     return Lengths(np.random.default_rng(0).integers(2, high, n))
 
 
-@pytest.mark.parametrize("kind", SCHEDULE_KINDS)
 @pytest.mark.parametrize(("n", "batch_size", "micro_batch_size"), [(100, 16, 4), (37, 9, 3), (5, 128, 4), (9, 2, 1)])
-def test_every_epoch_has_every_record_once(kind: type, n: int, batch_size: int, micro_batch_size: int) -> None:
-    schedule = kind(random_lengths(n), batch_size, micro_batch_size, seed=1)
+def test_every_epoch_has_every_record_once(n: int, batch_size: int, micro_batch_size: int) -> None:
+    schedule = BatchSchedule(random_lengths(n), batch_size, micro_batch_size, seed=1)
     epochs = []
     for epoch in range(3):
         steps = [schedule.step(epoch * schedule.steps_per_epoch + i) for i in range(schedule.steps_per_epoch)]
@@ -137,10 +133,9 @@ def test_every_epoch_has_every_record_once(kind: type, n: int, batch_size: int, 
     assert n < 30 or epochs[0] != epochs[1] != epochs[2]
 
 
-@pytest.mark.parametrize("kind", SCHEDULE_KINDS)
-def test_the_schedule_is_a_function_of_seed_and_step(kind: type) -> None:
+def test_the_schedule_is_a_function_of_seed_and_step() -> None:
     dataset = random_lengths(60)
-    one, other, another = kind(dataset, 8, 4, seed=1), kind(dataset, 8, 4, seed=1), kind(dataset, 8, 4, seed=2)
+    one, other, another = (BatchSchedule(dataset, 8, 4, seed) for seed in (1, 1, 2))
     for step in (20, 3, 11):
         assert np.array_equal(one.step(step).records, other.step(step).records)
     assert not np.array_equal(one.step(3).records, another.step(3).records)
@@ -158,33 +153,32 @@ def test_the_largest_micro_batch_is_in_the_first_step_and_all_of_a_step_are_abou
 def test_a_steps_records_do_not_depend_on_their_lengths() -> None:
     """Shuffled anew, the lengths of a step's records are as different as those of all records."""
     dataset = random_lengths(4000, 500)
-    spread = {}
-    for kind in SCHEDULE_KINDS:
-        schedule = kind(dataset, 4, 4, seed=0)
-        steps = [schedule.step(i) for i in range(schedule.steps_per_epoch)]
-        spread[kind] = np.mean([dataset.lengths[step.records].var(ddof=1) for step in steps])
-    assert spread[BatchSchedule] == pytest.approx(dataset.lengths.var(), rel=0.05)
-    assert spread[GroupedSchedule] < 0.01 * dataset.lengths.var()
+    schedule = BatchSchedule(dataset, 4, 4, seed=0)
+    steps = [schedule.step(i) for i in range(schedule.steps_per_epoch)]
+    spread = np.mean([dataset.lengths[step.records].var(ddof=1) for step in steps])
+    assert spread == pytest.approx(dataset.lengths.var(), rel=0.05)
 
 
-@pytest.mark.parametrize("block", [1, 30, 2**20])
 @pytest.mark.parametrize(("n", "batch_size", "micro_batch_size"), [(100, 16, 4), (37, 9, 3), (96, 8, 8), (5, 128, 4)])
-def test_a_step_is_that_of_an_epoch_dealt_out_as_a_whole(
-    n: int, batch_size: int, micro_batch_size: int, block: int, monkeypatch: pytest.MonkeyPatch
+def test_an_epoch_is_a_shuffle_cut_into_steps_of_which_the_largest_comes_first(
+    n: int, batch_size: int, micro_batch_size: int
 ) -> None:
-    """So that a run which was begun when steps were not yet dealt one by one goes on as it would have."""
-    monkeypatch.setattr(data, "BLOCK", block)
     dataset = random_lengths(n, high=20)
     schedule = BatchSchedule(dataset, batch_size, micro_batch_size, seed=3)
     for epoch in range(3):
         order = np.random.default_rng((3, epoch)).permutation(n)
         steps = [order[start : start + batch_size] for start in range(0, n, batch_size)]
-        dealt = [deal(records, dataset.lengths, micro_batch_size) for records in steps]
-        largest = max(range(len(dealt)), key=lambda i: max(map(dataset.n_tokens, dealt[i])))
-        dealt.insert(0, dealt.pop(largest))
-        for i, expected in enumerate(dealt):
-            step = schedule.step(epoch * len(dealt) + i)
+        steps = [balance(records, dataset.lengths, micro_batch_size) for records in steps]
+        largest = max(range(len(steps)), key=lambda i: max(map(dataset.n_tokens, steps[i])))
+        steps.insert(0, steps.pop(largest))
+        for i, expected in enumerate(steps):
+            step = schedule.step(epoch * len(steps) + i)
             assert [list(records) for records in step.micro_batches] == [list(records) for records in expected]
+
+
+def test_records_go_to_micro_batches_in_turn_and_back_the_longest_first() -> None:
+    lengths = np.array([1, 9, 5, 8, 2, 7, 3])
+    assert [part.tolist() for part in balance(np.arange(7), lengths, 3)] == [[1, 4, 0], [3, 6], [5, 2]]
 
 
 @pytest.mark.parametrize("limit", [None, 5])
@@ -196,7 +190,7 @@ def test_a_data_set_looked_at_block_by_block_is_the_same(
     prepare_records(tmp_path / "data", {"train": rows}, tokenizer.path, "plain" if documents else "zephyr")
     found = []
     for block in (2**20, 3, 1):
-        for module in (data, arrays):
+        for module in (data, preparation):
             monkeypatch.setattr(module, "BLOCK", block)
         dataset = Dataset(tmp_path / "data", "train", 60, limit=limit)
         assert len(dataset) >= 5
@@ -218,16 +212,38 @@ def test_processes_share_a_step_without_overlap_and_in_equal_numbers(data_dir: P
         assert torch.equal(targets.sort().values, expected.sort().values)
 
 
-def test_changed_or_exchanged_arrays_are_noticed(data_dir: Path, tmp_path: Path) -> None:
-    for name in ("train_tokens.npy", "train_offsets.npy", "train_spans.npy"):
-        folder = tmp_path / name
-        shutil.copytree(data_dir, folder)
-        array = np.load(folder / name)
-        array[len(array) // 2] += 1
-        np.save(folder / name, array)
-        with pytest.raises(UserError, match=f"damaged: {name}"):
-            Dataset(folder, "train", 128)
-        Dataset(folder, "validation", 128)
+def change_array(folder: Path, name: str, change: Callable[[np.ndarray], np.ndarray], seal: bool = False) -> None:
+    """Write another array in place of one of a prepared folder; with `seal`, and its checksum."""
+    path, meta = folder / f"{name}.bin", json.loads((folder / "meta.json").read_text())
+    path.write_bytes(change(np.frombuffer(path.read_bytes(), TYPES[name])).tobytes())
+    if seal:
+        meta["sha256"][name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize("name", ["tokens", "offsets", "spans", "train"])
+def test_changed_or_exchanged_arrays_are_noticed(data_dir: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
+    change_array(tmp_path, name, lambda array: array + (np.arange(len(array)) == len(array) // 2))
+    with pytest.raises(UserError, match=f"damaged: {name}.bin"):
+        Dataset(tmp_path, "train", 128)
+
+
+def test_an_array_without_a_checksum_is_refused(data_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    del meta["sha256"]["tokens"]
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"damaged: tokens\.bin"):
+        Dataset(tmp_path, "train", 128)
+
+
+def test_a_damaged_split_leaves_the_other_readable(data_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
+    change_array(tmp_path, "train", lambda array: array[::-1])
+    with pytest.raises(UserError, match=r"damaged: train\.bin"):
+        Dataset(tmp_path, "train", 128)
+    Dataset(tmp_path, "validation", 128)
 
 
 def test_without_check_files_only_the_tokens_are_not_compared(
@@ -235,14 +251,11 @@ def test_without_check_files_only_the_tokens_are_not_compared(
 ) -> None:
     monkeypatch.setattr(files, "check_all", False)
     shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
-    for name in ("tokens", "spans"):
-        array = np.load(tmp_path / f"train_{name}.npy")
-        array.flat[-1] -= 1
-        np.save(tmp_path / f"train_{name}.npy", array)
-        if name == "tokens":
-            Dataset(tmp_path, "train", 128)
-            assert "train_tokens.npy was read without comparing" in capsys.readouterr().err
-    with pytest.raises(UserError, match="damaged: train_spans"):
+    change_array(tmp_path, "tokens", lambda array: array - 1)
+    Dataset(tmp_path, "train", 128)
+    assert "tokens.bin was read without comparing" in capsys.readouterr().err
+    change_array(tmp_path, "train", lambda array: array[::-1])
+    with pytest.raises(UserError, match=r"damaged: train\.bin"):
         Dataset(tmp_path, "train", 128)
 
 
@@ -265,11 +278,15 @@ def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
         Dataset(tmp_path, "train", 128)
 
 
-def test_data_of_version_1_is_to_be_prepared_again(data_dir: Path, tmp_path: Path) -> None:
-    shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "train_spans.npy").rename(tmp_path / "train_prompt_lengths.npy")
-    with pytest.raises(UserError, match=r"version 1\.0.*run one of scripts/prepare_"):
-        Dataset(tmp_path, "train", 128)
+def test_data_of_an_earlier_version_is_to_be_prepared_again(
+    data_dir: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    shutil.copytree(data_dir, tmp_path / "data")
+    (tmp_path / "data" / "train.bin").rename(tmp_path / "data" / "train_tokens.npy")
+    with pytest.raises(UserError, match=r"holds no prepared data \(it is of an earlier version\); run one of scripts/"):
+        Dataset(tmp_path / "data", "train", 128)
+    prepare_records(tmp_path / "data", {"train": RECORDS}, tokenizer.path)
+    assert len(Dataset(tmp_path / "data", "train", 128)) == len(RECORDS)
 
 
 def as_row(record: list[Message]) -> dict:
@@ -322,25 +339,31 @@ def test_documents_are_cut_into_blocks_and_trained_on_as_a_whole(tmp_path: Path,
     ("name", "change"),
     [
         ("tokens", lambda array: array.astype(float)),
-        ("tokens", lambda array: array[None]),
         ("tokens", lambda array: array[:-1]),
+        ("tokens", lambda array: array[:0]),
         ("offsets", lambda array: np.concatenate((array[:1], array[2:1:-1], array[2:]))),
         ("offsets", lambda array: array[:0]),
+        ("offsets", lambda array: array[:1]),
         ("spans", lambda array: array + 1000),
         ("spans", lambda array: -array),
-        ("spans", lambda array: array[:, :1]),
-        ("spans", np.asfortranarray),
-        ("tokens", lambda array: array.astype(">i4")),
+        ("spans", lambda array: array[:-2]),
+        ("spans", lambda array: array[:0]),
+        ("train", lambda array: array + 1000),
+        ("train", lambda array: array - 1),
     ],
 )
-def test_arrays_that_cannot_be_right_are_named_without_a_checksum_too(
+def test_arrays_that_cannot_be_right_are_named_with_a_checksum_too(
     data_dir: Path, tmp_path: Path, name: str, change: Callable
 ) -> None:
     shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
-    path, meta = tmp_path / f"train_{name}.npy", json.loads((tmp_path / "meta.json").read_text())
-    np.save(path, change(np.load(path)))
-    with pytest.raises(UserError, match=f"train_{name}.npy does not match"):
+    change_array(tmp_path, name, change, seal=True)
+    with pytest.raises(UserError, match=r"(offsets|spans|train)\.bin does not match"):
         Dataset(tmp_path, "train", 128)
-    (tmp_path / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k not in ("sha256", "checksum")}))
-    with pytest.raises(UserError, match=r"train_\w+\.npy does not match"):
+
+
+@pytest.mark.parametrize(("name", "size"), [("tokens", 5), ("spans", 24)])
+def test_an_array_of_an_odd_size_is_refused(data_dir: Path, tmp_path: Path, name: str, size: int) -> None:
+    shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / f"{name}.bin").write_bytes(bytes(size))
+    with pytest.raises(UserError, match="holds no prepared data"):
         Dataset(tmp_path, "train", 128)

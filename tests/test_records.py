@@ -129,7 +129,7 @@ def test_malformed_records_are_named(tmp_path: Path, text: str, message: str) ->
 def test_splits_are_disjoint_and_depend_on_the_seed_alone() -> None:
     train, validation = split_records(100, None, seed=1).values()
     assert (len(train), len(validation)) == (90, 10)
-    order = np.random.default_rng(1).permutation(100)  # a split is that of version 1.0
+    order = np.random.default_rng(1).permutation(100)
     assert np.array_equal(np.concatenate([validation, train]), order)
     assert len(split_records(100, 25, seed=1)["validation"]) == 25
     with pytest.raises(UserError):

@@ -5,16 +5,16 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from builders import RECORDS, command, peak_of
 
-from lit_llama import arrays, encoder
-from lit_llama.encoder import Encoder, in_processes
+from lit_llama import preparation
 from lit_llama.errors import UserError
-from lit_llama.prepared import ARRAYS, prepare
+from lit_llama.preparation import TYPES, Encoder, in_processes, prepare
 from lit_llama.prompt import encode
 from lit_llama.records import Fields, conversation
 from lit_llama.tokenizer import Tokenizer
@@ -29,12 +29,21 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def encoder(model_folder: Path) -> Encoder:
+    return Encoder(Tokenizer(model_folder / "tokenizer.json"), "plain")
+
+
 def process_of(number: int) -> tuple[int, int]:
     return number, os.getpid()
 
 
+def end_process(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_calls_are_shared_by_processes_in_order_and_not_drawn_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder, "N_CORES", 2)
+    monkeypatch.setattr(preparation, "N_CORES", 2)
     drawn = []
     results = in_processes(process_of, (drawn.append(i) or i for i in range(200)), num_workers=2)
     first = next(results)
@@ -46,50 +55,74 @@ def test_calls_are_shared_by_processes_in_order_and_not_drawn_far_ahead(monkeypa
     assert [*in_processes(process_of, range(3), num_workers=2)] == [process_of(i) for i in range(3)]
 
 
-@pytest.mark.parametrize(("num_workers", "most_pieces", "most_values"), [(1, 2**16, 2**22), (2, 70, 300), (3, 1, 1)])
-def test_arrays_are_those_of_records_encoded_one_by_one_in_the_order_of_the_split(
-    tmp_path: Path,
-    model_folder: Path,
-    source: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    num_workers: int,
-    most_pieces: int,
-    most_values: int,
+def read_arrays(folder: Path) -> list[np.ndarray]:
+    return [np.frombuffer((folder / f"{name}.bin").read_bytes(), dtype) for name, dtype in TYPES.items()]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_arrays_are_those_of_records_encoded_one_by_one_and_splits_those_of_a_shuffle(
+    tmp_path: Path, encoder: Encoder, source: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
 ) -> None:
-    tokenizer = Tokenizer(model_folder / "tokenizer.json")
-    monkeypatch.setattr(encoder, "N_CORES", 2)
-    monkeypatch.setattr(encoder, "CHUNK", 10)
-    monkeypatch.setattr(arrays, "MOST_PIECES", most_pieces)
-    monkeypatch.setattr(arrays, "MOST_VALUES", most_values)
-    prepare(tmp_path / "out", {"train": source}, Encoder(tokenizer, "plain"), 7, 20, num_workers)
+    monkeypatch.setattr(preparation, "N_CORES", 2)
+    monkeypatch.setattr(preparation, "CHUNK", 10)
+    prepare(tmp_path / "out", {"train": source}, encoder, 7, 20, num_workers)
     records = [conversation(json.loads(line), Fields()) for line in source.read_text().split("\n")]
+    tokens, offsets, spans = [], [0], []
+    for ids, trained in (encode("plain", record, encoder.tokenizer) for record in records):
+        spans += [offsets[-1] + trained.index(True), offsets[-1] + len(ids)]
+        tokens += ids
+        offsets.append(len(tokens))
     order = np.random.default_rng(7).permutation(300)
-    for split, numbers in (("validation", order[:20]), ("train", order[20:])):
-        tokens, offsets, spans = [], [0], []
-        for ids, trained in (encode("plain", records[i], tokenizer) for i in numbers):
-            spans.append([offsets[-1] + trained.index(True), offsets[-1] + len(ids)])
-            tokens += ids
-            offsets.append(len(tokens))
-        expected = np.array(tokens, np.int32), np.array(offsets, np.int64), np.array(spans, np.int64)
-        for name, array in zip(ARRAYS, expected, strict=True):
-            np.save(tmp_path / "expected.npy", array)
-            assert (tmp_path / "out" / f"{split}_{name}.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
+    expected = tokens, offsets, spans, order[20:], order[:20]
+    for array, values in zip(read_arrays(tmp_path / "out"), expected, strict=True):
+        assert np.array_equal(array, values)
+
+
+def test_records_of_a_validation_file_follow_those_to_train_on(tmp_path: Path, encoder: Encoder, source: Path) -> None:
+    (tmp_path / "others.jsonl").write_text("\n".join(source.read_text().split("\n")[:5]))
+    prepare(tmp_path / "out", {"train": source, "validation": tmp_path / "others.jsonl"}, encoder)
+    tokens, offsets, _, train, validation = read_arrays(tmp_path / "out")
+    assert train.tolist() == [*range(300)]
+    assert validation.tolist() == [*range(300, 305)]
+    assert np.array_equal(tokens[: offsets[5]], tokens[offsets[300] :])
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_record_that_a_template_cannot_take_is_named_by_its_place(
-    tmp_path: Path, model_folder: Path, source: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+    tmp_path: Path, encoder: Encoder, source: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
 ) -> None:
-    monkeypatch.setattr(encoder, "N_CORES", 2)
-    monkeypatch.setattr(encoder, "CHUNK", 10)
+    monkeypatch.setattr(preparation, "N_CORES", 2)
+    monkeypatch.setattr(preparation, "CHUNK", 10)
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
     source.write_text(f"{source.read_text()}\n{json.dumps({'messages': turns})}")
-    to_alpaca = Encoder(Tokenizer(model_folder / "tokenizer.json"), "alpaca")
-    with pytest.raises(
-        UserError, match=r"records\.jsonl, line 301: the prompt style alpaca takes one question"
-    ) as error:
-        prepare(tmp_path / "out", {"train": source}, to_alpaca, num_workers=num_workers)
+    message = r"records\.jsonl: 1 of 301 records cannot be used: line 301: the prompt style plain takes one question"
+    with pytest.raises(UserError, match=message) as error:
+        prepare(tmp_path / "out", {"train": source}, encoder, num_workers=num_workers)
     assert "\n" not in str(error.value)
+    assert [*tmp_path.iterdir()] == [source]
+
+
+def test_a_process_that_dies_ends_the_preparation_which_leaves_nothing(
+    tmp_path: Path, encoder: Encoder, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "N_CORES", 2)
+    monkeypatch.setattr(preparation, "CHUNK", 10)
+    monkeypatch.setattr(Encoder, "tokenise", end_process)
+    with pytest.raises(UserError, match=r"worker.*(killed|exited)"):
+        prepare(tmp_path / "out", {"train": source}, encoder, num_workers=2)
+    assert [*tmp_path.iterdir()] == [source]
+
+
+def test_a_source_that_cannot_be_read_is_named_and_not_the_folder(
+    tmp_path: Path, encoder: Encoder, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_source: Path) -> Iterator[tuple[str, object]]:
+        yield "line 1", RECORDS[0]
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(preparation, "read_rows", broken)
+    with pytest.raises(UserError, match=r"^could not read .*records\.jsonl: Input/output error$"):
+        prepare(tmp_path / "out", {"train": source}, encoder)
     assert [*tmp_path.iterdir()] == [source]
 
 
@@ -102,17 +135,15 @@ def test_preparing_and_opening_records_takes_less_memory_than_their_tokens(tmp_p
         source, out = f"Path({str(tmp_path / name)!r} + '.jsonl')", f"Path({str(tmp_path / name)!r})"
         actions.append(f"prepare({out}, {{'train': {source}}}, encoder, 1, 10); Dataset({out}, 'train', 64)")
     before = f"""
-import lit_llama.arrays, lit_llama.data
+import lit_llama.data, lit_llama.preparation
 from lit_llama.data import Dataset
-from lit_llama.encoder import Encoder
-from lit_llama.prepared import prepare
+from lit_llama.preparation import Encoder, prepare
 from lit_llama.tokenizer import Tokenizer
-lit_llama.arrays.MOST_VALUES = 2**16
-lit_llama.arrays.BLOCK = lit_llama.data.BLOCK = 2**10
+lit_llama.preparation.BLOCK = lit_llama.data.BLOCK = 2**10
 encoder = Encoder(Tokenizer(Path({str(model_folder / "tokenizer.json")!r})), "plain")
 {actions[0]}"""
     peak = peak_of(before, actions[1])
-    assert peak < (tmp_path / "many" / "train_tokens.npy").stat().st_size
+    assert peak < (tmp_path / "many" / "tokens.bin").stat().st_size
 
 
 @pytest.fixture
@@ -123,9 +154,9 @@ def running(tmp_path: Path, checkpoint: Path, source: Path) -> subprocess.Popen[
     process = subprocess.Popen(
         command("scripts/prepare_json.py", *flags), stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert process.stderr
-    assert "Checking" in process.stderr.readline()
-    time.sleep(0.5)
+    written = tmp_path / ".out.part" / "tokens.bin"
+    while not (written.exists() and written.stat().st_size) and process.poll() is None:
+        time.sleep(0.05)
     return process
 
 
