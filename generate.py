@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from lit_llama.checkpoint import finish_loading, load_for_merging, own_prompt_style
+from lit_llama.checkpoint import find_model, finish_loading, load_for_merging, own_prompt_style
 from lit_llama.cli import run
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
 from lit_llama.generation import Sampling, compile_steps, read_prompts, respond
@@ -19,7 +19,7 @@ def main(
     input: str = "",
     prompt_file: Path | None = None,
     prompt_style: PromptStyle | None = None,
-    checkpoint_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    checkpoint_path: Path | None = None,
     tokenizer_path: Path | None = None,
     num_samples: PositiveInt = 1,
     max_new_tokens: PositiveInt = 50,
@@ -39,7 +39,7 @@ def main(
         prompt_file: A file of prompts, one per line, to use instead.
         prompt_style: plain for a text to continue, or the template of an instruction (see lit_llama/prompt.py). By
             default the one that the model's config.json names, or plain.
-        checkpoint_path: The model.
+        checkpoint_path: The model. Default: checkpoints/lit-llama/7B, or else the model written last.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         num_samples: Continuations per prompt.
         max_new_tokens: The longest continuation, in tokens.
@@ -51,6 +51,7 @@ def main(
         quantize: int8: weights in 8 bits, for less memory, faster tokens on a CPU and slightly different numbers.
         compile: Compile the computation of a token first, which takes up to a few minutes: for long answers or many.
     """
+    checkpoint_path = find_model(checkpoint_path)
     dtype = storage_dtype(precision or default_precision())
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     prompts = read_prompts(prompt, prompt_file)

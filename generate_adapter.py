@@ -5,7 +5,7 @@ from pathlib import Path
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from lit_llama.adapter import cache_prefix
-from lit_llama.checkpoint import finish_loading, load_for_merging
+from lit_llama.checkpoint import find_model, finish_loading, load_for_merging
 from lit_llama.cli import run
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
 from lit_llama.finetuned import base_is_nf4, read_finetuned
@@ -19,7 +19,7 @@ def main(
     input: str = "",
     prompt_file: Path | None = None,
     adapter_path: Path = Path("out/adapter/alpaca/lit-llama-adapter-finetuned.pth"),
-    pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    pretrained_path: Path | None = None,
     tokenizer_path: Path | None = None,
     force: bool = False,
     max_new_tokens: PositiveInt = 100,
@@ -38,7 +38,8 @@ def main(
         input: What the instruction works on, if anything.
         prompt_file: A file of instructions, one per line, to use instead.
         adapter_path: The file that finetune_adapter.py wrote.
-        pretrained_path: The checkpoint of the base model.
+        pretrained_path: The checkpoint of the base model. Default: checkpoints/lit-llama/7B, or else the model written
+            last.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         force: Use the file even if it was trained on a different base model of the same shape.
         max_new_tokens: The longest response, in tokens.
@@ -50,6 +51,7 @@ def main(
         quantize: int8: weights in 8 bits, for less memory, faster tokens on a CPU and slightly different numbers.
         compile: Compile the computation of a token first, which takes up to a few minutes: for long answers or many.
     """
+    pretrained_path = find_model(pretrained_path)
     dtype = storage_dtype(precision or default_precision())
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     prompts = read_prompts(prompt, prompt_file)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from lit_llama.checkpoint import finish_loading, load_for_merging
+from lit_llama.checkpoint import find_model, finish_loading, load_for_merging
 from lit_llama.cli import run
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
 from lit_llama.errors import UserError
@@ -23,7 +23,7 @@ def main(
     prompt_file: Path | None = None,
     lora_path: tuple[Path, ...] = (Path("out/lora/alpaca/lit-llama-lora-finetuned.pth"),),
     lora_alpha: float | None = None,
-    pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    pretrained_path: Path | None = None,
     tokenizer_path: Path | None = None,
     merge: bool | None = None,
     force: bool = False,
@@ -44,7 +44,8 @@ def main(
         prompt_file: A file of instructions, one per line, to use instead.
         lora_path: The file that finetune_lora.py wrote, or several, which answer one after the other on the same base.
         lora_alpha: Only for a file of the archived Lit-LLaMA, which did not store it.
-        pretrained_path: The checkpoint of the base model.
+        pretrained_path: The checkpoint of the base model. Default: checkpoints/lit-llama/7B, or else the model written
+            last.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         merge: Fold the update into the weights first, which is faster. Default: true for one file, false for several,
             and for one that was trained on a 4-bit base, which would no longer be in 4 bits.
@@ -58,6 +59,7 @@ def main(
         quantize: int8: weights in 8 bits, for less memory, faster tokens on a CPU and slightly different numbers.
         compile: Compile the computation of a token first, which takes up to a few minutes: for long answers or many.
     """
+    pretrained_path = find_model(pretrained_path)
     if not lora_path:
         raise UserError("--lora_path names no file")
     if merge and len(lora_path) > 1:

@@ -35,6 +35,8 @@ from lit_llama.prompt import TEMPLATES, PromptStyle
 from lit_llama.quantization import Quantization, quantize_blocks, quantize_int8
 
 WEIGHTS = "lit-llama.pth"
+DEFAULT_MODEL = Path("checkpoints/lit-llama/7B/lit-llama.pth")
+QUICKSTART_MODEL = Path("checkpoints/lit-llama/SmolLM2-135M-Instruct/lit-llama.pth")  # of what compares or measures
 MODEL_FILES = r"(lit-llama\.pth|config\.json|tokenizer\.model|tokenizer\.json|tokenizer_config\.json)(\.part)?"
 
 
@@ -99,11 +101,12 @@ def finite(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[
 def load_model(
     path: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", nf4: bool = False
 ) -> LLaMA:
-    """The model of a checkpoint `lit-llama.pth`, its weights in `dtype` (None: as they are stored).
+    """The model of a folder, or of its `lit-llama.pth`, its weights in `dtype` (None: as they are stored).
 
     The weights are mapped from the file and copied, if at all, one by one: loading takes no second copy of the model.
     With `nf4`, the matrices of the blocks are quantised to 4 bits on their way.
     """
+    path = file_in(path)
     if path.is_file():
         say(f"Loading {path} ({path.stat().st_size / 1e9:.1f} GB)")
     state = read_file(path)
@@ -145,6 +148,11 @@ def finish_loading(model: LLaMA, quantize: Quantization | None, dtype: torch.dty
         quantize_int8(model, dtype, device)
     else:
         model.to(dtype)
+
+
+def find_model(path: Path | None, default: Path = DEFAULT_MODEL) -> Path:
+    """The weights of a model that is named by its folder or its file, or if none is named those of the default one."""
+    return default_model(default) if path is None else file_in(path)
 
 
 def file_in(path: Path, name: str = WEIGHTS) -> Path:

@@ -21,7 +21,7 @@ from benchmark import group_by_length
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from lit_llama.checkpoint import load_model
+from lit_llama.checkpoint import QUICKSTART_MODEL, find_model, load_model
 from lit_llama.cli import run
 from lit_llama.data import BatchSchedule, Dataset, single_step
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable
@@ -33,7 +33,7 @@ from lit_llama.training import loss_sum
 
 def main(
     data_dir: Path = Path("data/alpaca"),
-    pretrained_path: Path = Path("checkpoints/lit-llama/SmolLM2-135M-Instruct/lit-llama.pth"),
+    pretrained_path: Path | None = None,
     n_records: PositiveInt = 160,
     micro_batch_size: PositiveInt = 4,
     block_size: PositiveInt = 512,
@@ -44,13 +44,15 @@ def main(
 
     Args:
         data_dir: Prepared data, for example Alpaca.
-        pretrained_path: The checkpoint.
+        pretrained_path: The checkpoint. Default: checkpoints/lit-llama/SmolLM2-135M-Instruct, or else the model
+            written last.
         n_records: Records whose gradients are computed, the first ones.
         micro_batch_size: Records in a micro-batch.
         block_size: Tokens after which records are cut.
         epochs: Epochs, each shuffled differently, that the figures are means of.
         n_seeds: Small models to train in each way, on all records; with fewer than 2 there is no second table.
     """
+    pretrained_path = find_model(pretrained_path, QUICKSTART_MODEL)
     dataset = Dataset(data_dir, "train", block_size, limit=n_records)
     products = gradient_products(dataset, pretrained_path)
     n_targets = dataset.target_counts

@@ -25,7 +25,7 @@ from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_llama.checkpoint import load_model
+from lit_llama.checkpoint import QUICKSTART_MODEL, find_model, load_model
 from lit_llama.cli import run
 from lit_llama.data import BatchSchedule, Dataset
 from lit_llama.device import peak_memory
@@ -87,7 +87,7 @@ class Measured:
 
 def main(
     data_dir: Path = Path("data/alpaca"),
-    pretrained_path: Path = Path("checkpoints/lit-llama/SmolLM2-135M-Instruct/lit-llama.pth"),
+    pretrained_path: Path | None = None,
     n_records: PositiveInt = 96,
     micro_batch_size: PositiveInt = 4,
     block_size: PositiveInt = 512,
@@ -98,13 +98,15 @@ def main(
 
     Args:
         data_dir: Prepared data, for example Alpaca.
-        pretrained_path: The checkpoint.
+        pretrained_path: The checkpoint. Default: checkpoints/lit-llama/SmolLM2-135M-Instruct, or else the model
+            written last.
         n_records: Records to train on in each measurement.
         micro_batch_size: Records in a micro-batch.
         block_size: Tokens after which records are cut.
         rounds: How often each side is measured.
         compile: Compile the blocks of all sides with torch.compile.
     """
+    pretrained_path = find_model(pretrained_path, QUICKSTART_MODEL)
     os.environ.pop("OPENBLAS_CORETYPE", None)  # a kernel forced on OpenBLAS for an older machine would slow this one
     sides = {"ours": measure_ours, "peer, padded": measure_padded, "peer, packed": measure_packed}
     print(f"| {' | '.join(TITLES)} |", f"|---|{'---:|' * (len(TITLES) - 1)}", sep="\n")

@@ -15,7 +15,7 @@ import torch
 from benchmark import hf_model
 from jsonargparse.typing import PositiveInt
 
-from lit_llama.checkpoint import load_model
+from lit_llama.checkpoint import QUICKSTART_MODEL, find_model, load_model
 from lit_llama.cli import run
 from lit_llama.generation import Sampling, compile_steps, generate
 from lit_llama.quantization import quantize_int8
@@ -25,7 +25,7 @@ PROMPT = list(range(1000, 1040))
 
 
 def main(
-    pretrained_path: Path = Path("checkpoints/lit-llama/SmolLM2-135M-Instruct/lit-llama.pth"),
+    pretrained_path: Path | None = None,
     new_tokens: PositiveInt = 100,
     rounds: PositiveInt = 3,
     compile: bool = False,
@@ -33,11 +33,13 @@ def main(
     """Print a table of speeds, and of the medians over the rounds of their ratios to the peer's fastest.
 
     Args:
-        pretrained_path: The checkpoint.
+        pretrained_path: The checkpoint. Default: checkpoints/lit-llama/SmolLM2-135M-Instruct, or else the model
+            written last.
         new_tokens: Tokens to generate.
         rounds: How often each side is measured.
         compile: Measure compiled steps, too, which takes minutes.
     """
+    pretrained_path = find_model(pretrained_path, QUICKSTART_MODEL)
     sides = {**our_generators(pretrained_path, compile), **peer_generators(pretrained_path, compile)}
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(rounds + 1):

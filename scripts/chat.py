@@ -10,7 +10,7 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from lit_llama.adapter import cache_prefix
-from lit_llama.checkpoint import load_model, own_prompt_style
+from lit_llama.checkpoint import find_model, load_model, own_prompt_style
 from lit_llama.cli import run
 from lit_llama.conversation import Conversation
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
@@ -31,7 +31,7 @@ Ctrl-C ends an answer. A line that starts with a space is never a command."""
 
 
 def main(
-    checkpoint_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    checkpoint_path: Path | None = None,
     lora_path: Path | None = None,
     adapter_path: Path | None = None,
     tokenizer_path: Path | None = None,
@@ -49,7 +49,8 @@ def main(
     """Answer the lines of the terminal or of a pipe, as one conversation. /help lists the commands.
 
     Args:
-        checkpoint_path: The base model, or what finetune_full.py or merge_lora.py wrote.
+        checkpoint_path: The base model, or what finetune_full.py or merge_lora.py wrote. Default:
+            checkpoints/lit-llama/7B, or else the model written last.
         lora_path: The file that finetune_lora.py wrote, if that is to answer. It is not merged, so it can be swapped.
         adapter_path: The file that finetune_adapter.py wrote, if that is to answer.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
@@ -65,6 +66,7 @@ def main(
         seed: Of the sampling.
         precision: By default the weights are bfloat16 on a GPU that has it, else float32.
     """
+    checkpoint_path = find_model(checkpoint_path)
     dtype = storage_dtype(precision or default_precision())
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)

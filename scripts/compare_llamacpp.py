@@ -17,10 +17,10 @@ from export_hf import main as export_hf
 from merge_lora import main as merge_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_llama.checkpoint import load_model, own_prompt_style
+from lit_llama.checkpoint import QUICKSTART_MODEL, find_model, load_model, own_prompt_style
 from lit_llama.cli import run
 from lit_llama.errors import UserError
-from lit_llama.files import read_file
+from lit_llama.finetuned import read_finetuned
 from lit_llama.generation import Sampling, generate
 from lit_llama.prompt import Message, PromptStyle, encode, stop_ids
 from lit_llama.tokenizer import find_tokenizer
@@ -69,7 +69,7 @@ class LlamaCpp:
 
 
 def main(
-    checkpoint_path: Path = Path("checkpoints/lit-llama/SmolLM2-135M-Instruct/lit-llama.pth"),
+    checkpoint_path: Path | None = None,
     lora_path: Path | None = None,
     prompt_style: PromptStyle | None = None,
     max_new_tokens: int = 60,
@@ -77,18 +77,20 @@ def main(
     """Print the answers and whether they agree; the exit status is not 0 if they do not.
 
     Args:
-        checkpoint_path: The base model.
+        checkpoint_path: The base model. Default: checkpoints/lit-llama/SmolLM2-135M-Instruct, or else the model
+            written last.
         lora_path: A file that finetune_lora.py wrote.
         prompt_style: The template for the base model. By default its own.
         max_new_tokens: The longest answer, in tokens.
     """
+    checkpoint_path = find_model(checkpoint_path, QUICKSTART_MODEL)
     base_style = prompt_style or own_prompt_style(checkpoint_path) or "plain"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         agree = [compare("base model", checkpoint_path, folder / "base", base_style, max_new_tokens)]
         if lora_path:
             merge_lora(folder / "merged", lora_path, checkpoint_path)
-            style: PromptStyle = read_file(lora_path)["prompt_style"]
+            style = read_finetuned(lora_path, "lora").prompt_style
             agree += [compare("merged", folder / "merged" / "lit-llama.pth", folder / "out", style, max_new_tokens)]
             export_gguf(folder / "base-f32", checkpoint_path, dtype="F32", prompt_style=style)
             gguf = folder / "base-f32" / "model-F32.gguf"

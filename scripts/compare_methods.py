@@ -20,7 +20,7 @@ import torch
 from comparison_report import Method, Result, answers, average, draw_methods, draw_ranks, new_figure, table
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from lit_llama.checkpoint import WEIGHTS
+from lit_llama.checkpoint import QUICKSTART_MODEL, WEIGHTS, find_model
 from lit_llama.cli import run
 from lit_llama.data import Dataset
 from lit_llama.errors import UserError
@@ -53,7 +53,7 @@ RESULTS = {**FILE_NAMES, "full": WEIGHTS}  # what the training scripts write
 
 def main(
     data_dir: Path = Path("data/quickstart"),
-    pretrained_path: Path = Path("checkpoints/lit-llama/SmolLM2-135M-Instruct/lit-llama.pth"),
+    pretrained_path: Path | None = None,
     out_dir: Path = Path("out/comparison"),
     own_template_dir: Path | None = None,
     new_topics_dir: Path | None = None,
@@ -71,7 +71,8 @@ def main(
 
     Args:
         data_dir: What one of scripts/prepare_*.py wrote, with a validation split.
-        pretrained_path: The checkpoint of the base model.
+        pretrained_path: The checkpoint of the base model. Default: checkpoints/lit-llama/SmolLM2-135M-Instruct, or
+            else the model written last.
         out_dir: The folder to write; results of the training scripts go below it.
         own_template_dir: The same records in the base model's own template, in which it is evaluated and asked, too.
         new_topics_dir: Data whose validation split is on topics that data_dir does not touch.
@@ -79,6 +80,7 @@ def main(
         verdicts: JSON that maps an exact answer to a verdict on it, which is shown after the answer.
         ranks: LoRA of these ranks instead of all methods, for example 1,2,4,8,16.
     """
+    pretrained_path = find_model(pretrained_path, QUICKSTART_MODEL)
     methods = lora_ranks(data_dir, ranks) if ranks else four_methods(data_dir, own_template_dir)
     known = read_json(verdicts) if verdicts else {}
     figure, results = new_figure(), {}

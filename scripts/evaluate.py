@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_llama.adapter import cache_prefix
-from lit_llama.checkpoint import finish_loading, load_for_merging
+from lit_llama.checkpoint import find_model, finish_loading, load_for_merging
 from lit_llama.cli import run
 from lit_llama.data import Dataset, single_step
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
@@ -49,7 +49,7 @@ CORPORA: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 def main(
-    checkpoint_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    checkpoint_path: Path | None = None,
     lora_path: Path | None = None,
     adapter_path: Path | None = None,
     tokenizer_path: Path | None = None,
@@ -70,7 +70,8 @@ def main(
     """Print a table to stdout, or JSON.
 
     Args:
-        checkpoint_path: The base model, or what finetune_full.py or merge_lora.py wrote.
+        checkpoint_path: The base model, or what finetune_full.py or merge_lora.py wrote. Default:
+            checkpoints/lit-llama/7B, or else the model written last.
         lora_path: The file that finetune_lora.py wrote, if that is to be evaluated.
         adapter_path: The file that finetune_adapter.py wrote, if that is to be evaluated.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
@@ -88,6 +89,7 @@ def main(
         json: Print JSON instead of the table.
         force: Use the file even if it was trained on a different base model of the same shape.
     """
+    checkpoint_path = find_model(checkpoint_path)
     if not text and data_dir is None:
         raise UserError("there is nothing to evaluate on; give --text, --data_dir or both")
     if n_answers:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_llama.chat_templates import FILE_NAME as TEMPLATE_NAME
 from lit_llama.chat_templates import begins_with_bos, chat_template
-from lit_llama.checkpoint import load_model, own_prompt_style, read_config
+from lit_llama.checkpoint import find_model, load_model, own_prompt_style, read_config
 from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.files import check_apart, check_finite, read_file, replacing_folder, write_file
@@ -42,7 +42,7 @@ class Content(NamedTuple):
 
 def main(
     out_dir: Path,
-    checkpoint_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    checkpoint_path: Path | None = None,
     tokenizer_path: Path | None = None,
     lora_path: Path | None = None,
     lora_alpha: float | None = None,
@@ -56,6 +56,7 @@ def main(
     Args:
         out_dir: The folder to write.
         checkpoint_path: The model: a base one, one that finetune_full.py wrote, or one that merge_lora.py wrote.
+            Default: checkpoints/lit-llama/7B, or else the model written last.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         lora_path: A file that finetune_lora.py wrote, to export it alone; the checkpoint is then that of its base.
         lora_alpha: Only for a file of the archived Lit-LLaMA, which did not store it.
@@ -64,6 +65,7 @@ def main(
         prompt_style: The template of the conversations (see lit_llama/prompt.py). By default that of the training.
         force: Use the LoRA file even if it was trained on a different base model of the same shape.
     """
+    checkpoint_path = find_model(checkpoint_path)
     if base_model and lora_path is None:
         raise UserError("--base_model goes with --lora_path: a whole model has no other base")
     check_apart(checkpoint_path.parent, out_dir)

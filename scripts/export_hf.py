@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse.typing import PositiveFloat
 from torch import Tensor
 
-from lit_llama.checkpoint import load_model, own_prompt_style
+from lit_llama.checkpoint import find_model, load_model, own_prompt_style
 from lit_llama.cli import run
 from lit_llama.files import check_apart, replacing_folder, write_file, write_safetensors
 from lit_llama.hf_tokenizer import TOKENIZER_FILES, tokenizer_files
@@ -24,7 +24,7 @@ HF_FILES = (
 
 def main(
     out_dir: Path,
-    checkpoint_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    checkpoint_path: Path | None = None,
     tokenizer_path: Path | None = None,
     prompt_style: PromptStyle | None = None,
     max_shard_gb: PositiveFloat = 5.0,
@@ -34,11 +34,13 @@ def main(
     Args:
         out_dir: The folder to write.
         checkpoint_path: The model: a base one, one that finetune_full.py wrote, or one that merge_lora.py wrote.
+            Default: checkpoints/lit-llama/7B, or else the model written last.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         prompt_style: The template of the conversations (see lit_llama/prompt.py). By default the one that the model's
             config.json names; a model without one keeps the chat template that its tokenizer has, if any.
         max_shard_gb: The largest file of weights, in GB.
     """
+    checkpoint_path = find_model(checkpoint_path)
     check_apart(checkpoint_path.parent, out_dir)
     tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
     style = prompt_style or own_prompt_style(checkpoint_path)

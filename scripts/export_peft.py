@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from lit_llama.checkpoint import read_config
+from lit_llama.checkpoint import find_model, read_config
 from lit_llama.cli import run
 from lit_llama.files import read_file, replacing_folder, write_file, write_safetensors
 from lit_llama.finetuned import base_is_nf4, read_finetuned
@@ -19,7 +19,7 @@ def main(
     out_dir: Path,
     base_model: str,
     lora_path: Path = Path("out/lora/alpaca/lit-llama-lora-finetuned.pth"),
-    pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    pretrained_path: Path | None = None,
     tokenizer_path: Path | None = None,
     lora_alpha: float | None = None,
     force: bool = False,
@@ -30,11 +30,13 @@ def main(
         out_dir: The folder to write, for `PeftModel.from_pretrained(model, out_dir)`.
         base_model: The Hugging Face name or folder of the base model, to be noted in adapter_config.json.
         lora_path: The file that finetune_lora.py wrote.
-        pretrained_path: The checkpoint of the base model.
+        pretrained_path: The checkpoint of the base model. Default: checkpoints/lit-llama/7B, or else the model written
+            last.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         lora_alpha: Only for a file of the archived Lit-LLaMA, which did not store it.
         force: Use the file even if it was trained on a different base model of the same shape.
     """
+    pretrained_path = find_model(pretrained_path)
     base = read_config(pretrained_path, read_file(pretrained_path, check_tensors=False))
     lora = read_finetuned(lora_path, "lora", lora_alpha, pretrained_path, force)
     tensors = to_peft(lora.tensors_for(base), base, lora.config)

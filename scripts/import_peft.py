@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lit_llama.chat_templates import read_chat_template, style_of
-from lit_llama.checkpoint import read_config
+from lit_llama.checkpoint import find_model, read_config
 from lit_llama.cli import run
 from lit_llama.errors import UserError, error_context
 from lit_llama.files import check_apart, read_file, read_json, read_safetensors
@@ -19,7 +19,7 @@ from lit_llama.prompt import PromptStyle
 def main(
     peft_dir: Path,
     out_path: Path,
-    pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    pretrained_path: Path | None = None,
     prompt_style: PromptStyle | None = None,
 ) -> None:
     """Write a LoRA file.
@@ -28,9 +28,11 @@ def main(
         peft_dir: The folder with adapter_config.json and adapter_model.safetensors or adapter_model.bin.
         out_path: The file to write.
         pretrained_path: The checkpoint of the base model, converted from the Hugging Face model that PEFT used.
+            Default: checkpoints/lit-llama/7B, or else the model written last.
         prompt_style: The template that it was trained with (see lit_llama/prompt.py). By default the one of the
             tokenizer in the folder, or alpaca: PEFT itself does not store it.
     """
+    pretrained_path = find_model(pretrained_path)
     for source in (pretrained_path, pretrained_path.with_name("config.json"), *peft_dir.glob("adapter_*")):
         check_apart(source, out_path)
     base = read_config(pretrained_path, read_file(pretrained_path, check_tensors=False))

@@ -38,6 +38,7 @@ from lora_measures import (
 )
 from torch import Tensor
 
+from lit_llama.checkpoint import QUICKSTART_MODEL, find_model
 from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.files import replacing, write_file
@@ -61,7 +62,7 @@ KINDS = {  # the matrices of a block
 
 def main(
     data_dir: Path = Path("data/quickstart"),
-    pretrained_path: Path = Path("checkpoints/lit-llama/SmolLM2-135M-Instruct/lit-llama.pth"),
+    pretrained_path: Path | None = None,
     out_dir: Path = Path("out/lab"),
     only: tuple[str, ...] = (),
 ) -> None:
@@ -69,14 +70,14 @@ def main(
 
     Args:
         data_dir: What one of scripts/prepare_*.py wrote, with a validation split.
-        pretrained_path: The checkpoint of the base model.
+        pretrained_path: The base model. Default: checkpoints/lit-llama/SmolLM2-135M-Instruct, or else the last one.
         out_dir: The folder to write. For another model or other data, take another one.
         only: Some of the experiments, by name. By default all of them.
     """
     unknown = set(only) - EXPERIMENTS.keys()
     if unknown:
         raise UserError(f"there is no experiment {', '.join(unknown)}; there are {', '.join(EXPERIMENTS)}")
-    start, lab = time.perf_counter(), Lab(pretrained_path, data_dir, out_dir)
+    start, lab = time.perf_counter(), Lab(find_model(pretrained_path, QUICKSTART_MODEL), data_dir, out_dir)
     for name in only or EXPERIMENTS:
         print(f"## {name}", file=sys.stderr)
         figure = new_figure()

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_llama.checkpoint import load_model, save_model_folder
+from lit_llama.checkpoint import find_model, load_model, save_model_folder
 from lit_llama.cli import run
 from lit_llama.files import check_apart
 from lit_llama.finetuned import base_is_nf4, read_finetuned
@@ -20,7 +20,7 @@ from lit_llama.tokenizer import find_tokenizer
 def main(
     out_dir: Path,
     lora_path: Path = Path("out/lora/alpaca/lit-llama-lora-finetuned.pth"),
-    pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    pretrained_path: Path | None = None,
     tokenizer_path: Path | None = None,
     lora_alpha: float | None = None,
     force: bool = False,
@@ -33,12 +33,14 @@ def main(
     Args:
         out_dir: The model folder to write: lit-llama.pth, config.json (with the prompt style) and the tokenizer.
         lora_path: The file that finetune_lora.py wrote.
-        pretrained_path: The checkpoint of the base model.
+        pretrained_path: The checkpoint of the base model. Default: checkpoints/lit-llama/7B, or else the model written
+            last.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         lora_alpha: Only for a file of the archived Lit-LLaMA, which did not store it.
         force: Use the file even if it was trained on a different base model of the same shape.
         prompt: An instruction to compare logits on.
     """
+    pretrained_path = find_model(pretrained_path)
     check_apart(pretrained_path.parent, out_dir)
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     lora = read_finetuned(lora_path, "lora", lora_alpha, pretrained_path, force)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
+from lit_llama.checkpoint import find_model
 from lit_llama.cli import run
 from lit_llama.preparation import N_CORES, Encoder, prepare
 from lit_llama.prompt import PromptStyle
@@ -15,7 +16,7 @@ URL = "https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/m
 
 def main(
     data_dir: Path = Path("data/dolly"),
-    pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    pretrained_path: Path | None = None,
     tokenizer_path: Path | None = None,
     prompt_style: PromptStyle = "alpaca",
     data_file: Path | None = None,
@@ -27,7 +28,8 @@ def main(
 
     Args:
         data_dir: The folder to write.
-        pretrained_path: The checkpoint that will be finetuned; its tokenizer is used.
+        pretrained_path: The checkpoint that will be finetuned; its tokenizer is used. Default:
+            checkpoints/lit-llama/7B, or else the model written last.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         prompt_style: The template of the conversations (see lit_llama/prompt.py).
         data_file: databricks-dolly-15k.jsonl on the disk, instead of the download.
@@ -35,6 +37,7 @@ def main(
         seed: Of the split.
         num_workers: Processes that tokenise: at most one for each CPU core, which is the default.
     """
+    pretrained_path = find_model(pretrained_path)
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     encoder = Encoder(tokenizer, prompt_style, Fields(input="context", output="response"))
     source = data_file or data_dir / "databricks-dolly-15k.jsonl"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
+from lit_llama.checkpoint import find_model
 from lit_llama.cli import run
 from lit_llama.preparation import N_CORES, Encoder, prepare
 from lit_llama.prompt import PromptStyle
@@ -20,7 +21,7 @@ def main(
     train_file: Path,
     data_dir: Path,
     validation_file: Path | None = None,
-    pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    pretrained_path: Path | None = None,
     tokenizer_path: Path | None = None,
     prompt_style: PromptStyle = "alpaca",
     instruction_key: str = "instruction",
@@ -38,7 +39,8 @@ def main(
         train_file: The records to train on: a file, or a data set's folder or name on the hub.
         data_dir: The folder to write.
         validation_file: The records to validate on. By default, some of train_file are held out.
-        pretrained_path: The checkpoint that will be finetuned; its tokenizer is used.
+        pretrained_path: The checkpoint that will be finetuned; its tokenizer is used. Default:
+            checkpoints/lit-llama/7B, or else the model written last.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         prompt_style: The template of the conversations (see lit_llama/prompt.py); plain for documents.
         instruction_key: The field that holds the instruction of a record.
@@ -50,6 +52,7 @@ def main(
         seed: Of the split.
         num_workers: Processes that tokenise: at most one for each CPU core, which is the default.
     """
+    pretrained_path = find_model(pretrained_path)
     fields = Fields(instruction_key, input_key, output_key, messages_key, text_key)
     encoder = Encoder(find_tokenizer(pretrained_path, tokenizer_path), prompt_style, fields)
     if validation_file is None:

@@ -10,10 +10,18 @@ from builders import TINY, peak_of, random_model
 
 from lit_llama import files
 from lit_llama.adapter import AdapterConfig
-from lit_llama.checkpoint import load_model, read_config, save_model_folder
+from lit_llama.checkpoint import (
+    DEFAULT_MODEL,
+    QUICKSTART_MODEL,
+    find_model,
+    load_model,
+    read_config,
+    save_model_folder,
+)
 from lit_llama.errors import UserError
 from lit_llama.files import read_file, write_file
-from lit_llama.finetuned import describe, read_finetuned
+from lit_llama.finetuned import FILE_NAMES, describe, read_finetuned
+from lit_llama.lora import LoRAConfig
 from lit_llama.model import CONFIGS, LLaMA
 
 
@@ -51,6 +59,31 @@ def test_an_unknown_size_without_a_config_is_refused(checkpoint: Path, tmp_path:
     shutil.copy(checkpoint, tmp_path)
     with pytest.raises(UserError, match=r"config\.json"):
         load_model(tmp_path / "lit-llama.pth")
+
+
+def test_a_folder_stands_for_the_file_in_it(checkpoint: Path, tmp_path: Path) -> None:
+    assert find_model(checkpoint.parent) == find_model(checkpoint) == checkpoint
+    assert load_model(checkpoint.parent).config == load_model(checkpoint).config
+    with pytest.raises(UserError, match=r"has no lit-llama\.pth"):
+        load_model(tmp_path)
+    write_file(tmp_path / FILE_NAMES["lora"], {**describe(LoRAConfig(), TINY, "plain", {}), "state_dict": {}})
+    assert read_finetuned(tmp_path, "lora").path == tmp_path / FILE_NAMES["lora"]
+    with pytest.raises(UserError, match=r"has no lit-llama-adapter-finetuned\.pth"):
+        read_finetuned(tmp_path, "adapter")
+
+
+def test_only_the_default_model_gives_way_to_the_one_written_last(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_model(None) == DEFAULT_MODEL
+    other = DEFAULT_MODEL.parents[1] / "other" / "lit-llama.pth"
+    shutil.copytree(checkpoint.parent, other.parent)
+    assert find_model(None) == find_model(None, QUICKSTART_MODEL) == other
+    assert f"{DEFAULT_MODEL} does not exist; the model is {other}" in capsys.readouterr().err
+    assert find_model(DEFAULT_MODEL) == DEFAULT_MODEL
+    shutil.copytree(other.parent, DEFAULT_MODEL.parent)
+    assert find_model(None) == DEFAULT_MODEL
 
 
 class Code:
