@@ -9,12 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import lit_llama.start  # noqa: F401 - before torch, which takes seconds to load
-
-import torch
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-
-from lit_llama.checkpoint import WEIGHTS
+from lit_llama.checkpoint import WEIGHTS, find_model
 from lit_llama.cli import constants, run
 from lit_llama.data import BatchSchedule, Dataset
 from lit_llama.device import TrainingPrecision, default_precision, storage_dtype
@@ -37,6 +32,9 @@ from lit_llama.training import (
     validation_loss,
 )
 from lit_llama.training_state import Resume, TrainingState, save_model
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 # optimisation
 learning_rate: PositiveFloat = 3e-5
@@ -73,7 +71,7 @@ BEST_FOLDER = "best"
 
 def main(
     data_dir: Path = Path("data/alpaca"),
-    pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    pretrained_path: Path | None = None,
     out_dir: Path = Path("out/full/alpaca"),
     tokenizer_path: Path | None = None,
     resume: Resume = False,
@@ -83,13 +81,15 @@ def main(
 
     Args:
         data_dir: What one of scripts/prepare_*.py wrote.
-        pretrained_path: The checkpoint of the base model.
+        pretrained_path: The checkpoint of the base model. Default: checkpoints/lit-llama/7B, or else the model written
+            last.
         out_dir: Gets lit-llama.pth with its config and tokenizer, the best one so far in the folder best, the training
             state, metrics.csv and loss.png.
         tokenizer_path: The base model's tokenizer, if it is not next to the checkpoint.
         resume: Continue the run in out_dir from its last saved state. auto: if there is one, else begin.
         dry_run: End before the first step, after showing the plan and two records, with what is trained on marked.
     """
+    pretrained_path = find_model(pretrained_path)
     numerics = precision or default_precision()
     spread: Strategy = "fsdp" if strategy == "auto" and devices * num_nodes > 1 else strategy
     dtype = storage_dtype(numerics)  # of what is written

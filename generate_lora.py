@@ -4,8 +4,6 @@ import sys
 import time
 from pathlib import Path
 
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
-
 from lit_llama.checkpoint import find_model, finish_loading, load_for_merging
 from lit_llama.cli import run
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
@@ -15,6 +13,8 @@ from lit_llama.generation import Sampling, compile_steps, read_prompts, respond
 from lit_llama.lora import merge_lora, remove_lora
 from lit_llama.quantization import Quantization
 from lit_llama.tokenizer import find_tokenizer
+
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 
 def main(

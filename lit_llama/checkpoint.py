@@ -10,9 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lit_llama.archive import write_tensors
 from lit_llama.checks import from_fields
 from lit_llama.errors import UserError, error_context, short
@@ -33,6 +30,9 @@ from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
 from lit_llama.progress import say
 from lit_llama.prompt import TEMPLATES, PromptStyle
 from lit_llama.quantization import Quantization, quantize_blocks, quantize_int8
+
+import torch
+from torch import Tensor
 
 WEIGHTS = "lit-llama.pth"
 DEFAULT_MODEL = Path("checkpoints/lit-llama/7B/lit-llama.pth")

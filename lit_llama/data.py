@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from numpy.lib.stride_tricks import sliding_window_view
-from torch import Tensor
-
 from lit_llama.errors import UserError
 from lit_llama.preparation import read_split
 from lit_llama.prompt import PromptStyle
 from lit_llama.records import shuffled
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from torch import Tensor
 
 BLOCK = 2**18  # records that are measured at once
 

@@ -18,14 +18,14 @@ from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 
+from lit_llama.errors import UserError
+from lit_llama.integrity import check_archive, digest, fingerprint
+from lit_llama.locks import alone
+
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-
-from lit_llama.errors import UserError
-from lit_llama.integrity import check_archive, digest, fingerprint
-from lit_llama.locks import alone
 
 check_all = True  # --check_files of every script
 MADV_PAGEOUT = 21  # of Linux's mman.h

@@ -6,13 +6,13 @@ llama.cpp orders the rows of queries and keys as Meta does, which is our order, 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lit_llama.errors import UserError
 from lit_llama.lora import LoRAConfig
 from lit_llama.model import LLaMAConfig, stretch_frequencies
 from lit_llama.peft_format import parts
+
+import torch
+from torch import Tensor
 
 TENSOR_NAMES = {
     "token_embd": "transformer.wte.weight",

@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lit_llama.checks import from_fields
 from lit_llama.errors import UserError, short
 from lit_llama.files import is_plain
 from lit_llama.model import LLaMAConfig
+
+import torch
+from torch import Tensor
 
 NAMES = {
     "rms_1.scale": "input_layernorm.weight",

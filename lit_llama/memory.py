@@ -14,6 +14,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from lit_llama.data import Batch
+from lit_llama.model import LLaMA
+from lit_llama.quantization import NF4Weight, quantize_blocks
+from lit_llama.sharding import fill, shard
+from lit_llama.training import loss_sum
+from lit_llama.training_state import room_for
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -27,13 +34,6 @@ from torch.optim import Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from lit_llama.data import Batch
-from lit_llama.model import LLaMA
-from lit_llama.quantization import NF4Weight, quantize_blocks
-from lit_llama.sharding import fill, shard
-from lit_llama.training import loss_sum
-from lit_llama.training_state import room_for
 
 Kind = tuple[str, str]  # what a storage is for and, where that does not say it, the module and operation that made it
 WEIGHTS, GRADIENTS, MOMENTS, LOGITS = ("weights", ""), ("gradients", ""), ("moments", ""), ("logits", "")

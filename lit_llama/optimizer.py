@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lit_llama.sharding import whole_tensor
+
 import torch
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
-
-from lit_llama.sharding import whole_tensor
 
 LRSchedule = Literal["constant", "linear", "cosine"]
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from lit_llama.checks import from_fields
 from lit_llama.errors import UserError
 from lit_llama.huggingface import NAMES, halves_from_pairs, pairs_from_halves
 from lit_llama.lora import LoRAConfig, lora_shapes
 from lit_llama.model import LLaMAConfig
+
+import torch
+from torch import Tensor
 
 PREFIX = "base_model.model."
 MODULES = {  # what a target is called there

@@ -18,9 +18,6 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
-import numpy as np
-from torch.utils.data import DataLoader, Dataset
-
 from lit_llama import files
 from lit_llama.checks import check_types
 from lit_llama.errors import UserError
@@ -29,6 +26,9 @@ from lit_llama.progress import progress, say
 from lit_llama.prompt import TEMPLATES, PromptStyle, encode
 from lit_llama.records import Fields, Row, conversation, read_rows, split_records
 from lit_llama.tokenizer import Tokenizer
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
 
 N_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 CHUNK = 128  # rows that a process is given at once

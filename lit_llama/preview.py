@@ -5,15 +5,15 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-from lightning import Fabric
-from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
-
 from lit_llama.data import BatchSchedule, Dataset
 from lit_llama.memory import count_step, free_memory, without_data
 from lit_llama.model import LLaMA
 from lit_llama.optimizer import LearningRate
 from lit_llama.tokenizer import Tokenizer
+
+import torch
+from lightning import Fabric
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 
 COLOUR, PLAIN = ("\033[32m", "\033[0m"), ("[[", "]]")  # around what is trained on
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, get_args
 from urllib.request import urlopen
 
-import numpy as np
-
 from lit_llama.errors import UserError
 from lit_llama.files import parse_json, read_text, write_file
 from lit_llama.prompt import Message, Role, check_order
+
+import numpy as np
 
 Conversation = list[Message]  # of a document: the answer alone
 Row = tuple[str, object]  # its place, such as "line 3", and what is there; bytes are a line of JSON, not yet parsed

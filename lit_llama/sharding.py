@@ -8,6 +8,9 @@ processes act together.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lit_llama.errors import UserError
+from lit_llama.model import LLaMA
+
 import torch
 import torch.distributed as dist
 from lightning import Fabric
@@ -15,9 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-
-from lit_llama.errors import UserError
-from lit_llama.model import LLaMA
 
 
 def store_as(module: nn.Module, frozen_dtype: torch.dtype, room_on: torch.device | None = None) -> None:

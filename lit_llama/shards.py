@@ -10,6 +10,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from lit_llama import files
+from lit_llama.errors import UserError
+from lit_llama.files import flush, telling_why
+from lit_llama.integrity import size_and_digest
+
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -19,11 +24,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-from lit_llama import files
-from lit_llama.errors import UserError
-from lit_llama.files import flush, telling_why
-from lit_llama.integrity import size_and_digest
 
 FILE_SIZE = 2**27  # bytes that a process writes at once: it holds two copies of them
 

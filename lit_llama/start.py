@@ -1,4 +1,4 @@
-"""What ends a script while its libraries are still being loaded is one line, too; imported before all of them."""
+"""Errors and Ctrl-C while a script's libraries are loaded end in one line; the package imports this first."""
 
 import os
 import signal
@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from types import FrameType, TracebackType
 
-SCRIPTS = (Path(__file__).parents[1], Path(__file__).parents[1] / "scripts")
+ROOT = Path(__file__).parents[1]
+FOLDERS = (ROOT, *(ROOT / "scripts" / folder for folder in ("", "lab", "dev")))  # of scripts
 
 
 def end_in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -31,8 +32,8 @@ def loaded() -> None:
 
 
 program = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
-if program.resolve().parent in SCRIPTS:  # but not in the programs of others
+if program.resolve().parent in FOLDERS:  # but not in the programs of others
     sys.excepthook = end_in_one_line
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # lest torch add stacks in C++ to what heartbeat.py says
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # without stacks in C++ where a process is lost
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupted)

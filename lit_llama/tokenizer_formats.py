@@ -8,12 +8,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lit_llama.errors import UserError
+from lit_llama.tokenizer import CONFIG_NAME, Tokenizer
+
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as HFTokenizer
-
-from lit_llama.errors import UserError
-from lit_llama.tokenizer import CONFIG_NAME, Tokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = (
     1,

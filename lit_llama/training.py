@@ -8,14 +8,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-import torch
-from lightning import Fabric
-from lightning.fabric.loggers import Logger
-from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
-
-from lit_llama import heartbeat
 from lit_llama.checkpoint import load_model
 from lit_llama.data import Batch, Dataset, Step, single_step
 from lit_llama.device import TrainingPrecision, storage_dtype
@@ -25,6 +17,14 @@ from lit_llama.model import LLaMA
 from lit_llama.quantization import check_compilable
 from lit_llama.sharding import shard, whole_tensor
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
+
+import torch
+import torch.distributed as dist
+from lightning import Fabric
+from lightning.fabric.loggers import Logger
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 Strategy = Literal["auto", "ddp", "fsdp"]
 Quantize = Literal["nf4"]
@@ -55,15 +55,25 @@ def launch(
         chosen = DDPStrategy(init_sync=False)  # all processes read the same file and draw the same random numbers
     try:
         fabric = Fabric(devices=devices, num_nodes=num_nodes, strategy=chosen, precision=precision, loggers=logger)
-        heartbeat.connect()
+        connect_again()
         fabric.launch()
     except (ValueError, RuntimeError, MisconfigurationException) as error:  # what it says of settings is clear enough
         raise UserError(f"could not launch {n} processes: {str(error).splitlines()[0]}") from None
     if fabric.world_size != n:
         launched = fabric.world_size
         raise UserError(f"expected {n} processes (devices x nodes), but {launched} were launched; change --devices")
-    heartbeat.start(fabric)
     return fabric
+
+
+def connect_again() -> None:
+    """Connect processes that torchrun has started again; it keeps its store, where they would find dead addresses."""
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if attempt and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized():
+        rank, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.PrefixStore(f"{attempt}", store), rank=rank, world_size=n)
 
 
 def load_base(fabric: Fabric, path: Path, dtype: torch.dtype, quantize: Quantize | None = None) -> LLaMA:

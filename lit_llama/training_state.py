@@ -19,13 +19,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from lightning import Fabric
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
-
 from lit_llama.checkpoint import check_state, untied, write_model
 from lit_llama.checks import check_types
 from lit_llama.errors import UserError, error_context, short
@@ -36,6 +29,13 @@ from lit_llama.locks import check_room, claim
 from lit_llama.model import LLaMAConfig
 from lit_llama.sharding import fill, gathered, in_one_piece, on_all_processes, on_first_process
 from lit_llama.shards import check_shards, describe_shards, read_shards, write_shards
+
+import torch
+from lightning import Fabric
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 STATE_FILE = "training-state.pth"
 Resume = bool | Literal["auto"]  # auto: continue a run if there is one

@@ -15,12 +15,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-from benchmark import group_by_length
-from jsonargparse.typing import NonNegativeInt, PositiveInt
-from torch import Tensor
-
 from lit_llama.checkpoint import QUICKSTART_MODEL, find_model, load_model
 from lit_llama.cli import run
 from lit_llama.data import BatchSchedule, Dataset, single_step
@@ -29,6 +23,12 @@ from lit_llama.model import CONFIGS, LLaMA
 from lit_llama.optimizer import LearningRate
 from lit_llama.progress import progress
 from lit_llama.training import loss_sum
+
+import numpy as np
+import torch
+from benchmark import group_by_length
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from torch import Tensor
 
 
 def main(

@@ -19,12 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from jsonargparse.typing import PositiveInt
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from lit_llama.checkpoint import QUICKSTART_MODEL, find_model, load_model
 from lit_llama.cli import run
 from lit_llama.data import BatchSchedule, Dataset
@@ -32,6 +26,12 @@ from lit_llama.device import peak_memory
 from lit_llama.huggingface import hf_config, to_hf
 from lit_llama.lora import LoRAConfig, add_lora, mark_only_lora_as_trainable
 from lit_llama.training import loss_sum
+
+import numpy as np
+import torch
+from jsonargparse.typing import PositiveInt
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 WARM_UP = 3  # micro-batches, in which blocks are compiled and memory is allocated
 TITLES = ("batches", "speed", "memory", "tokens/s, ours", "padded peer", "packed peer", "matrix rate", "mean loss")

@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from benchmark import hf_model
-from jsonargparse.typing import PositiveInt
-
 from lit_llama.checkpoint import QUICKSTART_MODEL, find_model, load_model
 from lit_llama.cli import run
 from lit_llama.generation import Sampling, compile_steps, generate
 from lit_llama.quantization import quantize_int8
+
+import torch
+from benchmark import hf_model
+from jsonargparse.typing import PositiveInt
 
 Generator = Callable[[int], Sequence[int]]  # of so many tokens, greedily
 PROMPT = list(range(1000, 1040))

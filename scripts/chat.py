@@ -6,9 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
-
 from lit_llama.adapter import cache_prefix
 from lit_llama.checkpoint import find_model, load_model, own_prompt_style
 from lit_llama.cli import run
@@ -20,6 +17,9 @@ from lit_llama.generation import Sampling
 from lit_llama.lora import remove_lora
 from lit_llama.prompt import ONE_QUESTION, PromptStyle
 from lit_llama.tokenizer import find_tokenizer
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 HELP = """\
 /reset         start a new conversation, with the same system message

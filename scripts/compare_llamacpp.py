@@ -12,11 +12,6 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from export_gguf import main as export_gguf
-from export_hf import main as export_hf
-from merge_lora import main as merge_lora
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from lit_llama.checkpoint import QUICKSTART_MODEL, find_model, load_model, own_prompt_style
 from lit_llama.cli import run
 from lit_llama.errors import UserError
@@ -24,6 +19,11 @@ from lit_llama.finetuned import read_finetuned
 from lit_llama.generation import Sampling, generate
 from lit_llama.prompt import Message, PromptStyle, encode, stop_ids
 from lit_llama.tokenizer import find_tokenizer
+
+from export_gguf import main as export_gguf
+from export_hf import main as export_hf
+from merge_lora import main as merge_lora
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CONVERSATION = [
     Message("user", "What is the capital of France?"),

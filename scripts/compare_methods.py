@@ -16,10 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from comparison_report import Method, Result, answers, average, draw_methods, draw_ranks, new_figure, table
-from jsonargparse.typing import PositiveFloat, PositiveInt
-
 from lit_llama.checkpoint import QUICKSTART_MODEL, WEIGHTS, find_model
 from lit_llama.cli import run
 from lit_llama.data import Dataset
@@ -29,6 +25,10 @@ from lit_llama.finetuned import FILE_NAMES
 from lit_llama.log import read_metrics
 from lit_llama.optimizer import LRSchedule
 from lit_llama.training_state import STATE_FILE
+
+import torch
+from comparison_report import Method, Result, answers, average, draw_methods, draw_ranks, new_figure, table
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
 num_epochs: PositiveInt = 1
 batch_size: PositiveInt = 4  # records per optimizer step

@@ -7,9 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-from torch import Tensor
-
 from lit_llama.chat_templates import style_of
 from lit_llama.checkpoint import check_complete, save_model_folder
 from lit_llama.checks import from_fields
@@ -19,6 +16,9 @@ from lit_llama.gguf_format import CHAT_TEMPLATE, ROPE_FREQS, TENSOR_NAMES, rope_
 from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling
 from lit_llama.progress import progress
 from lit_llama.tokenizer_formats import from_gguf
+
+import torch
+from torch import Tensor
 
 try:
     from gguf import GGUFReader, ReaderTensor, dequantize

@@ -7,9 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lit_llama.checkpoint import check_complete, save_model_folder
 from lit_llama.checks import from_fields
 from lit_llama.cli import run
@@ -20,6 +17,9 @@ from lit_llama.progress import progress
 from lit_llama.prompt import PromptStyle
 from lit_llama.tokenizer import FILE_NAMES, Tokenizer
 from lit_llama.tokenizer_formats import from_tiktoken, is_tiktoken
+
+import torch
+from torch import Tensor
 
 NAMES = {
     "tok_embeddings.weight": "transformer.wte.weight",

@@ -6,9 +6,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
-import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
-
 from lit_llama.adapter import AdapterConfig, add_adapter, mark_only_adapter_as_trainable
 from lit_llama.checkpoint import WEIGHTS, file_in, read_config
 from lit_llama.cli import run
@@ -23,6 +20,9 @@ from lit_llama.optimizer import AdamW
 from lit_llama.quantization import quantize_blocks
 from lit_llama.sharding import store_as
 from lit_llama.training import Quantize
+
+import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 Method = Literal["lora", "adapter", "full"]
 GPUS = (8, 12, 16, 24, 40, 48, 80)  # sizes in GiB

@@ -6,11 +6,6 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
-from torch import Tensor
-from torch.nn import functional as F
-
 from lit_llama.adapter import cache_prefix
 from lit_llama.checkpoint import find_model, finish_loading, load_for_merging
 from lit_llama.cli import run
@@ -27,6 +22,11 @@ from lit_llama.prompt import stop_ids
 from lit_llama.quantization import Quantization
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 from lit_llama.training import matching_tokenizer
+
+import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from torch import Tensor
+from torch.nn import functional as F
 
 # The arguments of load_dataset, the column, and what joins its rows: as usual since GPTQ (arXiv 2210.17323).
 CORPORA: dict[str, tuple[dict[str, Any], str, str]] = {

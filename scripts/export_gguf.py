@@ -5,9 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-from torch import Tensor
-
 from lit_llama.chat_templates import FILE_NAME as TEMPLATE_NAME
 from lit_llama.chat_templates import begins_with_bos, chat_template
 from lit_llama.checkpoint import find_model, load_model, own_prompt_style, read_config
@@ -21,6 +18,9 @@ from lit_llama.progress import progress
 from lit_llama.prompt import PromptStyle, stop_ids
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 from lit_llama.tokenizer_formats import to_gguf as tokenizer_metadata
+
+import numpy as np
+from torch import Tensor
 
 try:
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quant_shape_to_byte_shape, quantize

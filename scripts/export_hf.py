@@ -4,9 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-from jsonargparse.typing import PositiveFloat
-from torch import Tensor
-
 from lit_llama.checkpoint import find_model, load_model, own_prompt_style
 from lit_llama.cli import run
 from lit_llama.files import check_apart, replacing_folder, write_file, write_safetensors
@@ -15,6 +12,9 @@ from lit_llama.huggingface import hf_config, to_hf
 from lit_llama.progress import progress
 from lit_llama.prompt import PromptStyle, stop_ids
 from lit_llama.tokenizer import find_tokenizer
+
+from jsonargparse.typing import PositiveFloat
+from torch import Tensor
 
 HF_FILES = (
     r"config\.json|generation_config\.json|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors"

@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from compare_methods import machine
-from lora_lab import EXPERIMENTS
-
 from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.files import read_json, write_file
 from lit_llama.log import read_metrics
+
+from compare_methods import machine
+from lora_lab import EXPERIMENTS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "howto").glob("*.md")))

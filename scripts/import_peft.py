@@ -3,8 +3,6 @@
 import sys
 from pathlib import Path
 
-from torch import Tensor
-
 from lit_llama.chat_templates import read_chat_template, style_of
 from lit_llama.checkpoint import find_model, read_config
 from lit_llama.cli import run
@@ -14,6 +12,8 @@ from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.integrity import identity
 from lit_llama.peft_format import config_from_peft, from_peft
 from lit_llama.prompt import PromptStyle
+
+from torch import Tensor
 
 
 def main(

@@ -6,16 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from comparison_report import COLORS
-from lab_report import mean, table
-from lab_runs import BLOCK_SIZE, Lab, scaled
-
 from lit_llama.data import Dataset
 from lit_llama.finetuned import read_finetuned
 from lit_llama.generation import Sampling, generate
 from lit_llama.lora import merge_lora, remove_lora
 from lit_llama.model import LLaMA
+
+import torch
+from comparison_report import COLORS
+from lab_report import mean, table
+from lab_runs import BLOCK_SIZE, Lab, scaled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

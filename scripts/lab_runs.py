@@ -11,12 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from compare_methods import RESULTS, call
-from evaluate import response_loss, text_loss
-from lora_measures import svd
-from torch import Tensor
-
 from lit_llama.checkpoint import load_model
 from lit_llama.data import Dataset
 from lit_llama.files import read_file, read_json, write_file
@@ -26,6 +20,12 @@ from lit_llama.model import LLaMA
 from lit_llama.peft_format import parts
 from lit_llama.tokenizer import find_tokenizer
 from lit_llama.training_state import STATE_FILE
+
+import torch
+from compare_methods import RESULTS, call
+from evaluate import response_loss, text_loss
+from lora_measures import svd
+from torch import Tensor
 
 Split = Literal["train", "validation"]
 Record = dict[str, str]  # instruction, input and output

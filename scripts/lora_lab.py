@@ -10,6 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lit_llama.checkpoint import QUICKSTART_MODEL, find_model
+from lit_llama.cli import run
+from lit_llama.errors import UserError
+from lit_llama.files import replacing, write_file
+
 import torch
 from comparison_report import new_figure
 from lab_merging import merging
@@ -37,11 +42,6 @@ from lora_measures import (
     truncate,
 )
 from torch import Tensor
-
-from lit_llama.checkpoint import QUICKSTART_MODEL, find_model
-from lit_llama.cli import run
-from lit_llama.errors import UserError
-from lit_llama.files import replacing, write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

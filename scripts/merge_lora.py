@@ -3,9 +3,6 @@
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from lit_llama.checkpoint import find_model, load_model, save_model_folder
 from lit_llama.cli import run
 from lit_llama.files import check_apart
@@ -15,6 +12,9 @@ from lit_llama.model import LLaMA
 from lit_llama.prompt import encode_prompt
 from lit_llama.quantization import dequantize_blocks, quantize_blocks
 from lit_llama.tokenizer import find_tokenizer
+
+import torch
+from torch import Tensor
 
 
 def main(

@@ -8,22 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import convert_gguf_checkpoint
-import convert_hf_checkpoint
-import convert_meta_checkpoint
-import export_hf
-import export_peft
-import import_peft
-import merge_lora
-import torch
-from builders import RECORDS, TINY, prepare_records, random_model, randomize
-from builders_gguf import bpe_metadata, write_gguf
-from builders_tokenizers import train_byte_tokenizer, train_sentencepiece
-from lightning import Fabric
-from test_convert_meta import VARIANTS, write_folder
-from torch import Tensor
-from torch.optim import Optimizer
-
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
 from lit_llama.checkpoint import load_model, save_model_folder
 from lit_llama.data import Dataset
@@ -40,6 +24,22 @@ from lit_llama.tokenizer import Tokenizer
 from lit_llama.tokenizer_formats import from_tiktoken
 from lit_llama.training import matching_tokenizer
 from lit_llama.training_state import TrainingState
+
+import convert_gguf_checkpoint
+import convert_hf_checkpoint
+import convert_meta_checkpoint
+import export_hf
+import export_peft
+import import_peft
+import merge_lora
+import torch
+from builders import RECORDS, TINY, prepare_records, random_model, randomize
+from builders_gguf import bpe_metadata, write_gguf
+from builders_tokenizers import train_byte_tokenizer, train_sentencepiece
+from lightning import Fabric
+from test_convert_meta import VARIANTS, write_folder
+from torch import Tensor
+from torch.optim import Optimizer
 
 BASE = replace(TINY, n_layer=2, n_embd=16, n_hidden=16, n_head=2, n_kv_head=1)
 LORA, ADAPTER = LoRAConfig(2, 4, 0.0), AdapterConfig(3, 0)

@@ -4,10 +4,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import torch
-from builders import TINY, peak_of, random_model
-
 from lit_llama import files
 from lit_llama.adapter import AdapterConfig
 from lit_llama.checkpoint import (
@@ -23,6 +19,10 @@ from lit_llama.files import read_file, write_file
 from lit_llama.finetuned import FILE_NAMES, describe, read_finetuned
 from lit_llama.lora import LoRAConfig
 from lit_llama.model import CONFIGS, LLaMA
+
+import pytest
+import torch
+from builders import TINY, peak_of, random_model
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -5,12 +5,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from builders import RECORDS, TINY, Lengths, prepare_records, random_model
-from torch.nn import functional as F
-
 from lit_llama import data, files, preparation
 from lit_llama.data import BatchSchedule, Dataset, balance
 from lit_llama.errors import UserError
@@ -18,6 +12,12 @@ from lit_llama.preparation import TYPES, Encoder, prepare
 from lit_llama.prompt import Message, encode, encode_prompt
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training import loss_sum
+
+import numpy as np
+import pytest
+import torch
+from builders import RECORDS, TINY, Lengths, prepare_records, random_model
+from torch.nn import functional as F
 
 
 @pytest.fixture

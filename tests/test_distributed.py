@@ -4,12 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lit_llama.checkpoint import load_model
+from lit_llama.log import read_metrics
+
 import pytest
 import torch
 from builders import RESULTS, ROOT, TORCHRUN, run_script
-
-from lit_llama.checkpoint import load_model
-from lit_llama.log import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -8,10 +8,10 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+from lit_llama.cli import find_constants
+
 import pytest
 from builders import ROOT
-
-from lit_llama.cli import find_constants
 
 PAGES = ("README.md", "CONTRIBUTING.md", "howto/*.md", "data/ml_questions/README.md", "Makefile")
 DOCUMENTS = [path for page in PAGES for path in sorted(ROOT.glob(page))]

@@ -59,9 +59,3 @@ def test_functions_have_at_most_6_parameters(path: Path) -> None:
             given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             names = [argument.arg for argument in given if argument.arg not in ("self", "cls")]
             assert len(names) <= 6, f"{name(path)}:{node.lineno}: {node.name} has {len(names)} parameters"
-
-
-@pytest.mark.parametrize("path", PRODUCT, ids=name)
-def test_a_file_is_read_in_one_sitting(path: Path) -> None:
-    most = 200 if path.name.startswith("finetune_") else 300
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= most

@@ -5,10 +5,6 @@ import subprocess
 import zipfile
 from pathlib import Path
 
-import pytest
-import torch
-from builders import ROOT, TINY, content_digest, random_model, run_script
-
 from lit_llama.checkpoint import load_model, own_prompt_style, save_model_folder
 from lit_llama.errors import UserError
 from lit_llama.files import read_file, write_file
@@ -16,6 +12,10 @@ from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.integrity import MAX_PICKLE, check_archive, fingerprint, identity
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.tokenizer import Tokenizer
+
+import pytest
+import torch
+from builders import ROOT, TINY, content_digest, random_model, run_script
 
 STATE = {"a": torch.arange(6.0), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(2.0)}
 

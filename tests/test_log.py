@@ -8,15 +8,15 @@ import termios
 from itertools import pairwise
 from pathlib import Path
 
+from lit_llama.data import Step
+from lit_llama.errors import UserError
+from lit_llama.log import COLUMNS, TrainingLog, format_seconds, make_logger, read_metrics
+
 import numpy as np
 import pytest
 from builders import Lengths
 from lightning import Fabric
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from lit_llama.data import Step
-from lit_llama.errors import UserError
-from lit_llama.log import COLUMNS, TrainingLog, format_seconds, make_logger, read_metrics
 
 EIGHT = Step(Lengths(np.array([12, 13] * 4)), [np.arange(4), np.arange(4, 8)])  # records, of 100 tokens
 

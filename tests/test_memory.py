@@ -14,15 +14,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import numpy as np
-import pytest
-import torch
-from builders import ROOT, TINY, Lengths, random_model, run_script
-from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
 from lit_llama import preview
 from lit_llama.adapter import AdapterConfig, add_adapter, mark_only_adapter_as_trainable
 from lit_llama.data import Batch, BatchSchedule
@@ -35,6 +26,15 @@ from lit_llama.model import Block, LLaMA, RMSNorm
 from lit_llama.optimizer import AdamW
 from lit_llama.sharding import store_as
 from lit_llama.training import loss_sum
+
+import numpy as np
+import pytest
+import torch
+from builders import ROOT, TINY, Lengths, random_model, run_script
+from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 METHODS = ("lora", "adapter", "full")
 SYNCHRONISING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2"}

@@ -6,13 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-import torch
-from builders import TINY, random_model, randomize, run_script
-from lightning.fabric.strategies import ModelParallelStrategy
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, mark_only_adapter_as_trainable
 from lit_llama.checkpoint import load_model, save_model_folder
 from lit_llama.errors import UserError
@@ -22,6 +15,13 @@ from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict, mark_
 from lit_llama.model import Linear, LLaMA
 from lit_llama.quantization import NF4Weight, dequantize_blocks, quantize_blocks
 from lit_llama.training import compile_blocks, load_base
+
+import pytest
+import torch
+from builders import TINY, random_model, randomize, run_script
+from lightning.fabric.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 LORA = LoRAConfig(r=4, dropout=0.0, targets=TARGETS)
 

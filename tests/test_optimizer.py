@@ -1,11 +1,11 @@
 import copy
 
-import pytest
-import torch
-
 from lit_llama.optimizer import AdamW, LearningRate, clip_gradients
 from lit_llama.sharding import fill
 from lit_llama.training_state import room_for
+
+import pytest
+import torch
 
 SCHEDULES = ("constant", "linear", "cosine")
 

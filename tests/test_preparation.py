@@ -8,16 +8,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import pytest
-from builders import RECORDS, command, peak_of
-
 from lit_llama import preparation
 from lit_llama.errors import UserError
 from lit_llama.preparation import TYPES, Encoder, in_processes, prepare
 from lit_llama.prompt import encode
 from lit_llama.records import Fields, conversation
 from lit_llama.tokenizer import Tokenizer
+
+import numpy as np
+import pytest
+from builders import RECORDS, command, peak_of
 
 
 @pytest.fixture

@@ -3,12 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import torch
-from builders import TINY, peak_of, random_model, randomize, run_script, save_file
-from torch import Tensor
-from torch.nn import functional as F
-
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, cache_prefix
 from lit_llama.checkpoint import save_model_folder
 from lit_llama.errors import UserError
@@ -16,6 +10,12 @@ from lit_llama.generation import Sampling, generate, generate_batch
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, merge_lora
 from lit_llama.model import Linear, LLaMA
 from lit_llama.quantization import FEW, Int8Linear, quantize_int8
+
+import pytest
+import torch
+from builders import TINY, peak_of, random_model, randomize, run_script, save_file
+from torch import Tensor
+from torch.nn import functional as F
 
 CPU = torch.device("cpu")
 
