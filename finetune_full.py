@@ -9,29 +9,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llama.checkpoint import WEIGHTS, find_model
 from lit_llama.cli import constants, run
-from lit_llama.data import BatchSchedule, Dataset
+from lit_llama.data.batches import BatchSchedule, Dataset, matching_tokenizer
 from lit_llama.device import TrainingPrecision, default_precision, storage_dtype
 from lit_llama.errors import Stopped
-from lit_llama.files import check_apart
 from lit_llama.finetuned import describe
-from lit_llama.integrity import identity
-from lit_llama.log import TrainingLog, make_logger
-from lit_llama.optimizer import AdamW, LearningRate, LRSchedule, clip_gradients
-from lit_llama.preview import expected_memory, plan, show_records
-from lit_llama.training import (
+from lit_llama.model_folder import WEIGHTS, find_model
+from lit_llama.storage.files import check_apart
+from lit_llama.storage.integrity import identity
+from lit_llama.training.log import TrainingLog, make_logger
+from lit_llama.training.optimizer import AdamW, LearningRate, LRSchedule, clip_gradients
+from lit_llama.training.plan import expected_memory, plan, show_records
+from lit_llama.training.run import (
     StepCheck,
     StopSignal,
     Strategy,
     compile_blocks,
     launch,
     load_base,
-    matching_tokenizer,
     sum_over_devices,
     validation_loss,
 )
-from lit_llama.training_state import Resume, TrainingState, save_model
+from lit_llama.training.state import Resume, TrainingState, save_model
 
 import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt

@@ -8,18 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lit_llama.checkpoint import find_model
 from lit_llama.cli import constants, run
-from lit_llama.data import BatchSchedule, Dataset
+from lit_llama.data.batches import BatchSchedule, Dataset, matching_tokenizer
 from lit_llama.device import TrainingPrecision, default_precision, storage_dtype
 from lit_llama.errors import Stopped
 from lit_llama.finetuned import describe
-from lit_llama.integrity import identity
-from lit_llama.log import TrainingLog, make_logger
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable, parse_targets
-from lit_llama.optimizer import LearningRate, LRSchedule, clip_gradients
-from lit_llama.preview import expected_memory, plan, show_records
-from lit_llama.training import (
+from lit_llama.model_folder import find_model
+from lit_llama.storage.integrity import identity
+from lit_llama.training.log import TrainingLog, make_logger
+from lit_llama.training.optimizer import LearningRate, LRSchedule, clip_gradients
+from lit_llama.training.plan import expected_memory, plan, show_records
+from lit_llama.training.run import (
     Quantize,
     StepCheck,
     StopSignal,
@@ -27,11 +27,10 @@ from lit_llama.training import (
     compile_blocks,
     launch,
     load_base,
-    matching_tokenizer,
     sum_over_devices,
     validation_loss,
 )
-from lit_llama.training_state import Resume, TrainingState, save_weights
+from lit_llama.training.state import Resume, TrainingState, save_weights
 
 import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt

@@ -3,13 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lit_llama import start as start  # errors while libraries are loaded end in one line
+from lit_llama.errors import guard_imports
 
 if TYPE_CHECKING:
     from lit_llama.model import LLaMA as LLaMA
     from lit_llama.model import LLaMAConfig as LLaMAConfig
     from lit_llama.tokenizer import Tokenizer as Tokenizer
 
+guard_imports()
 __all__ = ["LLaMA", "LLaMAConfig", "Tokenizer"]
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
-from lit_llama import files, start
-from lit_llama.errors import Stopped, UserError
-from lit_llama.locks import release
+from lit_llama.errors import Stopped, UserError, imports_are_done
+from lit_llama.storage import files
+from lit_llama.storage.locks import release
 
 import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
@@ -72,7 +72,7 @@ def run(main: Callable[..., None]) -> None:
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, terminated)
     try:
-        start.loaded()
+        imports_are_done()
         main(**arguments)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

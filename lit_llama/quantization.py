@@ -16,8 +16,8 @@ from functools import cache
 from typing import Any, Literal
 
 from lit_llama.errors import UserError
-from lit_llama.files import page_out
 from lit_llama.model import Linear, LLaMA
+from lit_llama.storage.files import page_out
 
 import torch
 from torch import Tensor, nn

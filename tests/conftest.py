@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from lit_llama.checkpoint import save_model_folder
+from lit_llama.model_folder import save_model_folder
 
 import pytest
 import torch

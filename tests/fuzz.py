@@ -24,8 +24,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from lit_llama import locks
 from lit_llama.errors import UserError
+from lit_llama.storage import locks
 
 import torch
 from builders import content_digest

@@ -24,8 +24,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from lit_llama.checkpoint import save_model_folder
-from lit_llama.log import read_metrics
+from lit_llama.model_folder import save_model_folder
+from lit_llama.training.log import read_metrics
 
 import torch
 from builders import (

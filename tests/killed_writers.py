@@ -22,15 +22,15 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from lit_llama.checkpoint import save_model_folder
+from lit_llama.data.preparation import Encoder, prepare
 from lit_llama.errors import UserError
-from lit_llama.files import write_file
 from lit_llama.finetuned import describe, save_finetuned
-from lit_llama.log import TrainingLog, plot_losses
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
-from lit_llama.preparation import Encoder, prepare
+from lit_llama.model_folder import save_model_folder
+from lit_llama.storage.files import write_file
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.training_state import TrainingState
+from lit_llama.training.log import TrainingLog, plot_losses
+from lit_llama.training.state import TrainingState
 
 import convert_hf_checkpoint
 import export_gguf

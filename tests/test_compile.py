@@ -6,7 +6,7 @@ import shutil
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, mark_only_adapter_as_trainable
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable
 from lit_llama.model import LLaMA
-from lit_llama.training import compile_blocks
+from lit_llama.training.run import compile_blocks
 
 import pytest
 import torch

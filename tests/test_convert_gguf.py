@@ -3,9 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from lit_llama.checkpoint import load_model
 from lit_llama.errors import UserError
 from lit_llama.model import RopeScaling
+from lit_llama.model_folder import load_model
 from lit_llama.tokenizer import Tokenizer
 
 import convert_gguf_checkpoint

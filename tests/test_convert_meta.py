@@ -4,9 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from lit_llama.checkpoint import load_model
-from lit_llama.huggingface import from_hf, hf_config, pairs_from_halves
+from lit_llama.formats.huggingface import from_hf, hf_config, pairs_from_halves
 from lit_llama.model import CONFIGS, LLaMAConfig
+from lit_llama.model_folder import load_model
 
 import convert_meta_checkpoint
 import pytest

@@ -13,6 +13,7 @@ from lit_llama.cli import find_constants
 import pytest
 from builders import ROOT
 
+FOLDERS = ("", "lit_llama/", "lit_llama/*/", "scripts/", "scripts/*/", "tests/", "tests/*/")
 PAGES = ("README.md", "CONTRIBUTING.md", "howto/*.md", "data/ml_questions/README.md", "Makefile")
 DOCUMENTS = [path for page in PAGES for path in sorted(ROOT.glob(page))]
 OURS = re.compile(r"(?<![\w./-])(?<!no `)(?:(?:lit_llama|scripts|howto|tests|data/ml_questions)/[\w./*-]*|\w+\.py\b)")
@@ -32,7 +33,7 @@ def flags_of(script: Path) -> frozenset[str]:
 @cache
 def scripts() -> dict[str, Path]:
     """Scripts by the paths that users type."""
-    paths = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("scripts/**/*.py")]
     return {str(path.relative_to(ROOT)): path for path in paths if "\ndef main(" in path.read_text(encoding="utf-8")}
 
 
@@ -88,7 +89,7 @@ def wrong_in_line(page: Path, line: str, header: str, known: frozenset[str]) -> 
     """
     for path in OURS.findall(line):
         pattern = path.rstrip("/.").replace("NAME", "*")
-        if not any(list(ROOT.glob(folder + pattern)) for folder in ("", "lit_llama/", "scripts/", "tests/")):
+        if not any(list(ROOT.glob(folder + pattern)) for folder in FOLDERS):
             yield f"{path} does not exist"
     for target in re.findall(r"\]\(([^)\s]+)\)", line):
         path, _, anchor = target.partition("#")

@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lit_llama.checkpoint import load_model
-from lit_llama.huggingface import hf_config
+from lit_llama.formats.huggingface import hf_config
+from lit_llama.model_folder import load_model
 
 import pytest
 import torch

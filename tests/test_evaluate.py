@@ -5,12 +5,12 @@ import math
 from pathlib import Path
 
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
-from lit_llama.data import Dataset
+from lit_llama.data.batches import Dataset
+from lit_llama.formats.huggingface import hf_config, to_hf
 from lit_llama.generation import Sampling, generate
-from lit_llama.huggingface import hf_config, to_hf
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.training import validation_loss
+from lit_llama.training.run import validation_loss
 
 import evaluate
 import pytest

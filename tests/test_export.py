@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lit_llama import files
-from lit_llama.checkpoint import load_model, save_model_folder
-from lit_llama.huggingface import hf_config
+from lit_llama.formats.huggingface import hf_config
 from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLaMA, RopeScaling
+from lit_llama.model_folder import load_model, save_model_folder
+from lit_llama.storage import files
 from lit_llama.tokenizer import Tokenizer
 
 import pytest

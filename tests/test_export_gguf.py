@@ -4,14 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lit_llama.chat_templates import CHAT_TEMPLATES, recognise
-from lit_llama.checkpoint import load_model, own_prompt_style, save_model_folder
 from lit_llama.errors import UserError
+from lit_llama.formats.chat_templates import CHAT_TEMPLATES, recognise
+from lit_llama.formats.ollama import TEMPLATES, modelfile
+from lit_llama.formats.tokenizers import PRE_TOKENIZERS, from_gguf, to_gguf
 from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLAMA_3_SCALING, LLaMA, LLaMAConfig
-from lit_llama.ollama import TEMPLATES, modelfile
+from lit_llama.model_folder import load_model, own_prompt_style, save_model_folder
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.tokenizer_formats import PRE_TOKENIZERS, from_gguf, to_gguf
 
 import convert_gguf_checkpoint
 import pytest

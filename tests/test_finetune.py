@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lit_llama import training
-from lit_llama.files import read_file
-from lit_llama.log import read_metrics
+from lit_llama.storage.files import read_file
+from lit_llama.training import run as training
+from lit_llama.training.log import read_metrics
 
 import pytest
 import torch

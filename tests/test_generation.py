@@ -7,8 +7,8 @@ from typing import Any
 
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, cache_prefix
 from lit_llama.errors import UserError
+from lit_llama.formats.huggingface import hf_config, to_hf
 from lit_llama.generation import Sampling, compile_steps, generate, generate_batch, sample
-from lit_llama.huggingface import hf_config, to_hf
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.quantization import quantize_int8
 

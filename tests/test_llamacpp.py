@@ -3,13 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
-from lit_llama.checkpoint import save_model_folder
+from lit_llama.formats.tokenizers import PRE_TOKENIZERS
 from lit_llama.generation import Sampling, generate
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLAMA_3_SCALING, LLaMA, LLaMAConfig
+from lit_llama.model_folder import save_model_folder
 from lit_llama.prompt import TEMPLATES, PromptStyle, encode
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.tokenizer_formats import PRE_TOKENIZERS
 
 import pytest
 from builders import TINY, random_model, randomize, run_script, save_file

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lit_llama.errors import UserError
 from lit_llama.finetuned import read_finetuned
-from lit_llama.huggingface import halves_from_pairs, hf_config, to_hf
+from lit_llama.formats.huggingface import halves_from_pairs, hf_config, to_hf
 from lit_llama.lora import (
     TARGETS,
     LoRAConfig,

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from lit_llama.checkpoint import load_model
+from lit_llama.model_folder import load_model
 
 import lab_merging
 import lab_runs

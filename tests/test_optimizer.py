@@ -1,8 +1,8 @@
 import copy
 
-from lit_llama.optimizer import AdamW, LearningRate, clip_gradients
-from lit_llama.sharding import fill
-from lit_llama.training_state import room_for
+from lit_llama.training.distributed import fill
+from lit_llama.training.optimizer import AdamW, LearningRate, clip_gradients
+from lit_llama.training.state import room_for
 
 import pytest
 import torch

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from lit_llama.chat_templates import CHAT_TEMPLATES, recognise
 from lit_llama.errors import UserError
+from lit_llama.formats.chat_templates import CHAT_TEMPLATES, recognise
 from lit_llama.prompt import TEMPLATES, Message, PromptStyle, encode, encode_prompt, stop_ids
 from lit_llama.tokenizer import Tokenizer
 

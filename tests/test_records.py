@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
+from lit_llama.data.records import Fields, split_records
 from lit_llama.errors import UserError
 from lit_llama.prompt import Message
-from lit_llama.records import Fields, split_records
 
 import numpy as np
 import pytest

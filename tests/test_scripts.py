@@ -5,10 +5,10 @@ import json
 import zipfile
 from pathlib import Path
 
-from lit_llama import records
-from lit_llama.checkpoint import load_model
-from lit_llama.data import Dataset
+from lit_llama.data import records
+from lit_llama.data.batches import Dataset
 from lit_llama.errors import UserError
+from lit_llama.model_folder import load_model
 from lit_llama.tokenizer import Tokenizer
 
 import download_smollm2

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lit_llama.archive import write_tensors
-from lit_llama.checkpoint import save_model_folder
-from lit_llama.files import read_file
-from lit_llama.integrity import fingerprint
-from lit_llama.log import read_metrics
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.shards import FILE_SIZE
+from lit_llama.model_folder import save_model_folder
+from lit_llama.storage.archive import write_tensors
+from lit_llama.storage.files import read_file
+from lit_llama.storage.integrity import fingerprint
+from lit_llama.training.log import read_metrics
+from lit_llama.training.shards import FILE_SIZE
 
 import pytest
 import torch
@@ -162,9 +162,9 @@ import json, re, sys, threading, time
 from pathlib import Path
 import torch
 from lit_llama.finetuned import describe
-from lit_llama.optimizer import AdamW
-from lit_llama.training import launch, load_base
-from lit_llama.training_state import TrainingState, save_model
+from lit_llama.training.optimizer import AdamW
+from lit_llama.training.run import launch, load_base
+from lit_llama.training.state import TrainingState, save_model
 
 def memory():
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

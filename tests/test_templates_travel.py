@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from lit_llama.chat_templates import CHAT_TEMPLATES
-from lit_llama.checkpoint import own_prompt_style, save_model_folder
+from lit_llama.formats.chat_templates import CHAT_TEMPLATES
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
+from lit_llama.model_folder import own_prompt_style, save_model_folder
 from lit_llama.prompt import TEMPLATES, PromptStyle, encode
 from lit_llama.tokenizer import Tokenizer
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import UserError
+from lit_llama.formats.tokenizers import from_gguf, from_tiktoken, is_tiktoken
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.tokenizer_formats import from_gguf, from_tiktoken, is_tiktoken
 
 import pytest
 import regex

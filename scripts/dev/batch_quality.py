@@ -15,14 +15,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from lit_llama.checkpoint import QUICKSTART_MODEL, find_model, load_model
 from lit_llama.cli import run
-from lit_llama.data import BatchSchedule, Dataset, single_step
+from lit_llama.data.batches import BatchSchedule, Dataset, loss_sum, single_step
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable
 from lit_llama.model import CONFIGS, LLaMA
-from lit_llama.optimizer import LearningRate
+from lit_llama.model_folder import QUICKSTART_MODEL, find_model, load_model
 from lit_llama.progress import progress
-from lit_llama.training import loss_sum
+from lit_llama.training.optimizer import LearningRate
 
 import numpy as np
 import torch

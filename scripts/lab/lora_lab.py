@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_llama.checkpoint import QUICKSTART_MODEL, find_model
 from lit_llama.cli import run
 from lit_llama.errors import UserError
-from lit_llama.files import replacing, write_file
+from lit_llama.model_folder import QUICKSTART_MODEL, find_model
+from lit_llama.storage.files import replacing, write_file
 
 import torch
 from comparison_report import new_figure

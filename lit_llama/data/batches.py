@@ -1,7 +1,7 @@
 """Prepared records as a training run sees them: read from their folder, and drawn from it in optimizer steps.
 
-`lit_llama/preparation.py` says what such a folder holds. Length limit and prompt masking are choices of the training,
-so changing them needs no new preparation.
+`lit_llama/data/preparation.py` says what such a folder holds. Length limit and prompt masking are choices of the
+training, so changing them needs no new preparation.
 """
 
 import hashlib
@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from lit_llama.data.preparation import read_split
+from lit_llama.data.records import shuffled
 from lit_llama.errors import UserError
-from lit_llama.preparation import read_split
+from lit_llama.model import LLaMA
 from lit_llama.prompt import PromptStyle
-from lit_llama.records import shuffled
+from lit_llama.tokenizer import Tokenizer, find_tokenizer
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
-from torch import Tensor
+from torch import Tensor, nn
 
 BLOCK = 2**18  # records that are measured at once
 
@@ -232,3 +234,21 @@ def snake_order(n: int, n_groups: int) -> np.ndarray:
 def single_step(dataset: Dataset, micro_batch_size: int) -> Step:
     """All records in one step, for what is evaluated and not trained on."""
     return Step(dataset, balance(np.arange(len(dataset)), dataset.lengths, micro_batch_size))
+
+
+def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross-entropy of a batch, summed over its targets; 0 if it has none."""
+    return model(batch.input_ids, lengths=batch.lengths, select=batch.select, targets=batch.targets)
+
+
+def matching_tokenizer(dataset: Dataset, model: LLaMA, pretrained_path: Path, tokenizer_path: Path | None) -> Tokenizer:
+    """The model's tokenizer, or a UserError if the data was tokenised with another one or is too long for the model."""
+    if dataset.block_size > model.config.block_size:
+        raise UserError(f"--block_size {dataset.block_size} is more than the model's {model.config.block_size} tokens")
+    tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
+    tokenizer.check_fits(model.config.vocab_size)
+    if tokenizer.fingerprint() != dataset.meta["tokenizer"]:
+        raise UserError(
+            f"{dataset.data_dir} was not prepared with {tokenizer.path}; prepare the data again with that tokenizer"
+        )
+    return tokenizer

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_llama.checkpoint import QUICKSTART_MODEL, find_model, load_model
 from lit_llama.cli import run
 from lit_llama.generation import Sampling, compile_steps, generate
+from lit_llama.model_folder import QUICKSTART_MODEL, find_model, load_model
 from lit_llama.quantization import quantize_int8
 
 import torch

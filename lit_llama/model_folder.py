@@ -10,10 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lit_llama.archive import write_tensors
-from lit_llama.checks import from_fields
 from lit_llama.errors import UserError, error_context, short
-from lit_llama.files import (
+from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
+from lit_llama.progress import say
+from lit_llama.prompt import TEMPLATES, PromptStyle
+from lit_llama.quantization import Quantization, quantize_blocks, quantize_int8
+from lit_llama.storage.archive import write_tensors
+from lit_llama.storage.checks import from_fields
+from lit_llama.storage.files import (
     CONFIG,
     check_finite,
     check_listed,
@@ -25,11 +29,7 @@ from lit_llama.files import (
     replacing_folder,
     write_file,
 )
-from lit_llama.integrity import check_archive, digest, fingerprint
-from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
-from lit_llama.progress import say
-from lit_llama.prompt import TEMPLATES, PromptStyle
-from lit_llama.quantization import Quantization, quantize_blocks, quantize_int8
+from lit_llama.storage.integrity import check_archive, digest, fingerprint
 
 import torch
 from torch import Tensor

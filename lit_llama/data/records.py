@@ -14,8 +14,8 @@ from typing import Any, get_args
 from urllib.request import urlopen
 
 from lit_llama.errors import UserError
-from lit_llama.files import parse_json, read_text, write_file
 from lit_llama.prompt import Message, Role, check_order
+from lit_llama.storage.files import parse_json, read_text, write_file
 
 import numpy as np
 

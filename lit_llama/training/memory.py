@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from lit_llama.data import Batch
+from lit_llama.data.batches import Batch, loss_sum
 from lit_llama.model import LLaMA
 from lit_llama.quantization import NF4Weight, quantize_blocks
-from lit_llama.sharding import fill, shard
-from lit_llama.training import loss_sum
-from lit_llama.training_state import room_for
+from lit_llama.training.distributed import fill, shard
+from lit_llama.training.state import room_for
 
 import torch
 import torch.distributed as dist

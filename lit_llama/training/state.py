@@ -4,8 +4,8 @@
 done, the best validation so far and the optimizer's state.
 
 If all weights are trained and sharded, their tensors and the optimizer's are in a folder beside it, named after the
-step (see `lit_llama/shards.py`), and the file has its name and the checksums of its files. A new state gets a new
-folder; it counts once the file names it, and only then is the old folder removed. While that happens, a list
+step (see `lit_llama/training/shards.py`), and the file has its name and the checksums of its files. A new state gets a
+new folder; it counts once the file names it, and only then is the old folder removed. While that happens, a list
 (training-state.folders) says which folders are a run's own, so that no other is ever removed. A run may continue on
 another number of devices.
 """
@@ -19,16 +19,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llama.checkpoint import check_state, untied, write_model
-from lit_llama.checks import check_types
 from lit_llama.errors import UserError, error_context, short
-from lit_llama.files import check_finite, is_plain, read_text, remove_folder, write_file
 from lit_llama.finetuned import read_described, save_finetuned
-from lit_llama.integrity import check_base, size_and_digest
-from lit_llama.locks import check_room, claim
 from lit_llama.model import LLaMAConfig
-from lit_llama.sharding import fill, gathered, in_one_piece, on_all_processes, on_first_process
-from lit_llama.shards import check_shards, describe_shards, read_shards, write_shards
+from lit_llama.model_folder import check_state, untied, write_model
+from lit_llama.storage.checks import check_types
+from lit_llama.storage.files import check_finite, is_plain, read_text, remove_folder, write_file
+from lit_llama.storage.integrity import check_base, size_and_digest
+from lit_llama.storage.locks import check_room, claim
+from lit_llama.training.distributed import fill, gathered, in_one_piece, on_all_processes, on_first_process
+from lit_llama.training.shards import check_shards, describe_shards, read_shards, write_shards
 
 import torch
 from lightning import Fabric

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_llama.data import Dataset
+from lit_llama.data.batches import Dataset
 from lit_llama.finetuned import read_finetuned
 from lit_llama.generation import Sampling, generate
 from lit_llama.lora import merge_lora, remove_lora

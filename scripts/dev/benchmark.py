@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llama.checkpoint import QUICKSTART_MODEL, find_model, load_model
 from lit_llama.cli import run
-from lit_llama.data import BatchSchedule, Dataset
+from lit_llama.data.batches import BatchSchedule, Dataset, loss_sum
 from lit_llama.device import peak_memory
-from lit_llama.huggingface import hf_config, to_hf
+from lit_llama.formats.huggingface import hf_config, to_hf
 from lit_llama.lora import LoRAConfig, add_lora, mark_only_lora_as_trainable
-from lit_llama.training import loss_sum
+from lit_llama.model_folder import QUICKSTART_MODEL, find_model, load_model
 
 import numpy as np
 import torch

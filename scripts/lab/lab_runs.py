@@ -11,19 +11,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llama.checkpoint import load_model
-from lit_llama.data import Dataset
-from lit_llama.files import read_file, read_json, write_file
+from lit_llama.data.batches import Dataset
+from lit_llama.evaluation import response_loss, text_loss
 from lit_llama.finetuned import read_finetuned
+from lit_llama.formats.peft import parts
 from lit_llama.lora import LoRAConfig, lora_shapes, remove_lora
 from lit_llama.model import LLaMA
-from lit_llama.peft_format import parts
+from lit_llama.model_folder import load_model
+from lit_llama.storage.files import read_file, read_json, write_file
 from lit_llama.tokenizer import find_tokenizer
-from lit_llama.training_state import STATE_FILE
+from lit_llama.training.state import STATE_FILE
 
 import torch
 from compare_methods import RESULTS, call
-from evaluate import response_loss, text_loss
 from lora_measures import svd
 from torch import Tensor
 
@@ -34,7 +34,7 @@ ATTENTION, MLP = "query,key,value,projection", "mlp"
 ALL = f"{ATTENTION},{MLP}"
 N_STEPS, BATCH_SIZE, WARMUP = 20, 4, 2
 N_FEW = 24  # records of the run that is to overfit
-RECORDS = Path(__file__).parent.parent / "data" / "ml_questions"
+RECORDS = Path(__file__).parents[2] / "data" / "ml_questions"
 TEXT = RECORDS / "unrelated.txt"
 SPLITS = ("train", "validation", "validation_new_topics")
 

@@ -2,10 +2,10 @@
 
 import json
 
-from lit_llama.chat_templates import chat_template
+from lit_llama.formats.chat_templates import chat_template
+from lit_llama.formats.tokenizers import from_sentencepiece
 from lit_llama.prompt import PromptStyle
 from lit_llama.tokenizer import CONFIG_NAME, Tokenizer
-from lit_llama.tokenizer_formats import from_sentencepiece
 
 TOKENIZER_FILES = (
     r"tokenizer\.json|tokenizer\.model|tokenizer_config\.json|special_tokens_map\.json|chat_template\.jinja"

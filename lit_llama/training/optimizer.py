@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lit_llama.sharding import whole_tensor
+from lit_llama.training.distributed import whole_tensor
 
 import torch
 from torch import nn

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from lit_llama.checks import from_fields
 from lit_llama.errors import UserError
-from lit_llama.huggingface import NAMES, halves_from_pairs, pairs_from_halves
+from lit_llama.formats.huggingface import NAMES, halves_from_pairs, pairs_from_halves
 from lit_llama.lora import LoRAConfig, lora_shapes
 from lit_llama.model import LLaMAConfig
+from lit_llama.storage.checks import from_fields
 
 import torch
 from torch import Tensor

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lit_llama.errors import UserError
+from lit_llama.formats.peft import parts
 from lit_llama.lora import LoRAConfig
 from lit_llama.model import LLaMAConfig, stretch_frequencies
-from lit_llama.peft_format import parts
 
 import torch
 from torch import Tensor

@@ -6,8 +6,6 @@ the other. LoRA can be trained once more, with the article's settings.
 
 import datetime
 import json
-import os
-import platform
 import re
 import statistics
 import subprocess
@@ -16,17 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lit_llama.checkpoint import QUICKSTART_MODEL, WEIGHTS, find_model
 from lit_llama.cli import run
-from lit_llama.data import Dataset
+from lit_llama.data.batches import Dataset
+from lit_llama.device import describe_machine
 from lit_llama.errors import UserError
-from lit_llama.files import read_file, read_json, replacing, write_file
 from lit_llama.finetuned import FILE_NAMES
-from lit_llama.log import read_metrics
-from lit_llama.optimizer import LRSchedule
-from lit_llama.training_state import STATE_FILE
+from lit_llama.model_folder import QUICKSTART_MODEL, WEIGHTS, find_model
+from lit_llama.storage.files import read_file, read_json, replacing, write_file
+from lit_llama.training.log import read_metrics
+from lit_llama.training.optimizer import LRSchedule
+from lit_llama.training.state import STATE_FILE
 
-import torch
 from comparison_report import Method, Result, answers, average, draw_methods, draw_ranks, new_figure, table
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
@@ -46,7 +44,7 @@ n_seeds: PositiveInt = 1  # trainings of each method; from 2 on, the figures are
 n_answers: PositiveInt = 39  # validation records that are answered, for ROUGE-L
 max_new_tokens: PositiveInt = 100
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FIRST_SEED = 1337  # that of the training scripts
 RESULTS = {**FILE_NAMES, "full": WEIGHTS}  # what the training scripts write
 
@@ -93,7 +91,7 @@ def main(
     about = (
         f"{pretrained_path.parent.name}, {n_train:,} records to train on (epochs: {num_epochs}, records per step: "
         f"{batch_size}, seeds: {n_seeds}), {n_validation:,} to validate on; {datetime.date.today():%d %B %Y}, "
-        f"{machine()}."
+        f"{describe_machine()}."
     )
     text = "\n".join([about, "", *table(results, picture.name), *answers(results, questions, known)])
     write_file(picture.with_suffix(".md"), text)
@@ -204,16 +202,6 @@ def count_parameters(path: Path) -> int:
     content = read_file(path)
     tensors = content.get("state_dict", content).values()
     return sum({tensor.data_ptr(): tensor.numel() for tensor in tensors}.values())  # tied ones count once
-
-
-def machine() -> str:
-    """What this ran on, in words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    names = []
-    if Path("/proc/cpuinfo").is_file():
-        names = re.findall(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}, no GPU"
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from typing import Any
 
-from lit_llama.checks import from_fields
 from lit_llama.errors import UserError, short
-from lit_llama.files import is_plain
 from lit_llama.model import LLaMAConfig
+from lit_llama.storage.checks import from_fields
+from lit_llama.storage.files import is_plain
 
 import torch
 from torch import Tensor

@@ -4,6 +4,7 @@ For the base model, for a LoRA file merged into it, and for the file as an adapt
 """
 
 import json
+import subprocess
 import sys
 import tempfile
 from importlib import import_module
@@ -12,17 +13,14 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from lit_llama.checkpoint import QUICKSTART_MODEL, find_model, load_model, own_prompt_style
 from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.finetuned import read_finetuned
 from lit_llama.generation import Sampling, generate
+from lit_llama.model_folder import QUICKSTART_MODEL, find_model, load_model, own_prompt_style
 from lit_llama.prompt import Message, PromptStyle, encode, stop_ids
 from lit_llama.tokenizer import find_tokenizer
 
-from export_gguf import main as export_gguf
-from export_hf import main as export_hf
-from merge_lora import main as merge_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CONVERSATION = [
@@ -31,6 +29,8 @@ CONVERSATION = [
     Message("user", "And of Italy? Tell me in four sentences what to see there."),
 ]
 Answer = tuple[list[int], str]  # the ids of the prompt, and the text
+
+SCRIPTS = Path(__file__).parents[1]
 
 
 class LlamaCpp:
@@ -89,12 +89,13 @@ def main(
         folder = Path(name)
         agree = [compare("base model", checkpoint_path, folder / "base", base_style, max_new_tokens)]
         if lora_path:
-            merge_lora(folder / "merged", lora_path, checkpoint_path)
+            run_script("merge_lora", folder / "merged", lora_path=lora_path, pretrained_path=checkpoint_path)
             style = read_finetuned(lora_path, "lora").prompt_style
             agree += [compare("merged", folder / "merged" / "lit-llama.pth", folder / "out", style, max_new_tokens)]
-            export_gguf(folder / "base-f32", checkpoint_path, dtype="F32", prompt_style=style)
+            base = {"checkpoint_path": checkpoint_path, "dtype": "F32"}
+            run_script("export_gguf", folder / "base-f32", **base, prompt_style=style)
             gguf = folder / "base-f32" / "model-F32.gguf"
-            export_gguf(folder / "lora", checkpoint_path, lora_path=lora_path, base_model=str(gguf), dtype="F32")
+            run_script("export_gguf", folder / "lora", **base, lora_path=lora_path, base_model=gguf)
             llama = LlamaCpp(gguf, folder / "lora" / "lora-F32.gguf")
             agree += [
                 report(
@@ -109,9 +110,15 @@ def main(
         sys.exit("error: not all of them agree")
 
 
+def run_script(name: str, out_dir: Path, **flags: object) -> None:
+    """Run one of the scripts that users run, as they would."""
+    words = [f"--{flag}={value}" for flag, value in {"out_dir": out_dir, **flags}.items()]
+    subprocess.run([sys.executable, str(SCRIPTS / f"{name}.py"), *words], check=True)
+
+
 def compare(title: str, checkpoint: Path, folder: Path, style: PromptStyle, max_new_tokens: int) -> bool:
-    export_hf(folder / "hf", checkpoint, prompt_style=style)
-    export_gguf(folder / "gguf", checkpoint, dtype="F32", prompt_style=style)
+    run_script("export_hf", folder / "hf", checkpoint_path=checkpoint, prompt_style=style)
+    run_script("export_gguf", folder / "gguf", checkpoint_path=checkpoint, dtype="F32", prompt_style=style)
     llama = LlamaCpp(folder / "gguf" / "model-F32.gguf")
     return report(
         title,

@@ -11,11 +11,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lit_llama.data import Step
+from lit_llama.data.batches import Step
 from lit_llama.device import peak_memory
 from lit_llama.errors import UserError
-from lit_llama.files import replacing, write_file
 from lit_llama.progress import on_terminal
+from lit_llama.storage.files import replacing, write_file
 
 from lightning import Fabric
 from lightning.fabric.loggers import Logger

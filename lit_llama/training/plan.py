@@ -5,11 +5,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lit_llama.data import BatchSchedule, Dataset
-from lit_llama.memory import count_step, free_memory, without_data
+from lit_llama.data.batches import BatchSchedule, Dataset
 from lit_llama.model import LLaMA
-from lit_llama.optimizer import LearningRate
 from lit_llama.tokenizer import Tokenizer
+from lit_llama.training.memory import count_step, free_memory, without_data
+from lit_llama.training.optimizer import LearningRate
 
 import torch
 from lightning import Fabric

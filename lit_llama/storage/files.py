@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import UserError
-from lit_llama.integrity import check_archive, digest, fingerprint
-from lit_llama.locks import alone
+from lit_llama.storage.integrity import check_archive, digest, fingerprint
+from lit_llama.storage.locks import alone
 
 import torch
 from safetensors import SafetensorError, safe_open

@@ -6,8 +6,8 @@ Jinja knows no input apart from the content, as Alpaca's records have it: write 
 import sys
 from pathlib import Path
 
-from lit_llama.files import read_json
 from lit_llama.prompt import SMOLLM2_SYSTEM, Message, PromptStyle, alpaca_text
+from lit_llama.storage.files import read_json
 from lit_llama.tokenizer import CONFIG_NAME, Tokenizer
 
 CHATML = (

@@ -8,15 +8,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from lit_llama.checkpoint import load_model
-from lit_llama.data import Batch, Dataset, Step, single_step
+from lit_llama.data.batches import Dataset, Step, loss_sum, single_step
 from lit_llama.device import TrainingPrecision, storage_dtype
 from lit_llama.errors import UserError
-from lit_llama.log import TrainingLog
 from lit_llama.model import LLaMA
+from lit_llama.model_folder import load_model
 from lit_llama.quantization import check_compilable
-from lit_llama.sharding import shard, whole_tensor
-from lit_llama.tokenizer import Tokenizer, find_tokenizer
+from lit_llama.training.distributed import shard, whole_tensor
+from lit_llama.training.log import TrainingLog
 
 import torch
 import torch.distributed as dist
@@ -92,19 +91,6 @@ def compile_blocks(llama: LLaMA) -> None:
         block.compile(dynamic=True)
 
 
-def matching_tokenizer(dataset: Dataset, model: LLaMA, pretrained_path: Path, tokenizer_path: Path | None) -> Tokenizer:
-    """The model's tokenizer, or a UserError if the data was tokenised with another one or is too long for the model."""
-    if dataset.block_size > model.config.block_size:
-        raise UserError(f"--block_size {dataset.block_size} is more than the model's {model.config.block_size} tokens")
-    tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
-    tokenizer.check_fits(model.config.vocab_size)
-    if tokenizer.fingerprint() != dataset.meta["tokenizer"]:
-        raise UserError(
-            f"{dataset.data_dir} was not prepared with {tokenizer.path}; prepare the data again with that tokenizer"
-        )
-    return tokenizer
-
-
 @torch.no_grad()
 def validation_loss(fabric: Fabric, model: nn.Module, dataset: Dataset, micro_batch_size: int) -> float | None:
     """The mean cross-entropy per target token of a whole data set (None if that is empty); changes no random state."""
@@ -124,11 +110,6 @@ def sum_over_devices(fabric: Fabric, value: torch.Tensor) -> float:
     total = fabric.all_reduce(value, reduce_op="sum")
     assert isinstance(total, torch.Tensor)
     return float(total)
-
-
-def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Cross-entropy of a batch, summed over its targets; 0 if it has none."""
-    return model(batch.input_ids, lengths=batch.lengths, select=batch.select, targets=batch.targets)
 
 
 class StepCheck:

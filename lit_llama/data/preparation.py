@@ -18,13 +18,13 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
-from lit_llama import files
-from lit_llama.checks import check_types
+from lit_llama.data.records import Fields, Row, conversation, read_rows, split_records
 from lit_llama.errors import UserError
-from lit_llama.integrity import digest
 from lit_llama.progress import progress, say
 from lit_llama.prompt import TEMPLATES, PromptStyle, encode
-from lit_llama.records import Fields, Row, conversation, read_rows, split_records
+from lit_llama.storage import files
+from lit_llama.storage.checks import check_types
+from lit_llama.storage.integrity import digest
 from lit_llama.tokenizer import Tokenizer
 
 import numpy as np

@@ -16,14 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lit_llama.cli import run
+from lit_llama.device import describe_machine
 from lit_llama.errors import UserError
-from lit_llama.files import read_json, write_file
-from lit_llama.log import read_metrics
+from lit_llama.storage.files import read_json, write_file
+from lit_llama.training.log import read_metrics
 
-from compare_methods import machine
-from lora_lab import EXPERIMENTS
-
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
+LAB = ("low_rank", "subspaces", "targets", "settings", "forgetting", "overfitting", "merging")  # experiments
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "howto").glob("*.md")))
 IMAGES, VERDICTS = ROOT / "howto" / "images", ROOT / "howto" / "verdicts.json"
 MODEL = Path("checkpoints/lit-llama/SmolLM2-135M-Instruct/lit-llama.pth")
@@ -139,13 +138,15 @@ def adapter() -> str:
 def benchmark(flags: str) -> str:
     """Against transformers + PEFT, on equal batches."""
     table = script("benchmark.py", *flags.split())
-    return f"{table}\nMedians over the rounds, each side in turn (`python scripts/benchmark.py {flags}`, {sitting()})."
+    return (
+        f"{table}\nMedians over the rounds, each side in turn (`python scripts/dev/benchmark.py {flags}`, {sitting()})."
+    )
 
 
 def generation() -> str:
     """Against transformers, one token at a time."""
     table = script("benchmark_generation.py")
-    return f"{table}\n(`python scripts/benchmark_generation.py`, {sitting()})"
+    return f"{table}\n(`python scripts/dev/benchmark_generation.py`, {sitting()})"
 
 
 def validation_losses(out_dir: Path) -> list[float]:
@@ -225,7 +226,7 @@ def experiment(name: str) -> Callable[[], str]:
         text = script("lora_lab.py", "--only", name).strip()
         shutil.copy(f"out/lab/{name}.png", IMAGES / f"lab_{name}.png")
         picture = f"![the experiment as a picture](images/lab_{name}.png)"
-        return f"{text}\n\n{picture}\n\n(`python scripts/lora_lab.py --only {name}`, {sitting()})"
+        return f"{text}\n\n{picture}\n\n(`python scripts/lab/lora_lab.py --only {name}`, {sitting()})"
 
     return figure
 
@@ -246,11 +247,12 @@ def recipes() -> str:
 
 def sitting() -> str:
     """When and on what this was measured."""
-    return f"{datetime.date.today():%d %B %Y}, {machine()}"
+    return f"{datetime.date.today():%d %B %Y}, {describe_machine()}"
 
 
 def script(name: str, *flags: object) -> str:
-    return command(sys.executable, ROOT / "scripts" / name, *flags)
+    (path,) = (ROOT / "scripts").rglob(name)
+    return command(sys.executable, path, *flags)
 
 
 def command(*words: object) -> str:
@@ -285,7 +287,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "fits": fits,
     "adapter": adapter,
     "ledger": ledger,
-    **{f"lab-{name}": experiment(name) for name in EXPERIMENTS},
+    **{f"lab-{name}": experiment(name) for name in LAB},
 }
 
 

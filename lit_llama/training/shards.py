@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from lit_llama import files
 from lit_llama.errors import UserError
-from lit_llama.files import flush, telling_why
-from lit_llama.integrity import size_and_digest
+from lit_llama.storage import files
+from lit_llama.storage.files import flush, telling_why
+from lit_llama.storage.integrity import size_and_digest
 
 import torch
 import torch.distributed as dist
