@@ -38,3 +38,12 @@ def peak_memory(device: torch.device) -> float:
     if status.is_file():  # Linux's getrusage would count what the process that started this one used
         return 1024 * int(re.findall(r"VmHWM:\s*(\d+)", status.read_text())[0]) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that tensors can take on a device: of a GPU, all; of the host, what no other process uses; 0 if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    status = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s*(\d+)", status.read_text()) if status.is_file() else None
+    return 1024 * int(found[1]) if found else 0
