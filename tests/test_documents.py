@@ -1,8 +1,9 @@
-"""What README, guides and Makefile tell users to type exists: scripts, flags, settings, files and links."""
+"""What README, guides and Makefile tell users to type exists: scripts, flags, settings, files, links, quoted code."""
 
 import ast
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,8 @@ FOLDERS = ("", "lit_llama/", "lit_llama/*/", "scripts/", "scripts/*/", "tests/",
 PAGES = ("README.md", "CONTRIBUTING.md", "howto/*.md", "data/ml_questions/README.md", "Makefile")
 DOCUMENTS = [path for page in PAGES for path in sorted(ROOT.glob(page))]
 OURS = re.compile(r"(?<![\w./-])(?<!no `)(?:(?:lit_llama|scripts|howto|tests|data/ml_questions)/[\w./*-]*|\w+\.py\b)")
+FOLDERS = ("", *(f"{folder}/{below}" for folder in ("lit_llama", "scripts", "tests") for below in ("", "*/")))
+PYTHON = re.compile(r"((?:.+\n)+)\n```python\n((?:(?!```).*\n)*)```")  # code, with the paragraph above it
 Line = tuple[int, str]  # its number, from 1, and its text
 
 
@@ -195,3 +198,45 @@ def test_mistakes_in_a_makefile_are_told_with_their_lines(tmp_path: Path) -> Non
     (tmp_path / "Makefile").write_text(recipe)
     assert "Makefile:3: finetune_lora.py has no flag --lora_rank" in wrong_in(tmp_path / "Makefile")
     assert "Makefile:5: x.py is not a script" in wrong_in(tmp_path / "Makefile")
+
+
+def quotes(page: Path) -> Iterator[tuple[str, str]]:
+    """The Python of a page that is below a link to a file of ours: the file's path, and the lines that are quoted."""
+    for paragraph, code in PYTHON.findall(page.read_text(encoding="utf-8")):
+        for path in re.findall(r"\]\((\S+\.py)\)", paragraph):
+            yield path, code
+
+
+def is_quoted(code: str, source: str) -> bool:
+    """Whether lines of code stand in a source, one after the other, all of them as much further in."""
+    return any("\n" + textwrap.indent(code, " " * depth) in "\n" + source for depth in range(0, 24, 4))
+
+
+@pytest.mark.parametrize(("path", "code"), [*quotes(ROOT / "README.md")], ids=lambda text: text.partition("\n")[0])
+def test_code_in_the_readme_is_the_source(path: str, code: str) -> None:
+    assert is_quoted(code, (ROOT / path).read_text(encoding="utf-8"))
+
+
+def test_a_quote_is_found_further_in_and_a_changed_one_is_not() -> None:
+    source = "class A:\n    def f():\n        g()\n\n        h()\n"
+    assert is_quoted("g()\n\nh()\n", source)
+    assert is_quoted("def f():\n    g()\n", source)
+    assert not is_quoted("g()\nh()\n", source)
+    assert not is_quoted("def f():\n        g()\n", source)
+    assert not is_quoted("f():\n", source)
+
+
+def test_the_readme_quotes_lora_and_the_training_loop() -> None:
+    assert [path for path, _ in quotes(ROOT / "README.md")] == ["lit_llama/lora.py", "finetune_lora.py"]
+
+
+def test_the_program_of_the_readme_runs(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    [program] = (code for text, code in PYTHON.findall((ROOT / "README.md").read_text()) if ".py)" not in text)
+    [place] = re.findall(r'"(checkpoints/.+?)"', program)
+    (tmp_path / place).parent.mkdir(parents=True)
+    (tmp_path / place).symlink_to(model_folder)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()

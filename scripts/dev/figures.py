@@ -1,8 +1,9 @@
 """Measure the figures of README and guides, all in one sitting, and write each between its markers.
 
 A place for a figure is <!-- figures: NAME --> ... <!-- end of NAME -->, and NAME a function below. Each of them runs
-commands that a user could type. The verdict on an answer comes from howto/verdicts.json, which lists exact answers; the
-quickstart's table marks an answer that is not there with a question mark.
+commands that a user could type. Some fill a second place, which they name. The verdict on an answer comes from
+howto/verdicts.json, which lists exact answers; the quickstart's tables mark an answer that is not there with a question
+mark.
 """
 
 import contextlib
@@ -47,14 +48,18 @@ def main(only: tuple[str, ...] = (), alpaca_file: Path | None = None) -> None:
     unknown = set(only) - FIGURES.keys()
     if unknown:
         raise UserError(f"there is no figure {', '.join(unknown)}; there are {', '.join(FIGURES)}")
-    if not Path("data/alpaca/meta.json").is_file() and {"speed", "compiled", "batches"} & set(only or FIGURES):
+    if not Path("data/alpaca/meta.json").is_file() and {"speed", "compiled"} & set(only or FIGURES):
         local = ("--data_file", alpaca_file) if alpaca_file else ()
         script("prepare_alpaca.py", "--pretrained_path", MODEL, *local)
     for name in only or FIGURES:
         print(f"## {name}", file=sys.stderr)
-        text = FIGURES[name]()
-        for document in DOCUMENTS:
-            replace_figure(document, name, text)
+        write_figure(name, FIGURES[name]())
+
+
+def write_figure(name: str, text: str) -> None:
+    """Write `text` into all documents that have a place of this name."""
+    for document in DOCUMENTS:
+        replace_figure(document, name, text)
 
 
 def replace_figure(document: Path, name: str, text: str) -> None:
@@ -68,7 +73,7 @@ def replace_figure(document: Path, name: str, text: str) -> None:
 
 
 def quickstart() -> str:
-    """What `make quickstart` prints, how long it takes, and what is to be said of its answers."""
+    """What `make quickstart` prints, and how long it takes. All its answers go to the place `quickstart-answers`."""
     start = time.perf_counter()
     printed = command("make", "quickstart")
     minutes = (time.perf_counter() - start) / 60
@@ -78,14 +83,15 @@ def quickstart() -> str:
     losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
     memory, tokens = max(row["memory_gb"] for row in steps), steps[-1]["tokens"]
     training = (steps[-1]["seconds"] - rows[0]["seconds"]) / 60
-    wanted = re.findall(
-        r"^(?:[\d,]+ trained parameters of [\d,]+|step \d+/\d+: validation loss .*)$", printed, flags=re.MULTILINE
-    )
+    validations = re.findall(r"^step \d+/\d+: validation loss .*$", printed, flags=re.MULTILINE)
     answers = re.findall(r"^> (.*?)\n(.*?)\nTime for inference", printed, flags=re.MULTILINE | re.DOTALL)
     n = len(answers) // 2
-    lines = ["```", *wanted, "```", "", "| asked | before | after |", "|---|---|---|"]
-    for (question, before), (_, after) in zip(answers[:n], answers[n:], strict=True):
-        lines.append(f"| {question} | {judged(before)} | {judged(after)} |")
+    table = [
+        f"| {question} | {judged(before)} | {judged(after)} |"
+        for (question, before), (_, after) in zip(answers[:n], answers[n:], strict=True)
+    ]
+    write_figure("quickstart-answers", "\n".join(["| asked | before | after |", "|---|---|---|", *table]))
+    lines = ["| | before | after |", "|---|---|---|", f"| | `{validations[0]}` | `{validations[-1]}` |", table[0]]
     lines += [
         "",
         f"{minutes:.1f} minutes in all, once installed; {training:.1f} of them for {len(steps)} steps over {tokens:,} "
@@ -101,7 +107,7 @@ def judged(answer: str) -> str:
 
 
 def comparison() -> str:
-    """The methods side by side."""
+    """The methods side by side. The picture and the answers go to the place `answers`."""
     for style, name in (("smollm2", "own-template"), ("chatml", "new-topics")):
         validation = "validation.json" if name == "own-template" else "validation_new_topics.json"
         files = ("--train_file", RECORDS / "train.json", "--validation_file", RECORDS / validation)
@@ -110,15 +116,9 @@ def comparison() -> str:
     more = ("--own_template_dir", "data/own-template", "--new_topics_dir", "data/new-topics", "--verdicts", VERDICTS)
     script("compare_methods.py", *more)
     shutil.copy("out/comparison/comparison.png", IMAGES / "comparison.png")
-    return (
-        Path("out/comparison/comparison.md")
-        .read_text(encoding="utf-8")
-        .replace("(comparison.png)", f"({relative(IMAGES)}/comparison.png)")
-    )
-
-
-def relative(path: Path) -> str:
-    return str(path.relative_to(ROOT))
+    table, _, answers = Path("out/comparison/comparison.md").read_text(encoding="utf-8").partition("\n![")
+    write_figure("answers", f"![{answers.replace('(comparison.png)', '(images/comparison.png)')}")
+    return table
 
 
 def adapter() -> str:
@@ -163,11 +163,6 @@ def nf4() -> str:
         command(sys.executable, ROOT / "finetune_lora.py", *places, *NF4_RUN.split(), *flags)
         rows.append(f"| {title} | {' | '.join(f'{loss:.3f}' for loss in validation_losses(out_dir))} |")
     return "\n".join([*rows, "", f"(`finetune_lora.py {NF4_RUN}`, {sitting()})"])
-
-
-def batches() -> str:
-    """How good a sample of the data a step is."""
-    return f"{script('batch_quality.py')}\n({sitting()})"
 
 
 def memory() -> str:
@@ -280,7 +275,6 @@ FIGURES: dict[str, Callable[[], str]] = {
     "compiled": lambda: benchmark("--rounds 1 --n_records 24 --compile true"),
     "generation": generation,
     "nf4": nf4,
-    "batches": batches,
     "memory": memory,
     "recipes": recipes,
     "breakdown": breakdown,
