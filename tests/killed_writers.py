@@ -28,6 +28,7 @@ from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model_folder import save_model_folder
 from lit_llama.storage.files import write_file
+from lit_llama.storage.locks import release
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training.log import TrainingLog, plot_losses
 from lit_llama.training.state import TrainingState
