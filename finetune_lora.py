@@ -93,9 +93,9 @@ def main(
         dry_run: End before the first step, after showing the plan and two records, with what is trained on marked.
     """
     pretrained_path = find_model(pretrained_path)
-    numerics = precision or default_precision()
-    dtype = storage_dtype(numerics)  # of the frozen weights and of what is written
-    fabric = launch(devices, num_nodes, strategy, numerics, make_logger(logger, out_dir))
+    precision_name = precision or default_precision()
+    dtype = storage_dtype(precision_name)  # of the frozen weights and of what is written
+    fabric = launch(devices, num_nodes, strategy, precision_name, make_logger(logger, out_dir))
     train_data = Dataset(data_dir, "train", block_size, mask_prompt)
     val_data = Dataset(data_dir, "validation", block_size, mask_prompt, limit=eval_records)
     settings = {**constants(sys.modules[__name__]), "data": train_data.fingerprint, **identity(pretrained_path)}
@@ -112,11 +112,11 @@ def main(
     model = fabric.setup(llama)
     trained = [parameter for parameter in llama.parameters() if parameter.requires_grad]
     optimizer: Any = fabric.setup_optimizers(torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay))
-    about = describe(config, llama.config, train_data.prompt_style, settings)
+    metadata = describe(config, llama.config, train_data.prompt_style, settings)
     first_step = state.restore(lora_state_dict(llama), optimizer)
-    last_step = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
-    rate = LearningRate(learning_rate, state.limit_warmup(warmup_steps, last_step), lr_schedule, last_step)
-    if state.is_complete(last_step, patience, out_dir / LORA_FILE):
+    n_steps = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
+    rate = LearningRate(learning_rate, warmup_steps, lr_schedule, n_steps)
+    if state.is_complete(n_steps, patience, out_dir / LORA_FILE):
         return
 
     memory = expected_memory(fabric, llama, schedule, dtype, torch.optim.AdamW)
@@ -126,54 +126,53 @@ def main(
     if dry_run:
         fabric.print(show_records(train_data, tokenizer))
         return
-    log = TrainingLog(fabric, out_dir, last_step, first_step, log_interval)
+    log = TrainingLog(fabric, out_dir, n_steps, first_step, log_interval)
     stop, check_step = StopSignal(), StepCheck(log, llama, fabric.strategy.precision)
     if first_step == 0:
         val_loss = validation_loss(fabric, model, val_data, micro_batch_size)
         log.validation(0, val_loss)
         state.is_best(0, val_loss)  # the best file has to beat the untrained model, too
     # A step depends on nothing but its number and the state before it: a resumed run ends like an uninterrupted one.
-    for number in range(first_step, last_step):
+    for step in range(first_step, n_steps):
         if state.is_patience_over(patience):
-            log.say(f"Stopped after step {number} of {last_step}: no new lowest loss in {patience} validations.")
+            log.say(f"Stopped after step {step} of {n_steps}: no new lowest loss in {patience} validations.")
             break
-        torch.manual_seed(seed + number * fabric.world_size + fabric.global_rank)  # for the dropout
+        torch.manual_seed(seed + step * fabric.world_size + fabric.global_rank)  # for the dropout
         for group in optimizer.param_groups:
-            group["lr"] = rate.at(number)
+            group["lr"] = rate.at(step)
 
         # The model sums the cross-entropy of the selected tokens' logits with the targets, the tokens that follow them.
         # The loss is the mean over all targets of the step, whichever micro-batch and device they are on.
-        step = schedule.step(number)
-        batches = step.share(fabric.global_rank, fabric.world_size)
+        data = schedule.step(step)
+        batches = data.share(fabric.global_rank, fabric.world_size)
         step_loss = torch.zeros((), device=fabric.device)
         for i, batch in enumerate(batches, 1):
             input_ids, lengths, select, targets = fabric.to_device(batch)
             with fabric.no_backward_sync(model, enabled=i < len(batches)):
-                loss = model(input_ids, lengths=lengths, select=select, targets=targets) / step.n_targets
+                loss = model(input_ids, lengths=lengths, select=select, targets=targets) / data.n_targets
                 fabric.backward(loss * fabric.world_size)  # gradients are averaged over the devices
             step_loss += loss.detach()
         mean_loss = sum_over_devices(fabric, step_loss)
-        fabric.strategy.precision.unscale_gradients(optimizer.optimizer)  # float16's are scaled, lest they vanish
-        gradient_norm = clip_gradients(trained, max_grad_norm)
-        check_step(step, number, mean_loss, gradient_norm)
+        gradient_norm = clip_gradients(fabric, model, optimizer, max_grad_norm)
+        check_step(data, step, mean_loss, gradient_norm)
         optimizer.step()
         optimizer.zero_grad()
 
-        done = number + 1
-        log.step(done, step, mean_loss, rate.at(number), gradient_norm)
-        if done % eval_interval == 0 or done == last_step:
+        done = step + 1
+        log.step(done, data, mean_loss, rate.at(step), gradient_norm)
+        if done % eval_interval == 0 or done == n_steps:
             val_loss = validation_loss(fabric, model, val_data, micro_batch_size)
             log.validation(done, val_loss)
             if state.is_best(done, val_loss):
-                save_weights(fabric, out_dir / BEST_FILE, about, lora_state_dict(llama), dtype)
+                save_weights(fabric, out_dir / BEST_FILE, metadata, lora_state_dict(llama), dtype)
         stopping = fabric.strategy.reduce_boolean_decision(stop.requested, all=False)
-        if done % save_interval == 0 or done == last_step or stopping or state.is_patience_over(patience):
-            state.save(done, about, lora_state_dict(llama), optimizer)
+        if done % save_interval == 0 or done == n_steps or stopping or state.is_patience_over(patience):
+            state.save(done, metadata, lora_state_dict(llama), optimizer)
         if stopping:
             raise Stopped(f"stopped after step {done} as requested; continue with --resume true", stop.status)
 
     path = out_dir / LORA_FILE
-    save_weights(fabric, path, about, lora_state_dict(llama), dtype)
+    save_weights(fabric, path, metadata, lora_state_dict(llama), dtype)
     log.close(f"{pretrained_path.parent.name}, LoRA with r = {lora_r}")
     if fabric.is_global_zero:
         recommended, verdict = state.recommend(path, out_dir / BEST_FILE)

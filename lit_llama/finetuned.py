@@ -29,7 +29,7 @@ FILE_NAMES: dict[Kind, str] = {"lora": "lit-llama-lora-finetuned.pth", "adapter"
 FIELDS = {"base": Mapping, "prompt_style": str, "hyperparameters": Mapping, "state_dict": Mapping}
 Setting = int | float | str | bool | None
 PROGRESS = {  # what a training state has in addition
-    "version": int, "step": int, "best": Mapping, "optimizer": Mapping, "metrics": str, "precision": Mapping,
+    "step": int, "best": Mapping, "optimizer": Mapping, "metrics": str, "precision": Mapping,
     "folder": str, "shards": Mapping,
 }  # fmt: skip
 ARCHIVED_STYLE: PromptStyle = "alpaca-stanford"
@@ -57,11 +57,12 @@ def save_finetuned(path: Path, about: Mapping[str, Any], state: Mapping[str, Ten
 
 
 def read_described(path: Path) -> dict[str, Any]:
-    """What `save_finetuned` wrote, checked to be just that; or what version 1.0 or the archived Lit-LLaMA wrote."""
+    """What `save_finetuned` wrote, checked to be just that; or what the archived Lit-LLaMA wrote."""
     content = read_file(path)
     if "kind" not in content:
         return content
-    content.pop("checksum", None)  # older files have a second one; the archive's own is checked already
+    for name in ("checksum", "version"):  # of earlier files
+        content.pop(name, None)
     with error_context(path, "it may be damaged: copy or write it again"):
         method = {content["kind"]: Mapping} if content["kind"] in ("lora", "adapter", "full") else {}
         check_types(content, {"kind": str, **method, **FIELDS}, PROGRESS)

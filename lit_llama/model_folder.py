@@ -1,7 +1,7 @@
 """Model folders: `lit-llama.pth` (the weights), `config.json` and the tokenizer.
 
 `config.json` has the fields of LLaMAConfig, the prompt style that the model was trained with, if any, and, under
-"files", fingerprints of the others. Where it does not say (version 1.0, say), nothing is compared.
+"files", fingerprints of the others. Where it does not say, nothing is compared.
 """
 
 import json

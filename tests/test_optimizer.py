@@ -6,6 +6,8 @@ from lit_llama.training.state import room_for
 
 import pytest
 import torch
+from lightning import Fabric
+from torch import nn
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -24,29 +26,38 @@ def take_steps(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter
 
 
 def test_the_rate_rises_and_then_stays_or_falls_to_zero() -> None:
-    constant, linear, cosine = ([LearningRate(1, 2, kind, 10).at(i) for i in range(10)] for kind in SCHEDULES)
+    constant, linear, cosine = ([LearningRate(1, 2, kind, 10, 0.2).at(i) for i in range(10)] for kind in SCHEDULES)
     assert constant == [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]
     assert linear == pytest.approx([0.5, 1, *(1 - i / 8 for i in range(8))])
     assert cosine[:3] == [0.5, 1, 1]
     assert cosine[6] == pytest.approx(0.5)
     assert cosine == sorted(cosine[:2]) + sorted(cosine[2:], reverse=True)
     assert LearningRate(2, 0, "cosine", 1).at(0) == 2
-    assert (
-        str(LearningRate(3e-4, 100, "constant", 15)) == "constant learning rate, at most 4.5e-05 (warm-up: 100 steps)"
-    )
+
+
+def test_the_warm_up_takes_a_part_of_the_run_at_most_so_that_the_rate_is_reached() -> None:
+    assert str(LearningRate(3e-4, 100, "constant", 15)) == "constant learning rate, at most 0.0003 (warm-up: 1 steps)"
+    assert LearningRate(3e-4, 100, "constant", 2000).warmup_steps == 100
+    assert LearningRate(1e-3, 206, "cosine", 103, longest_warmup=0.4).warmup_steps == 41
 
 
 def test_gradients_are_clipped_as_torch_does_and_the_norm_is_that_before() -> None:
     ours, theirs = parameters(), parameters()
     for parameter in (*ours, *theirs):
         parameter.grad = 3 * parameter.detach()
+    fabric = Fabric(accelerator="cpu", devices=1)
+    optimizer = fabric.setup_optimizers(torch.optim.SGD(ours, lr=1.0))
+
+    def clip(max_norm: float | None) -> float:
+        return clip_gradients(fabric, nn.ParameterList(ours), optimizer, max_norm)
+
     norm = torch.cat([parameter.grad.flatten() for parameter in ours]).norm().item()
-    assert clip_gradients(ours, None) == pytest.approx(norm)
+    assert clip(None) == pytest.approx(norm)
     assert torch.equal(ours[0].grad, theirs[0].grad)
-    assert clip_gradients(ours, 0.5) == pytest.approx(norm)
+    assert clip(0.5) == pytest.approx(norm)
     torch.nn.utils.clip_grad_norm_(theirs, 0.5)
     torch.testing.assert_close(ours[0].grad, theirs[0].grad)
-    assert clip_gradients(ours, None) == pytest.approx(0.5, rel=1e-4)
+    assert clip(None) == pytest.approx(0.5, rel=1e-4)
 
 
 def test_with_float32_moments_it_equals_torch() -> None:

@@ -142,7 +142,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     rows = []
     text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
-    header, *lines = csv.reader(text.splitlines() or [""])  # version 1.0 had fewer columns
+    header, *lines = csv.reader(text.splitlines() or [""])
     for cells in lines:
         with suppress(ValueError, OverflowError):
             row: dict[str, Any] = {name: float(cell) for name, cell in zip(header, cells, strict=True) if cell}
@@ -188,7 +188,7 @@ def plot_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         for point in {validation[0], validation[-1]}:
             axes.annotate(f"{point[1]:.2f}", point, (0, 9), textcoords="offset points", ha="center", bbox=box)
-    norms = [(row["step"], row.get("gradient_norm", math.nan)) for row in rows]  # version 1.0 had none
+    norms = [(row["step"], row.get("gradient_norm", math.nan)) for row in rows]
     norms = [(step, norm) for step, norm in norms if math.isfinite(norm)]
     below.plot(*zip(*norms or [(0, 0)], strict=True), color="#7a7a7a", linewidth=1)
     axes.set(title=title, ylabel="cross-entropy per response token (nats)")

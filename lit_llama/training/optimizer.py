@@ -1,15 +1,15 @@
 """The learning rate over a run, the norm of gradients, and AdamW whose moments take half the memory."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lit_llama.training.distributed import whole_tensor
 
 import torch
+from lightning import Fabric
 from torch import nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 LRSchedule = Literal["constant", "linear", "cosine"]
@@ -17,32 +17,43 @@ LRSchedule = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True)
 class LearningRate:
-    """It rises to `value` in the first `warmup_steps` of `n_steps` optimizer steps, then stays there or falls to 0."""
+    """It rises to `value` in the first `warmup_steps` of `n_steps` optimizer steps, then stays there or falls to 0.
+
+    The warm-up takes at most the part `longest_warmup` of the run, so that a short run reaches its rate, too.
+    """
 
     value: float
     warmup_steps: int
     schedule: LRSchedule
     n_steps: int
+    longest_warmup: float = 0.1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "warmup_steps", min(self.warmup_steps, int(self.longest_warmup * self.n_steps)))
 
     def at(self, step: int) -> float:
         """The learning rate of an optimizer step, counted from 0."""
         if step < self.warmup_steps:
             return self.value * (step + 1) / self.warmup_steps
         left = (self.n_steps - step) / max(1, self.n_steps - self.warmup_steps)  # from 1 down to nearly 0
-        return (
-            self.value * {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[self.schedule]
-        )
+        if self.schedule == "linear":
+            return self.value * left
+        if self.schedule == "cosine":
+            return self.value * (1 - math.cos(math.pi * left)) / 2
+        return self.value
 
     def __str__(self) -> str:
         highest = max(map(self.at, range(self.n_steps)), default=0.0)
         return f"{self.schedule} learning rate, at most {highest:.3g} (warm-up: {self.warmup_steps} steps)"
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> float:
-    """The norm of all gradients taken together; if it is more than `max_norm`, they are scaled down to that."""
-    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if max_norm is not None:
-        clip_grads_with_norm_(parameters, max_norm, norm)
+def clip_gradients(fabric: Fabric, model: nn.Module, optimizer: Any, max_norm: float | None) -> float:
+    """The norm of all gradients taken together; if it is more than `max_norm`, they are scaled down to that.
+
+    In float16, where the loss is scaled so that small gradients do not vanish, they are scaled back first.
+    """
+    norm = fabric.clip_gradients(model, optimizer, max_norm=max_norm or math.inf, error_if_nonfinite=False)
+    assert norm is not None
     return float(whole_tensor(norm))
 
 

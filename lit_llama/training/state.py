@@ -44,7 +44,6 @@ MAY_CHANGE = (  # may change on resume; everything else must not
     "eval_records", "save_interval", "log_interval", "devices", "num_nodes", "strategy", "activation_checkpointing",
     "compile", "logger", "patience", "base", "base_path",
 )  # fmt: skip
-VERSION = 2  # of the schedule of batches; states that do not say are of version 1
 
 
 class TrainingState:
@@ -86,12 +85,7 @@ class TrainingState:
             raise UserError(f"{out_dir} holds {existing[0]} already: {remedy}give another --out_dir")
         if not dry_run:
             on_first_process(fabric, self._tidy)
-        self.version: int = self.saved.get("version", 1) if resume else VERSION
         self.best: dict[str, Any] = self.saved.get("best", {"loss": math.inf, "step": 0, "waited": 0})
-
-    def limit_warmup(self, steps: int, last_step: int) -> int:
-        """At most a tenth of the run, lest the learning rate never rise in a short one (version 1.0 had no limit)."""
-        return steps if self.version == 1 else min(steps, last_step // 10)
 
     def is_best(self, step: int, loss: float | None) -> bool:
         """Whether the validation loss after `step` steps, if there is one, is the lowest so far. It is remembered."""
@@ -180,7 +174,6 @@ class TrainingState:
     def save(self, step: int, about: Mapping[str, Any], weights: Mapping[str, Tensor], optimizer: Optimizer) -> None:
         """Write the state after `step` steps; `about` is what `describe` says of the weights."""
         progress: dict[str, Any] = {
-            "version": self.version,
             "step": step,
             "best": self.best,
             "metrics": self._metrics(),
@@ -255,9 +248,8 @@ class TrainingState:
 def check_settings(path: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     if not {"kind", "step", "optimizer"} <= saved.keys():
         raise UserError(f"{path} is not a training state")
-    if not 1 <= saved.get("version", 1) <= VERSION or saved["step"] < 1:
-        version, step = saved.get("version", 1), saved["step"]
-        raise UserError(f"{path} has version {version} and step {step}; expected 1 to {VERSION}, and 1 or more")
+    if saved["step"] < 1:
+        raise UserError(f"{path} is of step {saved['step']}, expected 1 or more")
     for name, value in saved["hyperparameters"].items():
         if name not in MAY_CHANGE and settings.get(name) != value:
             raise UserError(f"cannot resume: the run of {path} has {name} {value}, not {settings.get(name)}")
