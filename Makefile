@@ -42,7 +42,7 @@ lab: .venv/quickstart
 	python scripts/prepare_json.py --train_file data/ml_questions/train.json \
 	  --validation_file data/ml_questions/validation.json --prompt_style chatml \
 	  --pretrained_path $(MODEL)/lit-llama.pth --data_dir data/quickstart
-	python scripts/lora_lab.py --pretrained_path $(MODEL)/lit-llama.pth --data_dir data/quickstart
+	python scripts/lab/lora_lab.py --pretrained_path $(MODEL)/lit-llama.pth --data_dir data/quickstart
 
 test: .venv/test
 	ruff format --check .
@@ -51,7 +51,7 @@ test: .venv/test
 	pytest -q -n auto --dist loadfile
 
 figures: .venv/test
-	python scripts/figures.py
+	python scripts/dev/figures.py
 
 fuzz: .venv/test
 	PYTHONPATH=.:scripts:tests TOKENIZERS_PARALLELISM=false python tests/fuzz.py --seconds 3600

@@ -8,22 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lit_llama.start  # noqa: F401 - before torch, which takes seconds to load
-
-import torch
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-
 from lit_llama.cli import constants, run
-from lit_llama.data import BatchSchedule, Dataset
+from lit_llama.data.batches import BatchSchedule, Dataset, matching_tokenizer
 from lit_llama.device import TrainingPrecision, default_precision, storage_dtype
 from lit_llama.errors import Stopped
 from lit_llama.finetuned import describe
-from lit_llama.integrity import identity
-from lit_llama.log import TrainingLog, make_logger
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable, parse_targets
-from lit_llama.optimizer import LearningRate, LRSchedule, clip_gradients
-from lit_llama.preview import expected_memory, plan, show_records
-from lit_llama.training import (
+from lit_llama.model_folder import find_model
+from lit_llama.storage.integrity import identity
+from lit_llama.training.log import TrainingLog, make_logger
+from lit_llama.training.optimizer import LearningRate, LRSchedule, clip_gradients
+from lit_llama.training.plan import expected_memory, plan, show_records
+from lit_llama.training.run import (
     Quantize,
     StepCheck,
     StopSignal,
@@ -31,11 +27,13 @@ from lit_llama.training import (
     compile_blocks,
     launch,
     load_base,
-    matching_tokenizer,
     sum_over_devices,
     validation_loss,
 )
-from lit_llama.training_state import Resume, TrainingState, save_weights
+from lit_llama.training.state import Resume, TrainingState, save_weights
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 # optimisation
 learning_rate: PositiveFloat = 3e-4
@@ -77,7 +75,7 @@ LORA_FILE, BEST_FILE = "lit-llama-lora-finetuned.pth", "lit-llama-lora-finetuned
 
 def main(
     data_dir: Path = Path("data/alpaca"),
-    pretrained_path: Path = Path("checkpoints/lit-llama/7B/lit-llama.pth"),
+    pretrained_path: Path | None = None,
     out_dir: Path = Path("out/lora/alpaca"),
     tokenizer_path: Path | None = None,
     resume: Resume = False,
@@ -87,12 +85,14 @@ def main(
 
     Args:
         data_dir: What one of scripts/prepare_*.py wrote.
-        pretrained_path: The checkpoint of the base model.
+        pretrained_path: The checkpoint of the base model. Default: checkpoints/lit-llama/7B, or else the model written
+            last.
         out_dir: Gets the LoRA file (and the best one so far), the training state, metrics.csv and loss.png.
         tokenizer_path: The base model's tokenizer, if it is not next to the checkpoint.
         resume: Continue the run in out_dir from its last saved state. auto: if there is one, else begin.
         dry_run: End before the first step, after showing the plan and two records, with what is trained on marked.
     """
+    pretrained_path = find_model(pretrained_path)
     numerics = precision or default_precision()
     dtype = storage_dtype(numerics)  # of the frozen weights and of what is written
     fabric = launch(devices, num_nodes, strategy, numerics, make_logger(logger, out_dir))

@@ -3,15 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
-
-from lit_llama.checkpoint import find_model, finish_loading, load_for_merging, own_prompt_style
 from lit_llama.cli import run
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
 from lit_llama.generation import Sampling, compile_steps, read_prompts, respond
+from lit_llama.model_folder import find_model, finish_loading, load_for_merging, own_prompt_style
 from lit_llama.prompt import PromptStyle
 from lit_llama.quantization import Quantization
 from lit_llama.tokenizer import find_tokenizer
+
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 
 def main(

@@ -4,17 +4,17 @@ import sys
 import time
 from pathlib import Path
 
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
-
-from lit_llama.checkpoint import find_model, finish_loading, load_for_merging
 from lit_llama.cli import run
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
 from lit_llama.errors import UserError
 from lit_llama.finetuned import base_is_nf4, read_finetuned
 from lit_llama.generation import Sampling, compile_steps, read_prompts, respond
 from lit_llama.lora import merge_lora, remove_lora
+from lit_llama.model_folder import find_model, finish_loading, load_for_merging
 from lit_llama.quantization import Quantization
 from lit_llama.tokenizer import find_tokenizer
+
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 
 def main(

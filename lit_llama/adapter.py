@@ -10,12 +10,12 @@ Shapes: B batch, T tokens, P prompt length, C embedding width, nh query heads, n
 
 from dataclasses import dataclass
 
+from lit_llama.errors import UserError, check_fields
+from lit_llama.model import CausalSelfAttention, LLaMA, Mask
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from lit_llama.errors import UserError, check_fields
-from lit_llama.model import CausalSelfAttention, LLaMA, Mask
 
 
 @dataclass(frozen=True)

@@ -12,27 +12,22 @@ from argparse import Action, ArgumentError
 from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+
+from lit_llama.errors import Stopped, UserError, imports_are_done
+from lit_llama.storage import files
+from lit_llama.storage.locks import release
 
 import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from lit_llama import files, heartbeat, start
-from lit_llama.checkpoint import WEIGHTS, default_model, file_in
-from lit_llama.errors import Stopped, UserError
-from lit_llama.finetuned import FILE_NAMES
-from lit_llama.locks import release
-
 MISTAKE, WRONG_FLAG = 1, 2  # exit statuses; 128 and the signal's number after a signal
 LIKENESS = 0.52  # of two words, from 0 to 1: that of checkpoint_path and pretrained_path is just above
-FILES = {  # what a folder stands for, by the names of flags
-    "pretrained_path": WEIGHTS,
-    "checkpoint_path": WEIGHTS,
-    "lora_path": FILE_NAMES["lora"],
-    "adapter_path": FILE_NAMES["adapter"],
-}
+LOST_CONNECTION = (
+    "(gloo|nccl|c10d|tcpstore).*(connect|closed|reset|abort|remote|timed out)"  # what torch.distributed says
+)
 KINDS: dict[Any, tuple[str, str]] = {  # of values: in --help, and in a message
     bool: ("{true,false}", "true or false"),
     int: ("INT", "a whole number"),
@@ -70,27 +65,36 @@ def run(main: Callable[..., None]) -> None:
     value, its help is the comment after it. A comment of its own, right above a constant, heads a group in --help.
     """
     module = sys.modules[main.__module__]
-    arguments, given = parse(main, module)
+    arguments = parse(main, module)
     for name in find_constants(module):
-        value = arguments.pop(name)
-        plain = next((number for number in (bool, int, float) if isinstance(value, number)), lambda same: same)
-        setattr(module, name, plain(value))  # a checkpoint may not hold a PositiveInt
+        setattr(module, name, to_builtin(arguments.pop(name)))
     debug, files.check_all = arguments.pop("debug"), arguments.pop("check_files")
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, terminated)
     try:
-        start.loaded()
-        arguments = {name: meant(name, value, f"--{name}" in given) for name, value in arguments.items()}
+        imports_are_done()
         main(**arguments)
-        heartbeat.finish()
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
-        if re.search("gloo|nccl|connection|socket", str(error), re.IGNORECASE):
-            heartbeat.wait_for_verdict()
         end(*explain(error))
     finally:
         release()
+
+
+def to_builtin(value: Any) -> Any:
+    """A number as Python's own type: a checkpoint may not hold a PositiveInt."""
+    for builtin in (bool, int, float):
+        if isinstance(value, builtin):
+            return builtin(value)
+    return value
+
+
+def terminated(number: int, _frame: FrameType | None) -> NoReturn:
+    """End by an exception, so that what is being written is removed. A training run saves first, see StopSignal."""
+    raise Stopped("terminated", 128 + number)
 
 
 def explain(error: BaseException) -> tuple[str, int]:
@@ -102,6 +106,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         return text, error.status
     if isinstance(error, UserError | OSError):
         return f"error: {text}", MISTAKE
+    if isinstance(error, RuntimeError) and re.search(LOST_CONNECTION, text, re.IGNORECASE):
+        return f"error: another process of this run has ended ({text[:200]}); continue with --resume auto", MISTAKE
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text or "bad_alloc" in text:
         remedy = "when training, add --activation_checkpointing true or lower --micro_batch_size"
         return f"error: out of memory; {remedy} ({text[:200]})", MISTAKE
@@ -115,8 +121,8 @@ def end(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def parse(main: Callable[..., None], module: ModuleType) -> tuple[dict[str, Any], set[str]]:
-    """The values of main's arguments, of its module's constants and of the flags of all scripts; which are given."""
+def parse(main: Callable[..., None], module: ModuleType) -> dict[str, Any]:
+    """The values of main's arguments, of its module's constants and of the flags of all scripts."""
     parser = ArgumentParser(
         description=module.__doc__,
         usage="%(prog)s [--FLAG VALUE ...]",
@@ -138,8 +144,7 @@ def parse(main: Callable[..., None], module: ModuleType) -> tuple[dict[str, Any]
     given = join_lists(sys.argv[1:], lists)
     check_flags(given, types)
     try:
-        values = {name: expand_home(value) for name, value in vars(parser.parse_args(given)).items()}
-        return values, {word.partition("=")[0] for word in given}
+        return {name: expand_home(value) for name, value in vars(parser.parse_args(given)).items()}
     except ArgumentError as error:
         end(f"error: {mistake(str(error), types, given)}; see --help", WRONG_FLAG)
 
@@ -193,15 +198,6 @@ def mistake(message: str, types: dict[str, Any], given: list[str]) -> str:
     found = words[-1][0].partition("=")[2] or words[-1][1] if words else ""
     found = f"not {found!r}" if found and not found.startswith("--") else "and none is given"
     return f"{flag} takes {kind(types[key[1]])[1]}, {found}"
-
-
-def meant(name: str, value: Any, is_given: bool) -> Any:
-    """The files that a flag of this name means: a folder is the file in it, a default that is missing another model."""
-    if isinstance(value, tuple):
-        return tuple(meant(name, item, is_given) for item in value)
-    if not isinstance(value, Path) or name not in FILES:
-        return value
-    return file_in(value if is_given or FILES[name] != WEIGHTS else default_model(value), FILES[name])
 
 
 def join_lists(arguments: list[str], flags: set[str]) -> list[str]:

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import takewhile
 
-import torch
-
 from lit_llama.errors import UserError
 from lit_llama.generation import Sampling, next_tokens
 from lit_llama.model import KVCache, LLaMA
 from lit_llama.prompt import ONE_QUESTION, Message, PromptStyle, encode, stop_ids
 from lit_llama.tokenizer import Tokenizer
+
+import torch
 
 
 class Conversation:

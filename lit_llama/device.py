@@ -1,5 +1,7 @@
 """The device, the precision and the memory that a script computes with."""
 
+import os
+import platform
 import re
 import resource
 from pathlib import Path
@@ -38,3 +40,13 @@ def peak_memory(device: torch.device) -> float:
     if status.is_file():  # Linux's getrusage would count what the process that started this one used
         return 1024 * int(re.findall(r"VmHWM:\s*(\d+)", status.read_text())[0]) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+
+
+def describe_machine() -> str:
+    """What this ran on, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = []
+    if Path("/proc/cpuinfo").is_file():
+        names = re.findall(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}, no GPU"

@@ -1,12 +1,17 @@
 """The exceptions that end a script in one line, and what puts values and expectations into that line."""
 
 import math
+import os
+import signal
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from types import NoneType, UnionType
+from types import FrameType, NoneType, TracebackType, UnionType
 from typing import Any, get_args, get_origin
+
+ROOT = Path(__file__).parents[1]
 
 
 class UserError(Exception):
@@ -73,3 +78,35 @@ def short(value: Any) -> str:
         return f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     text = ascii(value) if isinstance(value, str | int | float | bytes | NoneType) else f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def guard_imports() -> None:
+    """Have errors and Ctrl-C end in one line while a script of ours loads its libraries, which takes seconds."""
+    folders = (ROOT, *(ROOT / "scripts" / name for name in ("", "lab", "dev")))
+    program = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    if program.resolve().parent in folders:  # but not in the programs of others
+        sys.excepthook = end_in_one_line
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # without stacks in C++ where a process is lost
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, interrupted)
+
+
+def end_in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if "--debug" in sys.argv:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        remedy = "; run: source .venv/bin/activate" if issubclass(kind, ModuleNotFoundError) else ""
+        text = " ".join(str(error).split())
+        print(f"error: {kind.__name__} while libraries were loaded ({text[:200]}){remedy}", file=sys.stderr)
+
+
+def interrupted(number: int, _frame: FrameType | None) -> None:
+    """Nothing has been begun. An exception here could come up in a place that prints it and goes on."""
+    os.write(2, b"interrupted\n")
+    os._exit(128 + number)
+
+
+def imports_are_done() -> None:
+    """From here on, Ctrl-C is a KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

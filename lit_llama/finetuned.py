@@ -11,18 +11,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
-from lit_llama.checkpoint import check_state, file_in, suggest_flag
-from lit_llama.checks import check_types, from_fields
 from lit_llama.errors import UserError, error_context, short
-from lit_llama.files import check_finite, is_plain, read_file, write_file
-from lit_llama.integrity import check_base, identity
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.model_folder import check_state, file_in, suggest_flag
 from lit_llama.prompt import TEMPLATES, PromptStyle
+from lit_llama.storage.checks import check_types, from_fields
+from lit_llama.storage.files import check_finite, is_plain, read_file, write_file
+from lit_llama.storage.integrity import check_base, identity
+
+import torch
+from torch import Tensor
 
 Kind = Literal["lora", "adapter"]
 FILE_NAMES: dict[Kind, str] = {"lora": "lit-llama-lora-finetuned.pth", "adapter": "lit-llama-adapter-finetuned.pth"}

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from lit_llama.device import peak_memory
 from lit_llama.errors import UserError
-from lit_llama.files import read_text
 from lit_llama.model import KVCache, LLaMA
 from lit_llama.prompt import Message, PromptStyle, encode_prompt, stop_ids, with_input
 from lit_llama.quantization import check_compilable
+from lit_llama.storage.files import read_text
 from lit_llama.tokenizer import Tokenizer
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import math
 import re
 from dataclasses import dataclass, replace
 
+from lit_llama.errors import UserError, check_fields
+from lit_llama.model import Linear, LLaMA, LLaMAConfig
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from lit_llama.errors import UserError, check_fields
-from lit_llama.model import Linear, LLaMA, LLaMAConfig
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from lit_llama.errors import UserError, check_fields
+from lit_llama.kernels import Linear, SwiGLU, rotate, summed_cross_entropy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-
-from lit_llama.errors import UserError, check_fields
-from lit_llama.kernels import Linear, SwiGLU, rotate, summed_cross_entropy
 
 Mask = Tensor | list[int] | None  # see `attention_mask`, or the lengths of packed sequences
 Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see `KVCache.append`

@@ -2,8 +2,8 @@
 
 A template turns messages into segments of text, each trained on or not, with control tokens between them. The answers
 are trained on, each with the token that ends it. If the last message is not an answer, the segments end where one is to
-begin, so a prompt is exactly how its training record starts. `lit_llama/chat_templates.py` has the same templates in
-Jinja, for other programs.
+begin, so a prompt is exactly how its training record starts. `lit_llama/formats/chat_templates.py` has the same
+templates in Jinja, for other programs.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -15,14 +15,14 @@ import logging
 from functools import cache
 from typing import Any, Literal
 
+from lit_llama.errors import UserError
+from lit_llama.model import Linear, LLaMA
+from lit_llama.storage.files import page_out
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
-
-from lit_llama.errors import UserError
-from lit_llama.files import page_out
-from lit_llama.model import Linear, LLaMA
 
 Quantization = Literal["int8"]  # to be asked for when a model is loaded; NF4 follows from the LoRA file
 FEW = 32  # tokens, up to which the CPU's product of bfloat16 and int8 is faster than first unpacking the weight

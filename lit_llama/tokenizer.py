@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from lit_llama.errors import UserError, short
+from lit_llama.storage.files import check_listed, read_json
+from lit_llama.storage.integrity import digest
+
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as HFTokenizer
-
-from lit_llama.errors import UserError, short
-from lit_llama.files import check_listed, read_json
-from lit_llama.integrity import digest
 
 FILE_NAMES = ("tokenizer.model", "tokenizer.json")
 CONFIG_NAME = "tokenizer_config.json"  # says which token is the eos of a tokenizer.json

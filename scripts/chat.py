@@ -6,11 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
-
 from lit_llama.adapter import cache_prefix
-from lit_llama.checkpoint import find_model, load_model, own_prompt_style
 from lit_llama.cli import run
 from lit_llama.conversation import Conversation
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
@@ -18,8 +14,12 @@ from lit_llama.errors import UserError
 from lit_llama.finetuned import FinetunedFile, base_is_nf4, read_finetuned
 from lit_llama.generation import Sampling
 from lit_llama.lora import remove_lora
+from lit_llama.model_folder import find_model, load_model, own_prompt_style
 from lit_llama.prompt import ONE_QUESTION, PromptStyle
 from lit_llama.tokenizer import find_tokenizer
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 HELP = """\
 /reset         start a new conversation, with the same system message

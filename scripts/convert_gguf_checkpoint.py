@@ -7,18 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-from torch import Tensor
-
-from lit_llama.chat_templates import style_of
-from lit_llama.checkpoint import check_complete, save_model_folder
-from lit_llama.checks import from_fields
 from lit_llama.cli import run
 from lit_llama.errors import UserError, error_context
-from lit_llama.gguf_format import CHAT_TEMPLATE, ROPE_FREQS, TENSOR_NAMES, rope_divisors
+from lit_llama.formats.chat_templates import style_of
+from lit_llama.formats.gguf import CHAT_TEMPLATE, ROPE_FREQS, TENSOR_NAMES, rope_divisors
+from lit_llama.formats.tokenizers import from_gguf
 from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling
+from lit_llama.model_folder import check_complete, save_model_folder
 from lit_llama.progress import progress
-from lit_llama.tokenizer_formats import from_gguf
+from lit_llama.storage.checks import from_fields
+
+import torch
+from torch import Tensor
 
 try:
     from gguf import GGUFReader, ReaderTensor, dequantize

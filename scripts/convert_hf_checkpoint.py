@@ -5,17 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from lit_llama.chat_templates import read_chat_template, style_of
-from lit_llama.checkpoint import check_complete, save_model_folder
 from lit_llama.cli import run
 from lit_llama.errors import UserError, error_context, short
-from lit_llama.files import check_apart, read_file, read_json, read_safetensors
-from lit_llama.huggingface import config_from_hf, from_hf
+from lit_llama.formats.chat_templates import read_chat_template, style_of
+from lit_llama.formats.huggingface import config_from_hf, from_hf
+from lit_llama.model_folder import check_complete, save_model_folder
 from lit_llama.progress import progress
+from lit_llama.storage.files import check_apart, read_file, read_json, read_safetensors
 from lit_llama.tokenizer import FILE_NAMES, find_tokenizer
+
+import torch
+from torch import Tensor
 
 
 def main(checkpoint_dir: Path, out_dir: Path, dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> None:

@@ -7,19 +7,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from lit_llama.checkpoint import check_complete, save_model_folder
-from lit_llama.checks import from_fields
 from lit_llama.cli import run
 from lit_llama.errors import UserError, error_context, short
-from lit_llama.files import check_apart, is_plain, read_file, read_json
+from lit_llama.formats.tokenizers import from_tiktoken, is_tiktoken
 from lit_llama.model import CONFIGS, LLAMA_3_SCALING, LLaMA, LLaMAConfig
+from lit_llama.model_folder import check_complete, save_model_folder
 from lit_llama.progress import progress
 from lit_llama.prompt import PromptStyle
+from lit_llama.storage.checks import from_fields
+from lit_llama.storage.files import check_apart, is_plain, read_file, read_json
 from lit_llama.tokenizer import FILE_NAMES, Tokenizer
-from lit_llama.tokenizer_formats import from_tiktoken, is_tiktoken
+
+import torch
+from torch import Tensor
 
 NAMES = {
     "tok_embeddings.weight": "transformer.wte.weight",

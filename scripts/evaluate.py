@@ -1,32 +1,29 @@
 """Evaluate a base, LoRA, adapter or fully finetuned model: perplexity of texts, loss of responses, ROUGE and BLEU."""
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
-from torch import Tensor
-from torch.nn import functional as F
-
 from lit_llama.adapter import cache_prefix
-from lit_llama.checkpoint import find_model, finish_loading, load_for_merging
 from lit_llama.cli import run
-from lit_llama.data import Dataset, single_step
+from lit_llama.data.batches import Dataset, matching_tokenizer
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
 from lit_llama.errors import UserError
-from lit_llama.files import read_text as read_text_file
+from lit_llama.evaluation import response_loss, text_loss
 from lit_llama.finetuned import base_is_nf4, read_finetuned
 from lit_llama.generation import Sampling, generate_batch
 from lit_llama.lora import merge_lora
 from lit_llama.model import LLaMA
+from lit_llama.model_folder import find_model, finish_loading, load_for_merging
 from lit_llama.progress import progress
 from lit_llama.prompt import stop_ids
 from lit_llama.quantization import Quantization
+from lit_llama.storage.files import read_text as read_text_file
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
-from lit_llama.training import matching_tokenizer
+
+import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 # The arguments of load_dataset, the column, and what joins its rows: as usual since GPTQ (arXiv 2210.17323).
 CORPORA: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -155,42 +152,6 @@ def read_text(name: str) -> str:
         raise UserError(f"could not fetch {name} ({reason}); give a text file instead") from None
 
 
-@torch.inference_mode()
-def text_loss(
-    model: LLaMA, tokenizer: Tokenizer, text: str, block_size: int, max_blocks: int | None
-) -> dict[str, float]:
-    """Cross-entropy a token, in nats, over blocks that do not overlap; nothing precedes a block's first token."""
-    ids = tokenizer.encode(text)
-    if min(len(ids), block_size) < 2:
-        raise UserError("perplexity needs a text, and blocks, of two tokens at least")
-    blocks = torch.tensor(ids).split(block_size)[:max_blocks]
-    device, total, count = model.lm_head.weight.device, 0.0, 0
-    for block in progress(blocks, "Perplexity", "block"):
-        logits = model(block[None].to(device))[0, :-1]  # (T - 1, V)
-        total += cross_entropy(logits, block[1:].to(device))
-        count += len(block) - 1
-    return {**loss_and_perplexity(total / count), "blocks": len(blocks), "tokens": count}
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> float:
-    """The sum over all targets (N,) of logits (N, V), in float64: float32 is off by 1e-5 a token at 49,152 words."""
-    chunks = zip(logits.split(256), targets.split(256), strict=True)
-    return sum(float(F.cross_entropy(part.double(), ids, reduction="sum")) for part, ids in chunks)
-
-
-@torch.inference_mode()
-def response_loss(model: LLaMA, dataset: Dataset, batch_size: int) -> dict[str, float]:
-    """Cross-entropy a response token, in nats, over all records."""
-    if not len(dataset):
-        raise UserError(f"{dataset.data_dir} has no such records, or none with room for a response in --block_size")
-    total, device = 0.0, model.lm_head.weight.device
-    for records in progress(single_step(dataset, batch_size).micro_batches, "Loss of responses", "batch"):
-        ids, lengths, select, targets = dataset.batch(records)
-        total += cross_entropy(model(ids.to(device), lengths=lengths, select=select.to(device)), targets.to(device))
-    count = dataset.n_targets(range(len(dataset)))
-    return {**loss_and_perplexity(total / count), "records": len(dataset), "tokens": count}
-
-
 def answer_scores(
     model: LLaMA, tokenizer: Tokenizer, dataset: Dataset, n: int, batch_size: int, max_new_tokens: int
 ) -> dict[str, float]:
@@ -226,10 +187,6 @@ def rouge_and_bleu(answers: list[str], references: list[str]) -> dict[str, float
     scores = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
     rouge = {name: 100 * sum(score[name].fmeasure for score in scores) / len(scores) for name in names}
     return {**rouge, "bleu": corpus_bleu(answers, [references]).score}
-
-
-def loss_and_perplexity(loss: float) -> dict[str, float]:
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
 
 
 def to_json(results: dict[str, dict[str, float]]) -> str:

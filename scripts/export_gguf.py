@@ -5,22 +5,22 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-from torch import Tensor
-
-from lit_llama.chat_templates import FILE_NAME as TEMPLATE_NAME
-from lit_llama.chat_templates import begins_with_bos, chat_template
-from lit_llama.checkpoint import find_model, load_model, own_prompt_style, read_config
 from lit_llama.cli import run
 from lit_llama.errors import UserError
-from lit_llama.files import check_apart, check_finite, read_file, replacing_folder, write_file
 from lit_llama.finetuned import read_finetuned
-from lit_llama.gguf_format import CHAT_TEMPLATE, lora_metadata, lora_to_gguf, model_metadata, to_gguf
-from lit_llama.ollama import modelfile
+from lit_llama.formats.chat_templates import FILE_NAME as TEMPLATE_NAME
+from lit_llama.formats.chat_templates import begins_with_bos, chat_template
+from lit_llama.formats.gguf import CHAT_TEMPLATE, lora_metadata, lora_to_gguf, model_metadata, to_gguf
+from lit_llama.formats.ollama import modelfile
+from lit_llama.formats.tokenizers import to_gguf as tokenizer_metadata
+from lit_llama.model_folder import find_model, load_model, own_prompt_style, read_config
 from lit_llama.progress import progress
 from lit_llama.prompt import PromptStyle, stop_ids
+from lit_llama.storage.files import check_apart, check_finite, read_file, replacing_folder, write_file
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
-from lit_llama.tokenizer_formats import to_gguf as tokenizer_metadata
+
+import numpy as np
+from torch import Tensor
 
 try:
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quant_shape_to_byte_shape, quantize

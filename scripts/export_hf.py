@@ -4,17 +4,17 @@ import json
 import sys
 from pathlib import Path
 
-from jsonargparse.typing import PositiveFloat
-from torch import Tensor
-
-from lit_llama.checkpoint import find_model, load_model, own_prompt_style
 from lit_llama.cli import run
-from lit_llama.files import check_apart, replacing_folder, write_file, write_safetensors
-from lit_llama.hf_tokenizer import TOKENIZER_FILES, tokenizer_files
-from lit_llama.huggingface import hf_config, to_hf
+from lit_llama.formats.hf_tokenizer import TOKENIZER_FILES, tokenizer_files
+from lit_llama.formats.huggingface import hf_config, to_hf
+from lit_llama.model_folder import find_model, load_model, own_prompt_style
 from lit_llama.progress import progress
 from lit_llama.prompt import PromptStyle, stop_ids
+from lit_llama.storage.files import check_apart, replacing_folder, write_file, write_safetensors
 from lit_llama.tokenizer import find_tokenizer
+
+from jsonargparse.typing import PositiveFloat
+from torch import Tensor
 
 HF_FILES = (
     r"config\.json|generation_config\.json|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors"

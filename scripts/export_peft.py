@@ -4,12 +4,12 @@ import json
 import sys
 from pathlib import Path
 
-from lit_llama.checkpoint import find_model, read_config
 from lit_llama.cli import run
-from lit_llama.files import read_file, replacing_folder, write_file, write_safetensors
 from lit_llama.finetuned import base_is_nf4, read_finetuned
-from lit_llama.hf_tokenizer import TOKENIZER_FILES, tokenizer_files
-from lit_llama.peft_format import peft_config, to_peft
+from lit_llama.formats.hf_tokenizer import TOKENIZER_FILES, tokenizer_files
+from lit_llama.formats.peft import peft_config, to_peft
+from lit_llama.model_folder import find_model, read_config
+from lit_llama.storage.files import read_file, replacing_folder, write_file, write_safetensors
 from lit_llama.tokenizer import find_tokenizer
 
 PEFT_FILES = rf"adapter_(model\.safetensors|model\.bin|config\.json)|{TOKENIZER_FILES}"

@@ -3,17 +3,17 @@
 import sys
 from pathlib import Path
 
-from torch import Tensor
-
-from lit_llama.chat_templates import read_chat_template, style_of
-from lit_llama.checkpoint import find_model, read_config
 from lit_llama.cli import run
 from lit_llama.errors import UserError, error_context
-from lit_llama.files import check_apart, read_file, read_json, read_safetensors
 from lit_llama.finetuned import describe, save_finetuned
-from lit_llama.integrity import identity
-from lit_llama.peft_format import config_from_peft, from_peft
+from lit_llama.formats.chat_templates import read_chat_template, style_of
+from lit_llama.formats.peft import config_from_peft, from_peft
+from lit_llama.model_folder import find_model, read_config
 from lit_llama.prompt import PromptStyle
+from lit_llama.storage.files import check_apart, read_file, read_json, read_safetensors
+from lit_llama.storage.integrity import identity
+
+from torch import Tensor
 
 
 def main(

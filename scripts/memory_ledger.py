@@ -5,14 +5,14 @@ It is counted as by estimate_memory.py, when it is highest; activations are most
 
 from typing import get_args
 
-from estimate_memory import Method, count_of_method, make_model
-from jsonargparse.typing import PositiveInt
-
 from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.lora import LoRAConfig
-from lit_llama.memory import GRADIENTS, MOMENTS
 from lit_llama.model import CONFIGS
+from lit_llama.training.memory import GRADIENTS, MOMENTS
+
+from estimate_memory import Method, count_of_method, make_model
+from jsonargparse.typing import PositiveInt
 
 TITLES = ("model", "method", "frozen weights", "trained weights", "gradients", "moments", "the rest", "step", "file")
 

@@ -3,18 +3,18 @@
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from lit_llama.checkpoint import find_model, load_model, save_model_folder
 from lit_llama.cli import run
-from lit_llama.files import check_apart
 from lit_llama.finetuned import base_is_nf4, read_finetuned
 from lit_llama.lora import merge_lora
 from lit_llama.model import LLaMA
+from lit_llama.model_folder import find_model, load_model, save_model_folder
 from lit_llama.prompt import encode_prompt
 from lit_llama.quantization import dequantize_blocks, quantize_blocks
+from lit_llama.storage.files import check_apart
 from lit_llama.tokenizer import find_tokenizer
+
+import torch
+from torch import Tensor
 
 
 def main(

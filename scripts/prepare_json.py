@@ -7,14 +7,14 @@ which is trained on.
 
 from pathlib import Path
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
-
-from lit_llama.checkpoint import find_model
 from lit_llama.cli import run
-from lit_llama.preparation import N_CORES, Encoder, prepare
+from lit_llama.data.preparation import N_CORES, Encoder, prepare
+from lit_llama.data.records import Fields
+from lit_llama.model_folder import find_model
 from lit_llama.prompt import PromptStyle
-from lit_llama.records import Fields
 from lit_llama.tokenizer import find_tokenizer
+
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 
 def main(

@@ -13,24 +13,24 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
+from lit_llama import cli
+from lit_llama.adapter import AdapterConfig
+from lit_llama.data.batches import Dataset
+from lit_llama.data.preparation import Encoder, prepare
+from lit_llama.data.records import Conversation, Fields, conversation, read_rows
+from lit_llama.finetuned import describe, save_finetuned
+from lit_llama.lora import LoRAConfig
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.prompt import PromptStyle
+from lit_llama.storage.files import is_plain
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.training.shards import describe_shards, read_shards
+from lit_llama.training.state import STATE_FILE, named_tensors
+
 import numpy as np
 import pytest
 import torch
 from builders_tokenizers import train_byte_tokenizer
-
-from lit_llama import cli
-from lit_llama.adapter import AdapterConfig
-from lit_llama.data import Dataset
-from lit_llama.files import is_plain
-from lit_llama.finetuned import describe, save_finetuned
-from lit_llama.lora import LoRAConfig
-from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.preparation import Encoder, prepare
-from lit_llama.prompt import PromptStyle
-from lit_llama.records import Conversation, Fields, conversation, read_rows
-from lit_llama.shards import describe_shards, read_shards
-from lit_llama.tokenizer import Tokenizer
-from lit_llama.training_state import STATE_FILE, named_tensors
 
 TINY = LLaMAConfig(block_size=128, vocab_size=320, n_layer=2, n_head=4, n_embd=32, n_kv_head=2, n_hidden=48)
 

@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
+from lit_llama.prompt import Message, PromptStyle
+from lit_llama.tokenizer import Tokenizer
+
 from builders_tokenizers import train_byte_tokenizer
 from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as HFTokenizer
-
-from lit_llama.prompt import Message, PromptStyle
-from lit_llama.tokenizer import Tokenizer
 
 CONTROLS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "</s>")
 CHAT_STYLES: tuple[PromptStyle, ...] = ("chatml", "smollm2", "llama2", "llama3", "zephyr")

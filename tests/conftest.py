@@ -4,13 +4,13 @@ import json
 import os
 from pathlib import Path
 
+from lit_llama.model_folder import save_model_folder
+
 import pytest
 import torch
 from builders import RECORDS, TINY, prepare_records, random_model
 from builders_tokenizers import train_byte_tokenizer
 from tokenizers import Tokenizer as HFTokenizer
-
-from lit_llama.checkpoint import save_model_folder
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for scripts in processes of their own: tiny tensors are slower on several threads
 torch.set_num_threads(1)

@@ -24,14 +24,14 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+from lit_llama.errors import UserError
+from lit_llama.storage import locks
+
 import torch
 from builders import content_digest
 from fuzz_mutations import mutate
 from fuzz_targets import TARGETS, Target, make_worlds
 from tqdm import tqdm
-
-from lit_llama import locks
-from lit_llama.errors import UserError
 
 OUTCOMES = ("one line", "right", "unsealed", "WRONG", "TRACEBACK", "HANG", "MEMORY", "ELSEWHERE")
 HANG = 20  # seconds

@@ -8,6 +8,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
+from lit_llama.data.batches import Dataset, matching_tokenizer
+from lit_llama.data.preparation import Encoder, prepare
+from lit_llama.data.records import Fields, conversation, read_rows
+from lit_llama.finetuned import Kind, describe, read_finetuned, save_finetuned
+from lit_llama.formats.tokenizers import from_tiktoken
+from lit_llama.generation import Sampling, generate, read_prompts
+from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
+from lit_llama.model import LLaMA
+from lit_llama.model_folder import load_model, save_model_folder
+from lit_llama.storage.integrity import identity
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.training.log import TrainingLog
+from lit_llama.training.optimizer import AdamW
+from lit_llama.training.state import TrainingState
+
 import convert_gguf_checkpoint
 import convert_hf_checkpoint
 import convert_meta_checkpoint
@@ -23,23 +39,6 @@ from lightning import Fabric
 from test_convert_meta import VARIANTS, write_folder
 from torch import Tensor
 from torch.optim import Optimizer
-
-from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
-from lit_llama.checkpoint import load_model, save_model_folder
-from lit_llama.data import Dataset
-from lit_llama.finetuned import Kind, describe, read_finetuned, save_finetuned
-from lit_llama.generation import Sampling, generate, read_prompts
-from lit_llama.integrity import identity
-from lit_llama.log import TrainingLog
-from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
-from lit_llama.model import LLaMA
-from lit_llama.optimizer import AdamW
-from lit_llama.preparation import Encoder, prepare
-from lit_llama.records import Fields, conversation, read_rows
-from lit_llama.tokenizer import Tokenizer
-from lit_llama.tokenizer_formats import from_tiktoken
-from lit_llama.training import matching_tokenizer
-from lit_llama.training_state import TrainingState
 
 BASE = replace(TINY, n_layer=2, n_embd=16, n_hidden=16, n_head=2, n_kv_head=1)
 LORA, ADAPTER = LoRAConfig(2, 4, 0.0), AdapterConfig(3, 0)

@@ -24,6 +24,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from lit_llama.model_folder import save_model_folder
+from lit_llama.training.log import read_metrics
+
 import torch
 from builders import (
     RECORDS,
@@ -41,9 +44,6 @@ from builders_tokenizers import train_byte_tokenizer
 from killed_writers import KILLED, left_over, on_each_operation
 from test_finetune import finetune_arguments
 from tqdm import tqdm
-
-from lit_llama.checkpoint import save_model_folder
-from lit_llama.log import read_metrics
 
 SAVE_INTERVAL = 2  # of finetune_arguments
 STATE = "training-state.pth"

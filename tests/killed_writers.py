@@ -22,6 +22,16 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from lit_llama.data.preparation import Encoder, prepare
+from lit_llama.errors import UserError
+from lit_llama.finetuned import describe, save_finetuned
+from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
+from lit_llama.model_folder import save_model_folder
+from lit_llama.storage.files import write_file
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.training.log import TrainingLog, plot_losses
+from lit_llama.training.state import TrainingState
+
 import convert_hf_checkpoint
 import export_gguf
 import export_hf
@@ -33,16 +43,6 @@ from builders import RECORDS, TINY, random_model, randomize
 from builders_tokenizers import train_byte_tokenizer
 from lightning import Fabric
 from tqdm import tqdm
-
-from lit_llama.checkpoint import save_model_folder
-from lit_llama.errors import UserError
-from lit_llama.files import write_file
-from lit_llama.finetuned import describe, save_finetuned
-from lit_llama.log import TrainingLog, plot_losses
-from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
-from lit_llama.preparation import Encoder, prepare
-from lit_llama.tokenizer import Tokenizer
-from lit_llama.training_state import TrainingState
 
 OWN = "notes.txt"  # a file of the user's, in the folder that is written to
 CONFIGS = (replace(TINY, n_layer=1, n_embd=16, n_hidden=24), replace(TINY, n_layer=2, n_embd=16, n_hidden=16))

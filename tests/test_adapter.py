@@ -4,13 +4,6 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import torch
-from builders import TINY, random_model, randomize, save_file
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
-
 from lit_llama.adapter import (
     AdapterConfig,
     adapter_state_dict,
@@ -22,6 +15,13 @@ from lit_llama.errors import UserError
 from lit_llama.finetuned import read_finetuned
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, merge_lora
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
+
+import pytest
+import torch
+from builders import TINY, random_model, randomize, save_file
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 HEADS = {"mha": replace(TINY, n_kv_head=4), "gqa": TINY, "mqa": replace(TINY, n_kv_head=1)}
 CONFIG = AdapterConfig(prompt_length=5, start_layer=1)

@@ -4,13 +4,12 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import torch
-from builders import TINY, peak_of, random_model
-
-from lit_llama import files
 from lit_llama.adapter import AdapterConfig
-from lit_llama.checkpoint import (
+from lit_llama.errors import UserError
+from lit_llama.finetuned import FILE_NAMES, describe, read_finetuned
+from lit_llama.lora import LoRAConfig
+from lit_llama.model import CONFIGS, LLaMA
+from lit_llama.model_folder import (
     DEFAULT_MODEL,
     QUICKSTART_MODEL,
     find_model,
@@ -18,11 +17,12 @@ from lit_llama.checkpoint import (
     read_config,
     save_model_folder,
 )
-from lit_llama.errors import UserError
-from lit_llama.files import read_file, write_file
-from lit_llama.finetuned import FILE_NAMES, describe, read_finetuned
-from lit_llama.lora import LoRAConfig
-from lit_llama.model import CONFIGS, LLaMA
+from lit_llama.storage import files
+from lit_llama.storage.files import read_file, write_file
+
+import pytest
+import torch
+from builders import TINY, peak_of, random_model
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -202,6 +202,6 @@ def test_loading_takes_at_most_1_2_times_the_file_in_ram(checkpoint: Path, tmp_p
     size = (tmp_path / "lit-llama.pth").stat().st_size
     assert size > 150e6
     use = "model = load_model(Path({!r}))\ntotal = sum(p.sum() for p in model.parameters())"  # touches every page
-    before = f"from lit_llama.checkpoint import load_model\n{use.format(str(checkpoint))}"
+    before = f"from lit_llama.model_folder import load_model\n{use.format(str(checkpoint))}"
     peak = peak_of(before, use.format(str(tmp_path / "lit-llama.pth")))
     assert 0.9 * size < peak < 1.2 * size

@@ -2,14 +2,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from builders import TINY
-
-from lit_llama.checks import check_types, from_fields
 from lit_llama.errors import UserError, error_context, fits, short
 from lit_llama.lora import LoRAConfig
 from lit_llama.model import CONFIGS, LLaMAConfig
+from lit_llama.storage.checks import check_types, from_fields
+
+import pytest
+import torch
+from builders import TINY
 
 
 @pytest.mark.parametrize("config", [TINY, *CONFIGS.values()])

@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 from typing import Literal
 
-import pytest
-from builders import RESULTS, TINY, command, random_model, randomize, run_script, save_file
-
 from lit_llama.cli import expand_home, explain, join_lists, kind, nearest
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.progress import progress
+
+import pytest
+from builders import RESULTS, TINY, command, random_model, randomize, run_script, save_file
 
 SCRIPT = '''
 """A script."""

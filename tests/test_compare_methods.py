@@ -4,13 +4,13 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from lit_llama.errors import UserError
+
 import compare_methods
 import pytest
 from builders import run_script
 from compare_methods import lora_ranks
 from comparison_report import COLUMNS, Method, Result, average, draw_methods, draw_ranks, new_figure, table
-
-from lit_llama.errors import UserError
 
 pytestmark = pytest.mark.slow
 ARTICLE = "LoRA, the article's settings"

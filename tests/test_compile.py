@@ -3,15 +3,15 @@
 import copy
 import shutil
 
+from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, mark_only_adapter_as_trainable
+from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable
+from lit_llama.model import LLaMA
+from lit_llama.training.run import compile_blocks
+
 import pytest
 import torch
 from builders import TINY, random_model, randomize
 from torch import Tensor
-
-from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, mark_only_adapter_as_trainable
-from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable
-from lit_llama.model import LLaMA
-from lit_llama.training import compile_blocks
 
 pytestmark = [
     pytest.mark.slow,

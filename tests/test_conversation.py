@@ -2,9 +2,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-from builders import TINY, random_model
-
 from lit_llama import conversation as module
 from lit_llama.conversation import Conversation
 from lit_llama.errors import UserError
@@ -12,6 +9,9 @@ from lit_llama.generation import Sampling, generate
 from lit_llama.model import LLaMA
 from lit_llama.prompt import Message, encode, stop_ids
 from lit_llama.tokenizer import Tokenizer
+
+import pytest
+from builders import TINY, random_model
 
 GREEDY = Sampling(12, temperature=0)
 

@@ -3,6 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
+from lit_llama.errors import UserError
+from lit_llama.model import RopeScaling
+from lit_llama.model_folder import load_model
+from lit_llama.tokenizer import Tokenizer
+
 import convert_gguf_checkpoint
 import numpy as np
 import pytest
@@ -10,11 +15,6 @@ import torch
 from builders_gguf import GGUF_CONFIG, bpe_metadata, sentencepiece_metadata, write_gguf
 from builders_tokenizers import train_sentencepiece
 from tokenizers import Tokenizer as HFTokenizer
-
-from lit_llama.checkpoint import load_model
-from lit_llama.errors import UserError
-from lit_llama.model import RopeScaling
-from lit_llama.tokenizer import Tokenizer
 
 
 def test_a_quantised_gguf_gives_its_dequantised_weights_and_its_config(

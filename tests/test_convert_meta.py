@@ -4,16 +4,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from lit_llama.formats.huggingface import from_hf, hf_config, pairs_from_halves
+from lit_llama.model import CONFIGS, LLaMAConfig
+from lit_llama.model_folder import load_model
+
 import convert_meta_checkpoint
 import pytest
 import torch
 from builders import TINY, peak_of_conversion, run_script
 from convert_meta_checkpoint import published_length
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from lit_llama.checkpoint import load_model
-from lit_llama.huggingface import from_hf, hf_config, pairs_from_halves
-from lit_llama.model import CONFIGS, LLaMAConfig
 
 COLUMNS = ("attention.wo", "feed_forward.w2")  # split along the inputs; norms are on every rank, all else by rows
 VARIANTS = {

@@ -5,19 +5,20 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from lit_llama.data import batches as data
+from lit_llama.data import preparation
+from lit_llama.data.batches import BatchSchedule, Dataset, balance, loss_sum
+from lit_llama.data.preparation import TYPES, Encoder, prepare
+from lit_llama.errors import UserError
+from lit_llama.prompt import Message, encode, encode_prompt
+from lit_llama.storage import files
+from lit_llama.tokenizer import Tokenizer
+
 import numpy as np
 import pytest
 import torch
 from builders import RECORDS, TINY, Lengths, prepare_records, random_model
 from torch.nn import functional as F
-
-from lit_llama import data, files, preparation
-from lit_llama.data import BatchSchedule, Dataset, balance
-from lit_llama.errors import UserError
-from lit_llama.preparation import TYPES, Encoder, prepare
-from lit_llama.prompt import Message, encode, encode_prompt
-from lit_llama.tokenizer import Tokenizer
-from lit_llama.training import loss_sum
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lit_llama.model_folder import load_model
+from lit_llama.training.log import read_metrics
+
 import pytest
 import torch
 from builders import RESULTS, ROOT, TORCHRUN, run_script
-
-from lit_llama.checkpoint import load_model
-from lit_llama.log import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -148,7 +148,7 @@ def test_a_sharded_model_holds_an_equal_share_on_each_device(tmp_path: Path) -> 
     program = """
 import torch
 from builders import TINY, random_model
-from lit_llama.training import launch
+from lit_llama.training.run import launch
 
 fabric = launch(2, 1, "fsdp", "32-true")
 model = random_model(TINY)

@@ -9,13 +9,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from lit_llama.formats.huggingface import hf_config
+from lit_llama.model_folder import load_model
+
 import pytest
 import torch
 from builders import TINY, run_script
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from lit_llama.checkpoint import load_model
-from lit_llama.huggingface import hf_config
 
 SHA = "0" * 40
 

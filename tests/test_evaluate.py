@@ -4,6 +4,14 @@ import json
 import math
 from pathlib import Path
 
+from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
+from lit_llama.data.batches import Dataset
+from lit_llama.formats.huggingface import hf_config, to_hf
+from lit_llama.generation import Sampling, generate
+from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.training.run import validation_loss
+
 import evaluate
 import pytest
 import sacrebleu
@@ -12,14 +20,6 @@ from builders import TINY, random_model, randomize, run_script, save_file
 from lightning import Fabric
 from rouge_score import rouge_scorer
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
-from lit_llama.data import Dataset
-from lit_llama.generation import Sampling, generate
-from lit_llama.huggingface import hf_config, to_hf
-from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
-from lit_llama.tokenizer import Tokenizer
-from lit_llama.training import validation_loss
 
 TEXT = "Below is an instruction that describes a task.\n\nCount: 1, 2, 3, 4. Größe, 日本.\n" * 4
 

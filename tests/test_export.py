@@ -6,19 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lit_llama.formats.huggingface import hf_config
+from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict
+from lit_llama.model import LLaMA, RopeScaling
+from lit_llama.model_folder import load_model, save_model_folder
+from lit_llama.storage import files
+from lit_llama.tokenizer import Tokenizer
+
 import pytest
 import torch
 from builders import TINY, random_model, randomize, run_script, save_file
 from builders_tokenizers import TEXTS, train_sentencepiece
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-from lit_llama import files
-from lit_llama.checkpoint import load_model, save_model_folder
-from lit_llama.huggingface import hf_config
-from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict
-from lit_llama.model import LLaMA, RopeScaling
-from lit_llama.tokenizer import Tokenizer
 
 VARIANTS = {
     "mha": replace(TINY, n_kv_head=4),

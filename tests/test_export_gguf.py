@@ -4,6 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lit_llama.errors import UserError
+from lit_llama.formats.chat_templates import CHAT_TEMPLATES, recognise
+from lit_llama.formats.ollama import TEMPLATES, modelfile
+from lit_llama.formats.tokenizers import PRE_TOKENIZERS, from_gguf, to_gguf
+from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict
+from lit_llama.model import LLAMA_3_SCALING, LLaMA, LLaMAConfig
+from lit_llama.model_folder import load_model, own_prompt_style, save_model_folder
+from lit_llama.tokenizer import Tokenizer
+
 import convert_gguf_checkpoint
 import pytest
 import torch
@@ -13,15 +22,6 @@ from builders_tokenizers import TEXTS, train_sentencepiece
 from gguf import GGUFReader, dequantize
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import normalizers, pre_tokenizers
-
-from lit_llama.chat_templates import CHAT_TEMPLATES, recognise
-from lit_llama.checkpoint import load_model, own_prompt_style, save_model_folder
-from lit_llama.errors import UserError
-from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict
-from lit_llama.model import LLAMA_3_SCALING, LLaMA, LLaMAConfig
-from lit_llama.ollama import TEMPLATES, modelfile
-from lit_llama.tokenizer import Tokenizer
-from lit_llama.tokenizer_formats import PRE_TOKENIZERS, from_gguf, to_gguf
 
 VARIANTS = {
     "mha": replace(TINY, n_kv_head=4, norm_eps=1e-5),

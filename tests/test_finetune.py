@@ -11,15 +11,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lit_llama.storage.files import read_file
+from lit_llama.training import run as training
+from lit_llama.training.log import read_metrics
+
 import pytest
 import torch
 from builders import RESULTS, ROOT, command, run_script
 from lightning import Fabric
 from lightning.fabric.plugins import MixedPrecision
-
-from lit_llama import training
-from lit_llama.files import read_file
-from lit_llama.log import read_metrics
 
 SETTINGS = {
     "lora": ["--learning_rate", 0.01, "--lora_r", 4, "--lora_alpha", 32, "--lora_dropout", 0.2, "--warmup_steps", 2],

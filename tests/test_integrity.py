@@ -5,17 +5,17 @@ import subprocess
 import zipfile
 from pathlib import Path
 
+from lit_llama.errors import UserError
+from lit_llama.finetuned import describe, save_finetuned
+from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
+from lit_llama.model_folder import load_model, own_prompt_style, save_model_folder
+from lit_llama.storage.files import read_file, write_file
+from lit_llama.storage.integrity import MAX_PICKLE, check_archive, fingerprint, identity
+from lit_llama.tokenizer import Tokenizer
+
 import pytest
 import torch
 from builders import ROOT, TINY, content_digest, random_model, run_script
-
-from lit_llama.checkpoint import load_model, own_prompt_style, save_model_folder
-from lit_llama.errors import UserError
-from lit_llama.files import read_file, write_file
-from lit_llama.finetuned import describe, save_finetuned
-from lit_llama.integrity import MAX_PICKLE, check_archive, fingerprint, identity
-from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
-from lit_llama.tokenizer import Tokenizer
 
 STATE = {"a": torch.arange(6.0), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(2.0)}
 
@@ -42,7 +42,7 @@ CHECK_OFTEN = """
 import sys
 from pathlib import Path
 from lit_llama.errors import UserError
-from lit_llama.integrity import check_archive
+from lit_llama.storage.integrity import check_archive
 refused = 0
 for _ in range(int(sys.argv[2])):
     try:

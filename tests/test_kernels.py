@@ -1,15 +1,15 @@
 """The fast forms of functions against the plain ones, values and gradients."""
 
+from lit_llama.kernels import CHUNK, SwiGLU, matrix_vector, rotate, summed_cross_entropy
+from lit_llama.lora import LoRAConfig, LoRALinear
+from lit_llama.model import Linear
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from lit_llama.kernels import CHUNK, SwiGLU, matrix_vector, rotate, summed_cross_entropy
-from lit_llama.lora import LoRAConfig, LoRALinear
-from lit_llama.model import Linear
 
 C, V = 16, 48
 

@@ -3,6 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
+from lit_llama.formats.tokenizers import PRE_TOKENIZERS
+from lit_llama.generation import Sampling, generate
+from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
+from lit_llama.model import LLAMA_3_SCALING, LLaMA, LLaMAConfig
+from lit_llama.model_folder import save_model_folder
+from lit_llama.prompt import TEMPLATES, PromptStyle, encode
+from lit_llama.tokenizer import Tokenizer
+
 import pytest
 from builders import TINY, random_model, randomize, run_script, save_file
 from builders_chat import as_dicts, prompts, write_chat_tokenizer
@@ -10,14 +18,6 @@ from builders_tokenizers import TEXTS, train_sentencepiece
 from compare_llamacpp import LlamaCpp
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import pre_tokenizers
-
-from lit_llama.checkpoint import save_model_folder
-from lit_llama.generation import Sampling, generate
-from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
-from lit_llama.model import LLAMA_3_SCALING, LLaMA, LLaMAConfig
-from lit_llama.prompt import TEMPLATES, PromptStyle, encode
-from lit_llama.tokenizer import Tokenizer
-from lit_llama.tokenizer_formats import PRE_TOKENIZERS
 
 pytest.importorskip("xllamacpp")
 WIDE = replace(TINY, n_embd=64, block_size=512)  # llama.cpp's kernels want heads of 16 channels or more

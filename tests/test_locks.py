@@ -3,11 +3,11 @@ import resource
 import signal
 from pathlib import Path
 
-import pytest
-
 from lit_llama.errors import UserError
-from lit_llama.files import replacing, replacing_folder, write_file
-from lit_llama.locks import alone, check_room, claim, release
+from lit_llama.storage.files import replacing, replacing_folder, write_file
+from lit_llama.storage.locks import alone, check_room, claim, release
+
+import pytest
 
 
 @pytest.fixture

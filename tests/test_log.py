@@ -8,15 +8,15 @@ import termios
 from itertools import pairwise
 from pathlib import Path
 
+from lit_llama.data.batches import Step
+from lit_llama.errors import UserError
+from lit_llama.training.log import COLUMNS, TrainingLog, format_seconds, make_logger, read_metrics
+
 import numpy as np
 import pytest
 from builders import Lengths
 from lightning import Fabric
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from lit_llama.data import Step
-from lit_llama.errors import UserError
-from lit_llama.log import COLUMNS, TrainingLog, format_seconds, make_logger, read_metrics
 
 EIGHT = Step(Lengths(np.array([12, 13] * 4)), [np.arange(4), np.arange(4, 8)])  # records, of 100 tokens
 
@@ -74,8 +74,8 @@ from pathlib import Path
 from lightning import Fabric
 import numpy as np
 from builders import Lengths
-from lit_llama.data import Step
-from lit_llama.log import TrainingLog
+from lit_llama.data.batches import Step
+from lit_llama.training.log import TrainingLog
 log = TrainingLog(Fabric(accelerator="cpu", devices=1), Path(sys.argv[1]), 3, 0, interval=1)
 for step in (1, 2, 3):
     time.sleep(0.15)

@@ -4,17 +4,9 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
-import peft
-import pytest
-import torch
-from builders import TINY, random_model, randomize, save_file
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from lit_llama.errors import UserError
 from lit_llama.finetuned import read_finetuned
-from lit_llama.huggingface import halves_from_pairs, hf_config, to_hf
+from lit_llama.formats.huggingface import halves_from_pairs, hf_config, to_hf
 from lit_llama.lora import (
     TARGETS,
     LoRAConfig,
@@ -27,6 +19,14 @@ from lit_llama.lora import (
     remove_lora,
 )
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
+
+import peft
+import pytest
+import torch
+from builders import TINY, random_model, randomize, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 HEADS = {"mha": replace(TINY, n_kv_head=4), "gqa": TINY, "mqa": replace(TINY, n_kv_head=1)}
 ALL_SUBSETS = [subset for n in range(1, 7) for subset in combinations(TARGETS, n)]

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from lit_llama.model_folder import load_model
+
 import lab_merging
 import lab_runs
 import lora_lab
@@ -11,8 +13,6 @@ import torch
 from builders import run_script
 from lab_report import cell, table
 from lab_runs import ALL, ATTENTION, Lab, Run, closest, scaled
-
-from lit_llama.checkpoint import load_model
 
 
 def in_process(script: str, *flags: object) -> tuple[str, str]:

@@ -14,6 +14,18 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from lit_llama.adapter import AdapterConfig, add_adapter, mark_only_adapter_as_trainable
+from lit_llama.data.batches import Batch, BatchSchedule, loss_sum
+from lit_llama.device import storage_dtype
+from lit_llama.formats.huggingface import hf_config
+from lit_llama.generation import Sampling, next_tokens
+from lit_llama.lora import TARGETS, LoRAConfig, add_lora, mark_only_lora_as_trainable
+from lit_llama.model import Block, LLaMA, RMSNorm
+from lit_llama.training import plan as preview
+from lit_llama.training.distributed import store_as
+from lit_llama.training.memory import Count, count_step, without_data
+from lit_llama.training.optimizer import AdamW
+
 import numpy as np
 import pytest
 import torch
@@ -22,19 +34,6 @@ from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from lit_llama import preview
-from lit_llama.adapter import AdapterConfig, add_adapter, mark_only_adapter_as_trainable
-from lit_llama.data import Batch, BatchSchedule
-from lit_llama.device import storage_dtype
-from lit_llama.generation import Sampling, next_tokens
-from lit_llama.huggingface import hf_config
-from lit_llama.lora import TARGETS, LoRAConfig, add_lora, mark_only_lora_as_trainable
-from lit_llama.memory import Count, count_step, without_data
-from lit_llama.model import Block, LLaMA, RMSNorm
-from lit_llama.optimizer import AdamW
-from lit_llama.sharding import store_as
-from lit_llama.training import loss_sum
 
 METHODS = ("lora", "adapter", "full")
 SYNCHRONISING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2"}

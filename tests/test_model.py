@@ -2,14 +2,14 @@
 
 from dataclasses import replace
 
+from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
+from lit_llama.formats.huggingface import hf_config, to_hf
+from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig, RMSNorm, RopeScaling, rotary_table
+
 import pytest
 import torch
 from builders import TINY, random_model, randomize
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
-from lit_llama.huggingface import hf_config, to_hf
-from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig, RMSNorm, RopeScaling, rotary_table
 
 VARIANTS = {
     "mha": replace(TINY, n_kv_head=4),

@@ -6,22 +6,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, mark_only_adapter_as_trainable
+from lit_llama.errors import UserError
+from lit_llama.finetuned import read_finetuned
+from lit_llama.generation import compile_steps
+from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable, merge_lora
+from lit_llama.model import Linear, LLaMA
+from lit_llama.model_folder import load_model, save_model_folder
+from lit_llama.quantization import NF4Weight, dequantize_blocks, quantize_blocks
+from lit_llama.training.run import compile_blocks, load_base
+
 import pytest
 import torch
 from builders import TINY, random_model, randomize, run_script
 from lightning.fabric.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, mark_only_adapter_as_trainable
-from lit_llama.checkpoint import load_model, save_model_folder
-from lit_llama.errors import UserError
-from lit_llama.finetuned import read_finetuned
-from lit_llama.generation import compile_steps
-from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable, merge_lora
-from lit_llama.model import Linear, LLaMA
-from lit_llama.quantization import NF4Weight, dequantize_blocks, quantize_blocks
-from lit_llama.training import compile_blocks, load_base
 
 LORA = LoRAConfig(r=4, dropout=0.0, targets=TARGETS)
 

@@ -1,11 +1,11 @@
 import copy
 
+from lit_llama.training.distributed import fill
+from lit_llama.training.optimizer import AdamW, LearningRate, clip_gradients
+from lit_llama.training.state import room_for
+
 import pytest
 import torch
-
-from lit_llama.optimizer import AdamW, LearningRate, clip_gradients
-from lit_llama.sharding import fill
-from lit_llama.training_state import room_for
 
 SCHEDULES = ("constant", "linear", "cosine")
 

@@ -4,18 +4,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from lit_llama.finetuned import read_finetuned
+from lit_llama.formats.huggingface import hf_config, to_hf
+from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.model_folder import save_model_folder
+
 import peft
 import pytest
 import torch
 from builders import TINY, random_model, randomize, run_script, save_file
 from builders_tokenizers import train_byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from lit_llama.checkpoint import save_model_folder
-from lit_llama.finetuned import read_finetuned
-from lit_llama.huggingface import hf_config, to_hf
-from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict
-from lit_llama.model import LLaMA, LLaMAConfig
 
 CONFIGS = {"gqa": TINY, "tied": replace(TINY, tie_embeddings=True)}
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -8,16 +8,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from lit_llama.data import preparation
+from lit_llama.data.preparation import TYPES, Encoder, in_processes, prepare
+from lit_llama.data.records import Fields, conversation
+from lit_llama.errors import UserError
+from lit_llama.prompt import encode
+from lit_llama.tokenizer import Tokenizer
+
 import numpy as np
 import pytest
 from builders import RECORDS, command, peak_of
-
-from lit_llama import preparation
-from lit_llama.errors import UserError
-from lit_llama.preparation import TYPES, Encoder, in_processes, prepare
-from lit_llama.prompt import encode
-from lit_llama.records import Fields, conversation
-from lit_llama.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -135,11 +135,11 @@ def test_preparing_and_opening_records_takes_less_memory_than_their_tokens(tmp_p
         source, out = f"Path({str(tmp_path / name)!r} + '.jsonl')", f"Path({str(tmp_path / name)!r})"
         actions.append(f"prepare({out}, {{'train': {source}}}, encoder, 1, 10); Dataset({out}, 'train', 64)")
     before = f"""
-import lit_llama.data, lit_llama.preparation
-from lit_llama.data import Dataset
-from lit_llama.preparation import Encoder, prepare
+import lit_llama.data.batches, lit_llama.data.preparation
+from lit_llama.data.batches import Dataset
+from lit_llama.data.preparation import Encoder, prepare
 from lit_llama.tokenizer import Tokenizer
-lit_llama.preparation.BLOCK = lit_llama.data.BLOCK = 2**10
+lit_llama.data.preparation.BLOCK = lit_llama.data.batches.BLOCK = 2**10
 encoder = Encoder(Tokenizer(Path({str(model_folder / "tokenizer.json")!r})), "plain")
 {actions[0]}"""
     peak = peak_of(before, actions[1])

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 
+from lit_llama.errors import UserError
+from lit_llama.formats.chat_templates import CHAT_TEMPLATES, recognise
+from lit_llama.prompt import TEMPLATES, Message, PromptStyle, encode, encode_prompt, stop_ids
+from lit_llama.tokenizer import Tokenizer
+
 import pytest
 from builders_chat import CHAT_STYLES, CONTROLS, as_dicts, conversation, write_chat_tokenizer
 from transformers import PreTrainedTokenizerFast
-
-from lit_llama.chat_templates import CHAT_TEMPLATES, recognise
-from lit_llama.errors import UserError
-from lit_llama.prompt import TEMPLATES, Message, PromptStyle, encode, encode_prompt, stop_ids
-from lit_llama.tokenizer import Tokenizer
 
 SINGLE_STYLES: tuple[PromptStyle, ...] = ("plain", "alpaca", "alpaca-stanford")
 

@@ -3,19 +3,19 @@
 from dataclasses import replace
 from pathlib import Path
 
+from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, cache_prefix
+from lit_llama.errors import UserError
+from lit_llama.generation import Sampling, generate, generate_batch
+from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, merge_lora
+from lit_llama.model import Linear, LLaMA
+from lit_llama.model_folder import save_model_folder
+from lit_llama.quantization import FEW, Int8Linear, quantize_int8
+
 import pytest
 import torch
 from builders import TINY, peak_of, random_model, randomize, run_script, save_file
 from torch import Tensor
 from torch.nn import functional as F
-
-from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, cache_prefix
-from lit_llama.checkpoint import save_model_folder
-from lit_llama.errors import UserError
-from lit_llama.generation import Sampling, generate, generate_batch
-from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, merge_lora
-from lit_llama.model import Linear, LLaMA
-from lit_llama.quantization import FEW, Int8Linear, quantize_int8
 
 CPU = torch.device("cpu")
 
@@ -114,7 +114,8 @@ def test_a_quantized_model_takes_less_memory_than_the_file_that_it_is_made_of(tm
         "model = load_model(Path({!r}) / 'lit-llama.pth')\nquantize_int8(model, torch.float32, torch.device('cpu'))"
     )
     imports = (
-        "import torch\nfrom lit_llama.checkpoint import load_model\nfrom lit_llama.quantization import quantize_int8\n"
+        "import torch\nfrom lit_llama.model_folder import load_model\n"
+        "from lit_llama.quantization import quantize_int8\n"
     )
     size = (tmp_path / "large" / "lit-llama.pth").stat().st_size
     actions = imports + action.format(str(tmp_path / "tiny")), action.format(str(tmp_path / "large"))

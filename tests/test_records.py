@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
+from lit_llama.data.records import Fields, split_records
+from lit_llama.errors import UserError
+from lit_llama.prompt import Message
+
 import numpy as np
 import pytest
 from builders import CONVERSATIONS, RECORDS, read_records
-
-from lit_llama.errors import UserError
-from lit_llama.prompt import Message
-from lit_llama.records import Fields, split_records
 
 HI = [Message("user", "Hi"), Message("assistant", "Hello")]
 

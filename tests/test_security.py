@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from builders import ROOT, run_script
 
-PRODUCT = [path for folder in ("*.py", "lit_llama/*.py", "scripts/*.py") for path in sorted(ROOT.glob(folder))]
+PRODUCT = [path for folder in ("*.py", "lit_llama/**/*.py", "scripts/**/*.py") for path in sorted(ROOT.glob(folder))]
 FORBIDDEN = {
     "eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads",
     "os.system", "os.popen", "yaml.load", "joblib.load", "shelve.open", "np.fromfile", "tempfile.mktemp",
 }  # fmt: skip
 IMPORTS = {  # --logger names a class; a module of sentencepiece; a library that is not in the test extra
-    "lit_llama/log.py", "lit_llama/tokenizer_formats.py", "scripts/compare_llamacpp.py",
+    "lit_llama/__init__.py", "lit_llama/training/log.py", "lit_llama/formats/tokenizers.py", "scripts/dev/compare_llamacpp.py",
 }  # fmt: skip
 
 

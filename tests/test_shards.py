@@ -10,18 +10,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.model_folder import save_model_folder
+from lit_llama.storage.archive import write_tensors
+from lit_llama.storage.files import read_file
+from lit_llama.storage.integrity import fingerprint
+from lit_llama.training.log import read_metrics
+from lit_llama.training.shards import FILE_SIZE
+
 import pytest
 import torch
 from builders import ROOT, run_script, state_tensors
 from test_distributed import arguments, on_two_processes
-
-from lit_llama.archive import write_tensors
-from lit_llama.checkpoint import save_model_folder
-from lit_llama.files import read_file
-from lit_llama.integrity import fingerprint
-from lit_llama.log import read_metrics
-from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.shards import FILE_SIZE
 
 
 def test_a_file_written_tensor_by_tensor_is_that_of_torch(tmp_path: Path) -> None:
@@ -138,7 +138,9 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_dead_process_is_named(checkpoint: Path, data_dir: Path, tmp_path: Path, victim: int) -> None:
+def test_a_dead_process_ends_the_others_in_one_line(
+    checkpoint: Path, data_dir: Path, tmp_path: Path, victim: int
+) -> None:
     rest = [*arguments("full", checkpoint, data_dir, tmp_path), "--devices", 2, "--num_epochs", 1000]
     words = list(map(str, [sys.executable, ROOT / "finetune_full.py", *rest]))
     with open(tmp_path / "log", "w") as log:
@@ -149,10 +151,10 @@ def test_a_dead_process_is_named(checkpoint: Path, data_dir: Path, tmp_path: Pat
     run.wait(60)
     wait_for(lambda: not Path(f"/proc/{child}/cmdline").exists() or not Path(f"/proc/{child}/cmdline").read_bytes())
     said = (tmp_path / "log").read_text()
-    ours, lightnings = f"error: process {victim} of 2", f"[rank: {victim}] Child process with PID"
-    assert ours in said or lightnings in said  # or both, if they notice at the same moment
+    # Fabric's first process watches those that it has started; they find that the first has died when they next sum.
+    ours, lightnings = "error: another process of this run has ended", f"[rank: {victim}] Child process with PID"
+    assert ours in said or lightnings in said
     assert "Traceback" not in said
-    assert "gloo" not in said.split("step 0/")[1]
 
 
 PEAKS = """
@@ -160,9 +162,9 @@ import json, re, sys, threading, time
 from pathlib import Path
 import torch
 from lit_llama.finetuned import describe
-from lit_llama.optimizer import AdamW
-from lit_llama.training import launch, load_base
-from lit_llama.training_state import TrainingState, save_model
+from lit_llama.training.optimizer import AdamW
+from lit_llama.training.run import launch, load_base
+from lit_llama.training.state import TrainingState, save_model
 
 def memory():
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -3,6 +3,12 @@
 import json
 from pathlib import Path
 
+from lit_llama.formats.chat_templates import CHAT_TEMPLATES
+from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
+from lit_llama.model_folder import own_prompt_style, save_model_folder
+from lit_llama.prompt import TEMPLATES, PromptStyle, encode
+from lit_llama.tokenizer import Tokenizer
+
 import convert_gguf_checkpoint
 import convert_hf_checkpoint
 import pytest
@@ -13,12 +19,6 @@ from builders_gguf import bpe_metadata, write_gguf
 from builders_tokenizers import train_sentencepiece
 from tokenizers import Tokenizer as HFTokenizer
 from transformers import AutoTokenizer
-
-from lit_llama.chat_templates import CHAT_TEMPLATES
-from lit_llama.checkpoint import own_prompt_style, save_model_folder
-from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
-from lit_llama.prompt import TEMPLATES, PromptStyle, encode
-from lit_llama.tokenizer import Tokenizer
 
 
 def model_folder(folder: Path, tokenizer: Tokenizer, style: PromptStyle | None) -> Path:

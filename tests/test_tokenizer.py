@@ -2,13 +2,13 @@ import io
 import pickle
 from pathlib import Path
 
+from lit_llama.errors import UserError
+from lit_llama.tokenizer import Tokenizer, find_tokenizer
+
 import pytest
 import sentencepiece
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import processors
-
-from lit_llama.errors import UserError
-from lit_llama.tokenizer import Tokenizer, find_tokenizer
 
 TEXTS = ["Hello, world", "  two  spaces ", "naïve café, 東京 and 🙂🙃", "x = [1, 2]\n\ty += 10", ""]
 

@@ -8,15 +8,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from lit_llama.errors import UserError
+from lit_llama.formats.tokenizers import from_gguf, from_tiktoken, is_tiktoken
+from lit_llama.tokenizer import Tokenizer
+
 import pytest
 import regex
 from builders_gguf import bpe_metadata, sentencepiece_metadata
 from builders_tokenizers import CORPUS, TEXTS, train_sentencepiece
 from tokenizers import Tokenizer as HFTokenizer
-
-from lit_llama.errors import UserError
-from lit_llama.tokenizer import Tokenizer
-from lit_llama.tokenizer_formats import from_gguf, from_tiktoken, is_tiktoken
 
 PATTERN = (  # Llama 3's, as its authors published it
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

@@ -5,6 +5,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from lit_llama.data.batches import BatchSchedule, Dataset, loss_sum, matching_tokenizer
+from lit_llama.errors import UserError
+from lit_llama.finetuned import describe, save_finetuned
+from lit_llama.training.optimizer import AdamW
+from lit_llama.training.run import StepCheck, StopSignal, validation_loss
+from lit_llama.training.state import STATE_FILE, TrainingState
+
 import pytest
 import torch
 from builders import SIGNALS, TINY, random_model
@@ -12,13 +19,6 @@ from lightning import Fabric
 from tokenizers import Tokenizer as HFTokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from lit_llama.data import BatchSchedule, Dataset
-from lit_llama.errors import UserError
-from lit_llama.finetuned import describe, save_finetuned
-from lit_llama.optimizer import AdamW
-from lit_llama.training import StepCheck, StopSignal, loss_sum, matching_tokenizer, validation_loss
-from lit_llama.training_state import STATE_FILE, TrainingState
 
 
 def test_validation_is_repeatable_token_weighted_and_disturbs_no_random_state(data_dir: Path) -> None:

@@ -5,12 +5,12 @@ import contextlib
 import io
 import re
 
+from lit_llama.lora import LoRAConfig, LoRALinear
+from lit_llama.model import Linear
+
 import pytest
 import torch
 from builders import ROOT
-
-from lit_llama.lora import LoRAConfig, LoRALinear
-from lit_llama.model import Linear
 
 GUIDE = (ROOT / "howto" / "understand_lora.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", GUIDE, re.DOTALL)

@@ -5,11 +5,11 @@
 Shapes, as in lit_llama/lora.py: r rank, C width of the input; B is always LoRA's matrix.
 """
 
-import torch
-from torch import Tensor
-
 from lit_llama.lora import LoRAConfig
 from lit_llama.model import LLaMA
+
+import torch
+from torch import Tensor
 
 
 def gradients(x: Tensor, dh: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

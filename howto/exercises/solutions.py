@@ -1,10 +1,10 @@
 """Solutions of exercises.py, each with the reason. Try first."""
 
-import torch
-from torch import Tensor
-
 from lit_llama.lora import LoRAConfig, lora_layers
 from lit_llama.model import LLaMA
+
+import torch
+from torch import Tensor
 
 
 def gradients(x: Tensor, dh: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

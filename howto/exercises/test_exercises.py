@@ -6,11 +6,11 @@ With EXERCISES=solutions in the environment, it checks solutions.py instead.
 import importlib
 import os
 
-import pytest
-import torch
-
 from lit_llama.lora import LoRAConfig, LoRALinear, add_lora, lora_layers, lora_state_dict, merge_lora
 from lit_llama.model import LLaMA, LLaMAConfig
+
+import pytest
+import torch
 
 answers = importlib.import_module(os.environ.get("EXERCISES", "exercises"))
 

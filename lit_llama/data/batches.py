@@ -1,0 +1,254 @@
+"""Prepared records as a training run sees them: read from their folder, and drawn from it in optimizer steps.
+
+`lit_llama/data/preparation.py` says what such a folder holds. Length limit and prompt masking are choices of the
+training, so changing them needs no new preparation.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from lit_llama.data.preparation import read_split
+from lit_llama.data.records import shuffled
+from lit_llama.errors import UserError
+from lit_llama.model import LLaMA
+from lit_llama.prompt import PromptStyle
+from lit_llama.tokenizer import Tokenizer, find_tokenizer
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from torch import Tensor, nn
+
+BLOCK = 2**18  # records that are measured at once
+
+
+class Batch(NamedTuple):
+    """Records to be computed at once, packed one after the other into a single row. N of their tokens are targets."""
+
+    input_ids: Tensor  # (1, T)
+    lengths: list[int]  # of the records, T in all
+    select: Tensor  # (N,) indices of the tokens before a target, the only ones that need logits
+    targets: Tensor  # (N,)
+
+
+class Dataset:
+    """One split of a prepared folder.
+
+    Records are cut at `block_size` tokens (a response that was cut has no end of sequence); one whose prompt leaves no
+    room for a response is dropped and counted in `n_dropped`. Documents are cut into blocks, each a record of its own.
+    With `mask_prompt` False, all tokens are trained on. `limit` takes the first so many of the records that are left.
+    The arrays stay on the disk; 20 bytes of each record are held in memory.
+
+    Attributes:
+        index: the numbers, in the folder, of the records that are left (of a block, its document's).
+        starts: their first tokens, as places in `tokens`.
+        lengths: their tokens.
+        target_counts: how many of those are trained on.
+    """
+
+    def __init__(
+        self, data_dir: Path, split: str, block_size: int, mask_prompt: bool = True, limit: int | None = None
+    ) -> None:
+        self.data_dir, self.block_size = data_dir, block_size
+        self.meta, (self.tokens, self.offsets, spans, numbers) = read_split(data_dir, split)
+        self.prompt_style: PromptStyle = self.meta["prompt_style"]
+        origin = {name: self.meta[name] for name in ("sources", "tokenizer", "prompt_style", "split_seed", "records")}
+        self.fingerprint = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
+        self.targets = spans if mask_prompt else sliding_window_view(self.offsets, 2)
+        n_targets = np.concatenate([[0], np.cumsum(self.targets[:, 1] - self.targets[:, 0])])  # before each span
+        blocks = [numbers[i : i + BLOCK] for i in range(0, max(len(numbers), 1), BLOCK)]
+        measured = zip(*(self._measure(block, n_targets) for block in blocks), strict=True)
+        index, starts, lengths, counts, is_cut = (np.concatenate(arrays) for arrays in measured)
+        left = np.flatnonzero(counts)
+        self.n_dropped = len(index) - len(left)
+        left = left[:limit]
+        self.n_cut = int(is_cut[left].sum())
+        self.index, self.starts, self.lengths, self.target_counts = (a[left] for a in (index, starts, lengths, counts))
+
+    def _measure(self, numbers: np.ndarray, n_targets: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Of records, or of their blocks: number, start, length, how many tokens are trained on, whether it is cut."""
+        starts, ends = self.offsets[numbers], self.offsets[numbers + 1]
+        if self.meta["documents"]:
+            numbers, starts, ends = split_documents(numbers, starts, ends, self.block_size)
+        lengths = np.minimum(ends - starts, self.block_size)
+        first, last = starts + 1, starts + lengths  # nothing predicts the first token
+        counts = targets_before(last, self.targets, n_targets) - targets_before(first, self.targets, n_targets)
+        return numbers, starts, lengths.astype(np.int32), counts.astype(np.int32), lengths < ends - starts
+
+    def _spans(self, start: int, end: int) -> np.ndarray:
+        """The spans that reach into tokens[start:end]."""
+        first, last = np.searchsorted(self.targets[:, 1], start, side="right"), np.searchsorted(self.targets[:, 0], end)
+        return self.targets[first:last]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def n_tokens(self, records: Sequence[int] | np.ndarray) -> int:
+        """How many tokens these records have."""
+        return int(self.lengths[records].sum())
+
+    def n_targets(self, records: Sequence[int] | np.ndarray) -> int:
+        """How many tokens of these records are trained on."""
+        return int(self.target_counts[records].sum())
+
+    def record(self, i: int) -> Tensor:
+        """The tokens of a record: its prompt, then its response."""
+        return torch.from_numpy(self.tokens[self.starts[i] :][: self.lengths[i]].astype(np.int64))
+
+    def spans(self, i: int) -> np.ndarray:
+        """The spans (n, 2) of a record's tokens that are trained on, as places in the record."""
+        start, end = self.starts[i], self.starts[i] + self.lengths[i]
+        return np.clip(self._spans(start, end), start, end) - start
+
+    def last_answer(self, i: int) -> tuple[list[int], list[int]]:
+        """The tokens before the last span of a record that is trained on, and those in it."""
+        start, end = self.spans(i)[-1]
+        tokens = self.record(i).tolist()
+        return tokens[:start], tokens[start:end]
+
+    def batch(self, records: Sequence[int] | np.ndarray) -> Batch:
+        """These records, packed; no records make a batch of one token without targets."""
+        empty = torch.empty(0, dtype=torch.int64)
+        inputs, lengths, select, targets = [], [], [empty], [empty]
+        for i in records:
+            tokens = self.record(i)
+            # The token at position t predicts the one at t + 1: the last is no input, the first is no target.
+            for start, end in self.spans(i):
+                places = torch.arange(max(start, 1), end)
+                select.append(places - 1 + sum(lengths))
+                targets.append(tokens[places])
+            inputs.append(tokens[:-1])
+            lengths.append(len(tokens) - 1)
+        row = torch.cat(inputs) if inputs else torch.zeros(1, dtype=torch.int64)
+        return Batch(row[None], lengths or [1], torch.cat(select), torch.cat(targets))
+
+
+def split_documents(numbers: np.ndarray, starts: np.ndarray, ends: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
+    """The same three of the documents' blocks of at most `size` tokens."""
+    n = -(-(ends - starts) // size)  # blocks of each document
+    place = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)  # of each block in its document
+    block_starts = np.repeat(starts, n) + size * place
+    return np.repeat(numbers, n), block_starts, np.minimum(block_starts + size, np.repeat(ends, n))
+
+
+def targets_before(places: np.ndarray, spans: np.ndarray, n_targets: np.ndarray) -> np.ndarray:
+    """How many tokens before each of some places lie in the spans, of which `n_targets` counts those before each."""
+    order = np.argsort(places)  # searching in rising order is several times faster
+    n = np.empty_like(order)  # spans that start before each place; the last of them may end after it
+    n[order] = np.searchsorted(spans[:, 0], places[order])
+    return n_targets[n] - np.maximum(spans[n - 1, 1] - places, 0) * (n > 0)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step learns from: micro-batches, each an array of record numbers."""
+
+    dataset: Dataset
+    micro_batches: list[np.ndarray]
+
+    @property
+    def records(self) -> np.ndarray:
+        return np.concatenate(self.micro_batches)
+
+    @property
+    def n_records(self) -> int:
+        return len(self.records)
+
+    @property
+    def n_tokens(self) -> int:
+        return self.dataset.n_tokens(self.records)
+
+    @property
+    def n_targets(self) -> int:
+        return self.dataset.n_targets(self.records)
+
+    def share(self, rank: int, world_size: int) -> list[Batch]:
+        """The micro-batches that one of several processes computes; all get equally many, padded with empty ones."""
+        return list(self.batches(rank, world_size))
+
+    def batches(self, rank: int, world_size: int) -> Iterator[Batch]:
+        """An iterator over what `share` lists, which draws each micro-batch when its turn comes."""
+        empty = [np.empty(0, np.int64)] * (-len(self.micro_batches) % world_size)
+        return map(self.dataset.batch, (self.micro_batches + empty)[rank::world_size])
+
+
+class BatchSchedule:
+    """Which records each optimizer step of a training run sees: a pure function of the seed and the step.
+
+    Every epoch holds each record once, in random steps of `batch_size` records over all devices. Only which of a step's
+    micro-batches a record is in depends on its length: long and short ones are spread so that all of them have about as
+    many tokens. The step with the largest micro-batch comes first, so that running out of memory shows immediately.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, micro_batch_size: int, seed: int) -> None:
+        if not len(dataset):
+            raise UserError("no records to train on, or none with room for a response in --block_size tokens")
+        if batch_size % micro_batch_size:
+            raise UserError(f"--batch_size {batch_size} is not a multiple of --micro_batch_size {micro_batch_size}")
+        self.dataset, self.batch_size, self.micro_batch_size, self.seed = dataset, batch_size, micro_batch_size, seed
+        self.steps_per_epoch = math.ceil(len(dataset) / batch_size)
+        self._epoch: int | None = None
+
+    def step(self, number: int) -> Step:
+        """An optimizer step, counted from 0 over all epochs."""
+        epoch, place = divmod(number, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._start_epoch(epoch)
+        return self._drawn(self._places[place])
+
+    def _start_epoch(self, epoch: int) -> None:
+        """Shuffle the records, and put the step with the largest micro-batch first."""
+        self._epoch, self._order = epoch, shuffled(len(self.dataset), np.random.default_rng((self.seed, epoch)))
+        self._places = list(range(self.steps_per_epoch))
+        largest = max(self._places, key=lambda i: max(map(self.dataset.n_tokens, self._drawn(i).micro_batches)))
+        self._places.insert(0, self._places.pop(largest))
+
+    def _drawn(self, place: int) -> Step:
+        """The records in one place of the shuffled order."""
+        records = self._order[place * self.batch_size :][: self.batch_size]
+        return Step(self.dataset, balance(records, self.dataset.lengths, self.micro_batch_size))
+
+
+def balance(records: np.ndarray, lengths: np.ndarray, size: int) -> list[np.ndarray]:
+    """Split records into as few micro-batches of at most `size` records as possible, with about as many tokens in each.
+
+    The longest records go first, one to each micro-batch, then the next ones in the opposite direction, and so on.
+    """
+    n = math.ceil(len(records) / size)
+    records = records[np.argsort(-lengths[records], kind="stable")]
+    micro_batch = snake_order(len(records), n)  # of each record
+    return np.split(records[np.argsort(micro_batch, kind="stable")], np.cumsum(np.bincount(micro_batch))[:-1])[:n]
+
+
+def snake_order(n: int, n_groups: int) -> np.ndarray:
+    """The groups of n items, in turn and back again: 0, 1, ... n_groups - 1, n_groups - 1, ... 1, 0, 0, 1, ..."""
+    place = np.arange(n) % (2 * n_groups)
+    return np.minimum(place, 2 * n_groups - 1 - place)
+
+
+def single_step(dataset: Dataset, micro_batch_size: int) -> Step:
+    """All records in one step, for what is evaluated and not trained on."""
+    return Step(dataset, balance(np.arange(len(dataset)), dataset.lengths, micro_batch_size))
+
+
+def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross-entropy of a batch, summed over its targets; 0 if it has none."""
+    return model(batch.input_ids, lengths=batch.lengths, select=batch.select, targets=batch.targets)
+
+
+def matching_tokenizer(dataset: Dataset, model: LLaMA, pretrained_path: Path, tokenizer_path: Path | None) -> Tokenizer:
+    """The model's tokenizer, or a UserError if the data was tokenised with another one or is too long for the model."""
+    if dataset.block_size > model.config.block_size:
+        raise UserError(f"--block_size {dataset.block_size} is more than the model's {model.config.block_size} tokens")
+    tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
+    tokenizer.check_fits(model.config.vocab_size)
+    if tokenizer.fingerprint() != dataset.meta["tokenizer"]:
+        raise UserError(
+            f"{dataset.data_dir} was not prepared with {tokenizer.path}; prepare the data again with that tokenizer"
+        )
+    return tokenizer

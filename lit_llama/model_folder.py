@@ -1,0 +1,223 @@
+"""Model folders: `lit-llama.pth` (the weights), `config.json` and the tokenizer.
+
+`config.json` has the fields of LLaMAConfig, the prompt style that the model was trained with, if any, and, under
+"files", fingerprints of the others. Where it does not say (version 1.0, say), nothing is compared.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lit_llama.errors import UserError, error_context, short
+from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
+from lit_llama.progress import say
+from lit_llama.prompt import TEMPLATES, PromptStyle
+from lit_llama.quantization import Quantization, quantize_blocks, quantize_int8
+from lit_llama.storage.archive import write_tensors
+from lit_llama.storage.checks import from_fields
+from lit_llama.storage.files import (
+    CONFIG,
+    check_finite,
+    check_listed,
+    is_plain,
+    page_out,
+    read_file,
+    read_json,
+    replacing,
+    replacing_folder,
+    write_file,
+)
+from lit_llama.storage.integrity import check_archive, digest, fingerprint
+
+import torch
+from torch import Tensor
+
+WEIGHTS = "lit-llama.pth"
+DEFAULT_MODEL = Path("checkpoints/lit-llama/7B/lit-llama.pth")
+QUICKSTART_MODEL = Path("checkpoints/lit-llama/SmolLM2-135M-Instruct/lit-llama.pth")  # of what compares or measures
+MODEL_FILES = r"(lit-llama\.pth|config\.json|tokenizer\.model|tokenizer\.json|tokenizer_config\.json)(\.part)?"
+
+
+def save_model_folder(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    config: LLaMAConfig,
+    files: Mapping[str, bytes | str],
+    prompt_style: PromptStyle | None = None,
+) -> None:
+    """Write a model folder, in place of an older one as a whole.
+
+    Args:
+        files: the tokenizer's.
+        prompt_style: the template that the model was trained with, if any.
+    """
+    with replacing_folder(folder, MODEL_FILES) as part:
+        write_model(part, state, config, files, prompt_style)
+
+
+def write_model(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    config: LLaMAConfig,
+    files: Mapping[str, bytes | str],
+    prompt_style: PromptStyle | None = None,
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
+) -> None:
+    """Write the files of a model one by one, the weights last, into a folder that holds no other model.
+
+    Args:
+        tensors: those of `untied(state)`, one by one, if `state` tells only their shapes and dtypes.
+    """
+    fields = {**asdict(config), "prompt_style": prompt_style}
+    for name, content in files.items():
+        write_file(folder / name, content)
+    write_file(folder / CONFIG, json.dumps(fields, indent=2))
+    layout = untied(state, config.tie_embeddings)
+    tensors = finite(folder / WEIGHTS, [*layout.items()] if tensors is None else tensors)
+    if config.tie_embeddings:
+        layout["lm_head.weight"] = layout["transformer.wte.weight"]
+    with replacing(folder / WEIGHTS) as part:
+        write_tensors(part, layout, tensors)
+        check_archive(part)
+    prints = {WEIGHTS: fingerprint(folder / WEIGHTS), **{name: digest(folder / name) for name in files}}
+    write_file(folder / CONFIG, json.dumps({**fields, "files": prints}, indent=2))
+
+
+def untied(state: Mapping[str, Tensor], tied: bool) -> dict[str, Tensor]:
+    """A model's tensors without the head's weight, if that is `tied` to the embedding's."""
+    return {name: tensor for name, tensor in state.items() if not (tied and name == "lm_head.weight")}
+
+
+def finite(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors; a UserError at the first that has a number that is inf or nan."""
+    for name, tensor in tensors:
+        check_finite(path, {name: tensor})
+        yield name, tensor
+        del tensor  # before the next one is made
+
+
+def load_model(
+    path: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", nf4: bool = False
+) -> LLaMA:
+    """The model of a folder, or of its `lit-llama.pth`, its weights in `dtype` (None: as they are stored).
+
+    The weights are mapped from the file and copied, if at all, one by one: loading takes no second copy of the model.
+    With `nf4`, the matrices of the blocks are quantised to 4 bits on their way.
+    """
+    path = file_in(path)
+    if path.is_file():
+        say(f"Loading {path} ({path.stat().st_size / 1e9:.1f} GB)")
+    state = read_file(path)
+    config = read_config(path, state)
+    with torch.device("meta"):
+        model = LLaMA(config)
+    if config.tie_embeddings:
+        state.setdefault("lm_head.weight", state.get("transformer.wte.weight"))
+    check_state(path, state, model.state_dict())
+    check_listed(path)
+    stored = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
+    if dtype is None and len(stored) > 1:
+        raise UserError(f"{path} mixes {' and '.join(sorted(stored))}; convert the model again, to one of them")
+    quantized = {name for name in state if nf4 and name.startswith("transformer.h.") and state[name].dim() == 2}
+    for name in state.keys() - quantized:
+        state[name] = state[name].to(device, dtype)
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+    if nf4:
+        quantize_blocks(model, device, dtype)
+        for name in quantized:
+            page_out(state[name])
+    return model
+
+
+def load_for_merging(
+    path: Path, quantize: Quantization | None, dtype: torch.dtype, device: torch.device, nf4: bool = False
+) -> LLaMA:
+    """A model that LoRA may be merged into before `finish_loading`: in `dtype`, or as it is stored and mapped.
+
+    The latter if it is to be quantised, so that it never takes more memory than what it is quantised to.
+    """
+    return load_model(path, nf4=nf4) if quantize else load_model(path, dtype, device, nf4)
+
+
+def finish_loading(model: LLaMA, quantize: Quantization | None, dtype: torch.dtype, device: torch.device) -> None:
+    """Quantise a model from `load_for_merging`, or else cast what was added to it to `dtype`."""
+    if quantize:
+        quantize_int8(model, dtype, device)
+    else:
+        model.to(dtype)
+
+
+def find_model(path: Path | None, default: Path = DEFAULT_MODEL) -> Path:
+    """The weights of a model that is named by its folder or its file, or if none is named those of the default one."""
+    return default_model(default) if path is None else file_in(path)
+
+
+def file_in(path: Path, name: str = WEIGHTS) -> Path:
+    """The file that is meant by a path: that of this name if it is a folder."""
+    if path.is_dir() and not (path / name).is_file():
+        raise UserError(f"{path} has no {name}; give the folder that has it, or a file")
+    return path / name if path.is_dir() else path
+
+
+def default_model(path: Path) -> Path:
+    """`path`, or if it does not exist the model that was written last among the folders of models there."""
+    models = [] if path.exists() else list(path.parents[1].glob(f"[!.]*/{WEIGHTS}"))
+    if not models:
+        return path
+    last = max(models, key=lambda model: model.stat().st_mtime)
+    say(f"{path} does not exist; the model is {last}")
+    return last
+
+
+def read_config(path: Path, state: Mapping[str, Any]) -> LLaMAConfig:
+    """The config.json next to the checkpoint, or the LLaMA size that the shapes of its tensors imply."""
+    file = path.with_name(CONFIG)
+    if file.is_file():
+        fields = read_json(file)
+        for name in ("files", "prompt_style", "checksum"):  # see check_listed, own_prompt_style; of old files
+            fields.pop(name, None)
+        with error_context(file, "get it again"):
+            return from_fields(LLaMAConfig, fields)
+    wte, n_layer = state.get("transformer.wte.weight"), sum(name.endswith("attn.c_attn.weight") for name in state)
+    for config in CONFIGS.values():
+        if n_layer == config.n_layer and getattr(wte, "shape", None) == (config.vocab_size, config.n_embd):
+            return config
+    raise UserError(f"{path} has no config.json next to it, and its tensors fit no known LLaMA{suggest_flag(state)}")
+
+
+def own_prompt_style(path: Path) -> PromptStyle | None:
+    """The template that the model of a checkpoint was trained with, as the config.json next to it says."""
+    file = path.with_name("config.json")
+    style = read_json(file).get("prompt_style") if file.is_file() else None
+    return style if style in TEMPLATES else None
+
+
+def check_state(path: Path, state: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
+    """Raise a UserError unless `state` has exactly the names and shapes of `expected`, and floating-point numbers."""
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    wrong = [name for name in expected if name in state and getattr(state[name], "shape", None) != expected[name].shape]
+    for names, what in ((missing, "lacks"), (unexpected, "has unexpected"), (wrong, "has a different shape for")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{path} does not fit the model: it {what} {short(names[0])}{more}{suggest_flag(state)}")
+    for name, tensor in state.items():
+        if not is_plain(tensor) or not tensor.is_floating_point() or tensor.itemsize == 1:
+            raise UserError(f"{path} holds {name} as {short(tensor)}, expected float32, bfloat16 or float16")
+
+
+def check_complete(path: Path, state: Mapping[str, Any], config: LLaMAConfig) -> None:
+    """Raise a UserError unless `state`, made from `path`, has every weight of a model of this config and no other."""
+    with torch.device("meta"):
+        check_state(path, state, LLaMA(config).state_dict())
+
+
+def suggest_flag(content: Mapping[str, Any]) -> str:
+    """The end of a message about a file that is one of LoRA or adapter weights: which flag it is for."""
+    for kind in ("lora", "adapter"):
+        if content.get("kind") == kind or any(f"{kind}_" in name for name in content):
+            return f"; it is a file of {kind} weights, for --{kind}_path"
+    return ""

@@ -1,0 +1,202 @@
+"""What a training run reports: a progress bar or plain lines, metrics.csv and loss.png."""
+
+import csv
+import io
+import math
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lit_llama.data.batches import Step
+from lit_llama.device import peak_memory
+from lit_llama.errors import UserError
+from lit_llama.progress import on_terminal
+from lit_llama.storage.files import replacing, write_file
+
+from lightning import Fabric
+from lightning.fabric.loggers import Logger
+from tqdm import tqdm
+
+COLUMNS = (
+    "step", "records", "tokens", "train_loss", "validation_loss",
+    "learning_rate", "gradient_norm", "tokens_per_second", "memory_gb", "seconds",
+)  # fmt: skip
+
+
+def make_logger(name: str | None, out_dir: Path) -> Logger | None:
+    """TensorBoard's logger, or any of Lightning's by its class, such as lightning.pytorch.loggers.WandbLogger.
+
+    It writes below `out_dir`, or where its library's environment variables say.
+    """
+    if name is None:
+        return None
+    try:
+        if name == "tensorboard":
+            from lightning.fabric.loggers import TensorBoardLogger
+
+            return TensorBoardLogger(out_dir, name="tensorboard", version="")  # a resumed run goes on in this folder
+        module, _, kind = name.rpartition(".")
+        return getattr(import_module(module), kind)(save_dir=out_dir)
+    except (ImportError, ValueError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        remedy = "run: pip install -e '.[tensorboard]'" if name == "tensorboard" else "name its class, module and all"
+        raise UserError(f"--logger {name} is not available ({reason}); {remedy}") from None
+
+
+class TrainingLog:
+    """Reports each optimizer step and each validation. Only the first of several processes writes.
+
+    Args:
+        out_dir: where metrics.csv goes; with `first_step` > 0 its rows up to there are kept and continued.
+        n_steps: optimizer steps of the whole run.
+        first_step: optimizer steps that were done before, in a run that is resumed.
+        interval: steps between two lines, when not on a terminal that shows a bar.
+    """
+
+    def __init__(self, fabric: Fabric, out_dir: Path, n_steps: int, first_step: int, interval: int) -> None:
+        self.fabric, self.n_steps, self.first_step, self.interval = fabric, n_steps, first_step, interval
+        self.path = out_dir / "metrics.csv"
+        rows = fabric.broadcast(read_metrics(self.path)) if first_step else []
+        self.rows = [row for row in rows if row["step"] <= first_step]
+        last = self.rows[-1] if self.rows else {}
+        self.records, self.tokens = int(last.get("records", 0)), int(last.get("tokens", 0))
+        self.seconds = last.get("seconds", 0.0)
+        terminal = on_terminal() and fabric.is_global_zero
+        self.bar = tqdm(total=n_steps, initial=first_step, unit="step", disable=not terminal, dynamic_ncols=True)
+        self.started = self.last = time.perf_counter()
+        self.training_seconds = 0.0
+        if fabric.is_global_zero:
+            write_file(self.path, to_csv(self.rows, header=True))
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self.fabric.is_global_zero:
+            tqdm.write(text, file=sys.stderr)
+
+    def step(self, step: int, data: Step, loss: float, learning_rate: float, gradient_norm: float) -> None:
+        """Report optimizer step `step` (counted from 1): what it learned from, and its mean loss per target."""
+        now = time.perf_counter()
+        speed = data.n_tokens / (now - self.last)
+        self.training_seconds += now - self.last
+        self.last = now
+        self.records, self.tokens = self.records + data.n_records, self.tokens + data.n_tokens
+        memory = peak_memory(self.fabric.device)
+        left = self.training_seconds / (step - self.first_step) * (self.n_steps - step)
+        values = {"train_loss": loss, "learning_rate": learning_rate, "gradient_norm": gradient_norm}
+        self._row(step, **values, tokens_per_second=speed, memory_gb=memory)
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s, {memory:.1f} GB", refresh=False)
+        self.bar.update(step - self.bar.n)
+        if self.bar.disable and (step % self.interval == 0 or step == self.n_steps):
+            self.say(
+                f"step {step}/{self.n_steps}: loss {loss:.4f}, {speed:.0f} tokens/s, {memory:.2f} GB, "
+                f"{format_seconds(left)} left"
+            )
+
+    def validation(self, step: int, loss: float | None) -> None:
+        """Report the validation loss after `step` steps, if there is one. The time it took is not training time."""
+        if loss is not None:
+            self._row(step, validation_loss=loss)
+            self.say(
+                f"step {step}/{self.n_steps}: validation loss {loss:.4f} (perplexity {math.exp(min(loss, 99)):.2f})"
+            )
+        self.last = time.perf_counter()
+
+    def close(self, title: str) -> None:
+        """Close the bar and draw loss.png, if matplotlib is installed."""
+        self.bar.close()
+        if self.fabric.is_global_zero:
+            try:
+                plot_losses(self.rows, self.path.with_name("loss.png"), title)
+            except UserError as error:  # the run is complete without its picture
+                self.say(f"warning: {error}")
+
+    def _row(self, step: int, **values: float) -> None:
+        seconds = self.seconds + time.perf_counter() - self.started
+        row = {"step": step, "records": self.records, "tokens": self.tokens, **values, "seconds": seconds}
+        self.rows.append(row)
+        self.fabric.log_dict(values, step)
+        for logger in self.fabric.loggers:
+            logger.save()  # now, since a run may be killed at any time
+        if self.fabric.is_global_zero:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                file.write(to_csv([row]))
+
+
+def to_csv(rows: Iterable[dict[str, Any]], header: bool = False) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    if header:
+        writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+    return text.getvalue()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.csv, without the values that a row does not have. Damaged rows are left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
+    header, *lines = csv.reader(text.splitlines() or [""])  # version 1.0 had fewer columns
+    for cells in lines:
+        with suppress(ValueError, OverflowError):
+            row: dict[str, Any] = {name: float(cell) for name, cell in zip(header, cells, strict=True) if cell}
+            if {*COLUMNS[:3], "seconds"} <= row.keys() <= {*COLUMNS} and not goes_back(row, rows):
+                rows.append({**row, **{name: int(row[name]) for name in COLUMNS[:3]}})
+    return rows
+
+
+def goes_back(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
+    """Whether a row is of a step before the last one, or says once more what was said of that."""
+    return any(
+        row["step"] < other["step"] or (row["step"], row.keys()) == (other["step"], other.keys()) for other in rows[-2:]
+    )
+
+
+def format_seconds(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def plot_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw training and validation loss over the optimizer steps, and below them the norm of the gradients."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(8, 5.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    train, validation = (
+        [(row["step"], row[name]) for row in rows if name in row] for name in ("train_loss", "validation_loss")
+    )
+    if train:
+        steps, losses = zip(*train, strict=True)
+        n = max(1, len(losses) // 10)
+        means = [sum(losses[i : i + n]) / n for i in range(len(losses) - n + 1)]
+        axes.plot(steps, losses, color="#c9d8ea", linewidth=1, label="training, each step")
+        axes.plot(steps[n - 1 :], means, color="#3a6ea5", linewidth=2, label=f"training, mean of {n} steps")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), color="#c0392b", linewidth=2, marker="o", label="validation")
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        for point in {validation[0], validation[-1]}:
+            axes.annotate(f"{point[1]:.2f}", point, (0, 9), textcoords="offset points", ha="center", bbox=box)
+    norms = [(row["step"], row.get("gradient_norm", math.nan)) for row in rows]  # version 1.0 had none
+    norms = [(step, norm) for step, norm in norms if math.isfinite(norm)]
+    below.plot(*zip(*norms or [(0, 0)], strict=True), color="#7a7a7a", linewidth=1)
+    axes.set(title=title, ylabel="cross-entropy per response token (nats)")
+    below.set(xlabel="optimizer step", ylabel="gradient norm", ylim=(0, None))
+    axes.margins(y=0.1)
+    for each in (axes, below):
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    with replacing(path) as part:
+        figure.savefig(part, format="png")

@@ -1,0 +1,64 @@
+"""What a run says before its first step: what it will do and take, and records as they are trained on."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lit_llama.data.batches import BatchSchedule, Dataset
+from lit_llama.model import LLaMA
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.training.memory import count_step, free_memory, without_data
+from lit_llama.training.optimizer import LearningRate
+
+import torch
+from lightning import Fabric
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+
+COLOUR, PLAIN = ("\033[32m", "\033[0m"), ("[[", "]]")  # around what is trained on
+
+
+def plan(schedule: BatchSchedule, val_data: Dataset, rate: LearningRate, llama: LLaMA) -> Iterator[str]:
+    """Lines about the records, the steps, the learning rate and the trained parameters of a run."""
+    data, size = schedule.dataset, schedule.batch_size
+    yield (
+        f"{len(data):,} records to train on ({data.n_cut:,} of them cut at {data.block_size} tokens; "
+        f"{data.n_dropped:,} more dropped, which left no room for a response), {len(val_data):,} to validate on"
+    )
+    yield f"{rate.n_steps:,} steps of {size} records, epochs: {rate.n_steps / schedule.steps_per_epoch:.3g}"
+    yield str(rate)
+    trained = sum(parameter.numel() for parameter in llama.parameters() if parameter.requires_grad)
+    yield f"{trained:,} trained parameters of {sum(parameter.numel() for parameter in llama.parameters()):,}"
+
+
+def expected_memory(
+    fabric: Fabric, llama: LLaMA, schedule: BatchSchedule, dtype: torch.dtype, make_optimizer: Callable[..., Any]
+) -> str:
+    """A line about the memory that the largest micro-batch will take on a device, and what there is."""
+    if isinstance(fabric.strategy, ModelParallelStrategy):
+        return f"memory: scripts/estimate_memory.py --devices {fabric.world_size} says what each device will need"
+    largest = max(schedule.step(0).micro_batches, key=schedule.dataset.n_tokens)
+    lengths = (schedule.dataset.lengths[largest] - 1).tolist()
+    on_gpu = fabric.device.type != "cpu"
+    with without_data(llama, dtype, make_optimizer, on_gpu=on_gpu) as (shapes, optimizer):
+        peak = count_step(shapes, lengths, dtype, optimizer).peak
+    if isinstance(fabric.strategy, DDPStrategy):  # gradients are sent in buckets beside them
+        peak += sum(parameter.nbytes for parameter in llama.parameters() if parameter.requires_grad)
+    free = free_memory(fabric.device)
+    place = "on this GPU" if on_gpu else "available"
+    there = f", {free / 1e9:.1f} GB {place}" if free else ""
+    warning = "; this may not fit, see --activation_checkpointing and --micro_batch_size" if 0 < free < peak else ""
+    return f"memory: tensors of about {peak / 1e9:.1f} GB expected{there}{warning}"
+
+
+def show_records(dataset: Dataset, tokenizer: Tokenizer, n: int = 2) -> str:
+    """The text of the first records as a model sees it, what is trained on marked: green on a terminal, else [[so]]."""
+    begin, end = COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else PLAIN
+    texts = []
+    for i in range(min(n, len(dataset))):
+        tokens, place, text = dataset.record(i).tolist(), 0, ""
+        for start, stop in dataset.spans(i):
+            text += tokenizer.show(tokens[place:start]) + begin + tokenizer.show(tokens[start:stop]) + end
+            place = stop
+        texts.append(text + tokenizer.show(tokens[place:]))
+    return "\n\n".join(texts)

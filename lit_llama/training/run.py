@@ -1,0 +1,163 @@
+"""What is around a training loop: launching, loading, validation, stopping on a signal."""
+
+import math
+import os
+import signal
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from lit_llama.data.batches import Dataset, Step, loss_sum, single_step
+from lit_llama.device import TrainingPrecision, storage_dtype
+from lit_llama.errors import UserError
+from lit_llama.model import LLaMA
+from lit_llama.model_folder import load_model
+from lit_llama.quantization import check_compilable
+from lit_llama.training.distributed import shard, whole_tensor
+from lit_llama.training.log import TrainingLog
+
+import torch
+import torch.distributed as dist
+from lightning import Fabric
+from lightning.fabric.loggers import Logger
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+Strategy = Literal["auto", "ddp", "fsdp"]
+Quantize = Literal["nf4"]
+CPU_PROCESSES = 4  # at most, on each core: they compute no faster, but show how a run on several devices behaves
+
+
+def launch(
+    devices: int, num_nodes: int, strategy: Strategy, precision: TrainingPrecision, logger: Logger | None = None
+) -> Fabric:
+    """Fabric, with one process running for each device of each node.
+
+    Args:
+        strategy: "ddp" for a whole model on each device, "fsdp" for a model that is spread over them, "auto" for the
+            former if there is more than one device.
+    """
+    n, gpus = devices * num_nodes, torch.cuda.device_count()
+    if devices > (gpus or CPU_PROCESSES * (os.cpu_count() or 1)):
+        has = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else f"no GPU and {os.cpu_count()} CPU cores"
+        raise UserError(f"{devices} devices were requested, but this machine has {has}; lower --devices")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would build a plan for every new length of a record
+    chosen: Any = "auto"
+    if strategy == "fsdp" and precision == "16-mixed":
+        raise UserError("16-mixed is for whole models; with --strategy fsdp, give --precision 32-true or bf16-mixed")
+    if strategy == "fsdp":
+        spread = partial(shard, compute_dtype=storage_dtype(precision))
+        chosen = ModelParallelStrategy(spread, data_parallel_size=n, tensor_parallel_size=1)
+    elif n > 1:
+        chosen = DDPStrategy(init_sync=False)  # all processes read the same file and draw the same random numbers
+    try:
+        fabric = Fabric(devices=devices, num_nodes=num_nodes, strategy=chosen, precision=precision, loggers=logger)
+        connect_again()
+        fabric.launch()
+    except (ValueError, RuntimeError, MisconfigurationException) as error:  # what it says of settings is clear enough
+        raise UserError(f"could not launch {n} processes: {str(error).splitlines()[0]}") from None
+    if fabric.world_size != n:
+        launched = fabric.world_size
+        raise UserError(f"expected {n} processes (devices x nodes), but {launched} were launched; change --devices")
+    return fabric
+
+
+def connect_again() -> None:
+    """Connect processes that torchrun has started again; it keeps its store, where they would find dead addresses."""
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if attempt and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized():
+        rank, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.PrefixStore(f"{attempt}", store), rank=rank, world_size=n)
+
+
+def load_base(fabric: Fabric, path: Path, dtype: torch.dtype, quantize: Quantize | None = None) -> LLaMA:
+    """The pretrained model in `dtype` on this process's device, or mapped from its file if it is to be sharded."""
+    if not isinstance(fabric.strategy, ModelParallelStrategy):
+        return load_model(path, dtype, fabric.device, quantize == "nf4")
+    if quantize:
+        raise UserError("a 4-bit base is not sharded: with --quantize, choose --strategy ddp")
+    return load_model(path)
+
+
+def compile_blocks(llama: LLaMA) -> None:
+    """Have torch.compile fuse the operations of each kind of block, once for batches of all sizes."""
+    check_compilable(llama)
+    for block in llama.transformer.h:
+        block.compile(dynamic=True)
+
+
+@torch.no_grad()
+def validation_loss(fabric: Fabric, model: nn.Module, dataset: Dataset, micro_batch_size: int) -> float | None:
+    """The mean cross-entropy per target token of a whole data set (None if that is empty); changes no random state."""
+    if not len(dataset):
+        return None
+    model.eval()
+    step = single_step(dataset, micro_batch_size)
+    total = torch.zeros((), device=fabric.device)
+    for batch in step.batches(fabric.global_rank, fabric.world_size):
+        total += loss_sum(model, fabric.to_device(batch))
+    model.train()
+    return sum_over_devices(fabric, total) / step.n_targets
+
+
+def sum_over_devices(fabric: Fabric, value: torch.Tensor) -> float:
+    """The sum of a number that each device has."""
+    total = fabric.all_reduce(value, reduce_op="sum")
+    assert isinstance(total, torch.Tensor)
+    return float(total)
+
+
+class StepCheck:
+    """Looks at each step before it is taken: at its loss and at the gradients, which are the same on all devices."""
+
+    def __init__(self, log: TrainingLog, model: LLaMA, precision: Any = None) -> None:
+        """`precision` is Fabric's, which in float16 scales the loss, and skips steps until the scale is right."""
+        self.log, self.model, self.scaler = log, model, getattr(precision, "scaler", None)
+        self.mean: float | None = None  # of the latest losses
+
+    def __call__(self, step: Step, number: int, loss: float, norm: float) -> None:
+        """Report a loss that has shot up; raise a UserError if it or the norm of the gradients is inf or nan."""
+        records = ", ".join(map(str, sorted(step.dataset.index[step.records])[:8]))
+        records = f"records {records}{' and others' if step.n_records > 8 else ''} (counted from 0, as prepared)"
+        if math.isfinite(loss) and not math.isfinite(norm) and self.scaler and self.scaler.get_scale() > 1:
+            self.log.say(f"step {number + 1} is skipped: its gradient is too large for float16, so it is scaled down")
+        elif not math.isfinite(loss + norm):
+            damaged = [
+                name for name, tensor in self.model.named_parameters() if not whole_tensor(tensor).isfinite().all()
+            ]
+            what = f"the loss of step {number + 1} is {loss:.4g}, its gradient's norm {norm:.4g}, so it was not taken"
+            if damaged:
+                raise UserError(f"{what}; {damaged[0]} is not finite either: the weights were damaged before this step")
+            raise UserError(f"{what}; what was saved stays: resume with a lower --learning_rate, or look at {records}")
+        if self.mean is not None and loss > 10 * self.mean:
+            self.log.say(
+                f"warning: the loss of step {number + 1} is {loss:.4g}, after {self.mean:.4g} on average: {records}"
+            )
+        self.mean = loss if self.mean is None else 0.9 * self.mean + 0.1 * loss
+
+
+class StopSignal:
+    """Turns SIGINT, SIGTERM and SIGHUP into a request to stop after the step that is running. A second stops at once.
+
+    A process whose terminal is gone (SIGHUP) cannot write to it; one that is to survive that (nohup) is left alone.
+    """
+
+    status = 128 + signal.SIGTERM  # if the signal reached another of several processes
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self.requested, self.status = True, 128 + number
+        if number == signal.SIGHUP:
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

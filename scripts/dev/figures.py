@@ -1,0 +1,292 @@
+"""Measure the figures of README and guides, all in one sitting, and write each between its markers.
+
+A place for a figure is <!-- figures: NAME --> ... <!-- end of NAME -->, and NAME a function below. Each of them runs
+commands that a user could type. Some fill a second place, which they name. The verdict on an answer comes from
+howto/verdicts.json, which lists exact answers; the quickstart's tables mark an answer that is not there with a question
+mark.
+"""
+
+import contextlib
+import datetime
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from lit_llama.cli import run
+from lit_llama.device import describe_machine
+from lit_llama.errors import UserError
+from lit_llama.storage.files import read_json, write_file
+from lit_llama.training.log import read_metrics
+
+ROOT = Path(__file__).parents[2]
+LAB = ("low_rank", "subspaces", "targets", "settings", "forgetting", "overfitting", "merging")  # experiments
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "howto").glob("*.md")))
+IMAGES, VERDICTS = ROOT / "howto" / "images", ROOT / "howto" / "verdicts.json"
+MODEL = Path("checkpoints/lit-llama/SmolLM2-135M-Instruct/lit-llama.pth")
+RUN = Path("out/lora/quickstart")
+RECORDS = Path("data/ml_questions")
+ADAPTER_RATES = ("1.1e-3", "3e-3", "9e-3")
+NF4_RUN = (
+    "--lora_r 32 --lora_alpha 64 --lora_targets all --lora_dropout 0 --learning_rate 2e-3 --lr_schedule linear "
+    "--warmup_steps 10 --batch_size 4 --num_epochs 2 --eval_interval 103"
+)
+CHECKPOINTING = ("--activation_checkpointing", "true")
+LARGE = ("--model", "Llama-2-70B", "--method", "full")
+
+
+def main(only: tuple[str, ...] = (), alpaca_file: Path | None = None) -> None:
+    """Measure, and write into the documents.
+
+    Args:
+        only: The figures to measure. By default all of them.
+        alpaca_file: Alpaca records on the disk, instead of downloading them.
+    """
+    unknown = set(only) - FIGURES.keys()
+    if unknown:
+        raise UserError(f"there is no figure {', '.join(unknown)}; there are {', '.join(FIGURES)}")
+    if not Path("data/alpaca/meta.json").is_file() and {"speed", "compiled"} & set(only or FIGURES):
+        local = ("--data_file", alpaca_file) if alpaca_file else ()
+        script("prepare_alpaca.py", "--pretrained_path", MODEL, *local)
+    for name in only or FIGURES:
+        print(f"## {name}", file=sys.stderr)
+        write_figure(name, FIGURES[name]())
+
+
+def write_figure(name: str, text: str) -> None:
+    """Write `text` into all documents that have a place of this name."""
+    for document in DOCUMENTS:
+        replace_figure(document, name, text)
+
+
+def replace_figure(document: Path, name: str, text: str) -> None:
+    """Write `text` between the markers of `name`, if the document has them."""
+    begin, end = f"<!-- figures: {name} -->", f"<!-- end of {name} -->"
+    old = document.read_text(encoding="utf-8")
+    pattern = re.escape(begin) + ".*?" + re.escape(end)
+    new = re.sub(pattern, lambda _: f"{begin}\n{text.strip()}\n{end}", old, flags=re.DOTALL)
+    if new != old:
+        write_file(document, new)
+
+
+def quickstart() -> str:
+    """What `make quickstart` prints, and how long it takes. All its answers go to the place `quickstart-answers`."""
+    start = time.perf_counter()
+    printed = command("make", "quickstart")
+    minutes = (time.perf_counter() - start) / 60
+    shutil.copy(RUN / "loss.png", IMAGES / "loss.png")
+    rows = read_metrics(RUN / "metrics.csv")
+    steps = [row for row in rows if "train_loss" in row]
+    losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    memory, tokens = max(row["memory_gb"] for row in steps), steps[-1]["tokens"]
+    training = (steps[-1]["seconds"] - rows[0]["seconds"]) / 60
+    validations = re.findall(r"^step \d+/\d+: validation loss .*$", printed, flags=re.MULTILINE)
+    answers = re.findall(r"^> (.*?)\n(.*?)\nTime for inference", printed, flags=re.MULTILINE | re.DOTALL)
+    n = len(answers) // 2
+    table = [
+        f"| {question} | {judged(before)} | {judged(after)} |"
+        for (question, before), (_, after) in zip(answers[:n], answers[n:], strict=True)
+    ]
+    write_figure("quickstart-answers", "\n".join(["| asked | before | after |", "|---|---|---|", *table]))
+    lines = [
+        "| | before | after |",
+        "|---|---|---|",
+        f"| printed | `{validations[0]}` | `{validations[-1]}` |",
+        table[0],
+        "",
+        f"{minutes:.1f} minutes in all, once installed; {training:.1f} of them for {len(steps)} steps over {tokens:,} "
+        f"tokens; {memory:.1f} GB of memory; validation loss {losses[0]:.2f} to {losses[-1]:.2f} ({sitting()}).",
+    ]
+    return "\n".join(lines)
+
+
+def judged(answer: str) -> str:
+    """An answer and its verdict."""
+    answer = " ".join(answer.split())
+    return f"{answer} **({read_json(VERDICTS).get(answer, '?')})**"
+
+
+def comparison() -> str:
+    """The methods side by side. The picture and the answers go to the place `answers`."""
+    for style, name in (("smollm2", "own-template"), ("chatml", "new-topics")):
+        validation = "validation.json" if name == "own-template" else "validation_new_topics.json"
+        files = ("--train_file", RECORDS / "train.json", "--validation_file", RECORDS / validation)
+        places = ("--pretrained_path", MODEL, "--data_dir", Path("data") / name)
+        script("prepare_json.py", *files, *places, "--prompt_style", style)
+    more = ("--own_template_dir", "data/own-template", "--new_topics_dir", "data/new-topics", "--verdicts", VERDICTS)
+    script("compare_methods.py", *more)
+    shutil.copy("out/comparison/comparison.png", IMAGES / "comparison.png")
+    table, _, answers = Path("out/comparison/comparison.md").read_text(encoding="utf-8").partition("\n![")
+    write_figure("answers", f"![{answers.replace('(comparison.png)', '(images/comparison.png)')}")
+    return table
+
+
+def adapter() -> str:
+    """LLaMA-Adapter at several learning rates, for one epoch on the quickstart's records."""
+    rows, losses = ["| learning rate | validation loss |", "|---:|---:|"], [0.0]
+    for rate in ADAPTER_RATES:
+        out_dir = Path("out/adapter") / f"rate-{rate}"
+        shutil.rmtree(ROOT / out_dir, ignore_errors=True)
+        flags = ("--learning_rate", rate, "--lr_schedule", "linear", "--warmup_epochs", 0, "--num_epochs", 1)
+        places = ("--pretrained_path", MODEL, "--data_dir", "data/quickstart", "--out_dir", out_dir)
+        command(sys.executable, ROOT / "finetune_adapter.py", *places, *flags, "--batch_size", 4, "--log_interval", 20)
+        losses = validation_losses(out_dir)
+        rows.append(f"| {rate} | {losses[-1]:.3f} |")
+    return "\n".join([*rows, "", f"Before training it is {losses[0]:.3f} ({sitting()})."])
+
+
+def benchmark(flags: str) -> str:
+    """Against transformers + PEFT, on equal batches."""
+    table = script("benchmark.py", *flags.split())
+    return (
+        f"{table}\nMedians over the rounds, each side in turn (`python scripts/dev/benchmark.py {flags}`, {sitting()})."
+    )
+
+
+def generation() -> str:
+    """Against transformers, one token at a time."""
+    table = script("benchmark_generation.py")
+    return f"{table}\n(`python scripts/dev/benchmark_generation.py`, {sitting()})"
+
+
+def validation_losses(out_dir: Path) -> list[float]:
+    return [row["validation_loss"] for row in read_metrics(out_dir / "metrics.csv") if "validation_loss" in row]
+
+
+def nf4() -> str:
+    """LoRA on a base in float32 and on one in 4 bits, for two epochs on the quickstart's records."""
+    rows = ["| base in | validation loss before | after one epoch | after two |", "|---|---:|---:|---:|"]
+    for title, flags in (("float32", ()), ("4 bits", ("--quantize", "nf4"))):
+        out_dir = Path("out/lora") / f"base-in-{title.replace(' ', '-')}"
+        shutil.rmtree(ROOT / out_dir, ignore_errors=True)
+        places = ("--pretrained_path", MODEL, "--data_dir", "data/quickstart", "--out_dir", out_dir)
+        command(sys.executable, ROOT / "finetune_lora.py", *places, *NF4_RUN.split(), *flags)
+        rows.append(f"| {title} | {' | '.join(f'{loss:.3f}' for loss in validation_losses(out_dir))} |")
+    return "\n".join([*rows, "", f"(`finetune_lora.py {NF4_RUN}`, {sitting()})"])
+
+
+def memory() -> str:
+    """What a step of a 7B model takes, by running it on tensors without data."""
+    rows = ["| | base in bfloat16 | with `--activation_checkpointing true` |", "|---|---:|---:|"]
+    for method, title in (("lora", "LoRA, r = 8, on query and value"), ("adapter", "LLaMA-Adapter")):
+        cells = [estimate("--method", method, *more)["at most"] for more in ((), CHECKPOINTING)]
+        rows.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def breakdown() -> str:
+    """What the memory of a step is for."""
+    return f"```\n{script('estimate_memory.py').strip()}\n```"
+
+
+def fits() -> str:
+    """What fits on which GPUs, up to 70B."""
+    rows = [
+        "| what | GPUs | a step, on each | a resume | received per micro-batch | flags |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for what, gpus, *flags in (
+        ("LoRA, 7B", "1 of 24 GB"),
+        ("LoRA, 7B", "1 of 16 GB", *CHECKPOINTING),
+        ("LoRA, 7B, in 4 bits", "1 of 12 GB", "--quantize", "nf4"),
+        ("LoRA, 7B, in 4 bits", "1 of 8 GB", "--quantize", "nf4", *CHECKPOINTING),
+        ("LoRA, Llama 3.1 8B", "1 of 24 GB", "--model", "Llama-3.1-8B", *CHECKPOINTING),
+        ("all weights, 7B", "4 of 24 GB", "--method", "full", "--devices", "4", *CHECKPOINTING),
+        ("LoRA, 70B", "8 of 80 GB", "--model", "Llama-2-70B", "--devices", "8"),
+        ("LoRA, 70B", "8 of 40 GB", "--model", "Llama-2-70B", "--devices", "8", *CHECKPOINTING),
+        ("all weights, 70B", "16 of 80 GB", *LARGE, "--devices", "16", *CHECKPOINTING),
+        ("all weights, 70B", "64 of 80 GB", *LARGE, "--devices", "64", *CHECKPOINTING),
+    ):
+        found = estimate(*flags)
+        cells = [found["at most"], found["when a run is resumed"], found.get("come from other devices in it", "")]
+        rows.append(f"| {what} | {gpus} | {' | '.join(cells)} | `{' '.join(flags)}` |".replace(" `` ", " "))
+    return "\n".join([*rows, "", "(`python scripts/estimate_memory.py` with these flags)"])
+
+
+def estimate(*flags: object) -> dict[str, str]:
+    """The sizes that estimate_memory.py prints, by what it says of them."""
+    printed = script("estimate_memory.py", *flags)
+    return {text: size for size, text in re.findall(r"^([\d.,]+ GB(?: \(.*?\))?) ([^:\n]*)", printed, re.MULTILINE)}
+
+
+def ledger() -> str:
+    """What a step holds in memory, method by method."""
+    return f"{script('memory_ledger.py').strip()}\n\n(`python scripts/memory_ledger.py`)"
+
+
+def experiment(name: str) -> Callable[[], str]:
+    """An experiment of the lab: its table and its picture."""
+
+    def figure() -> str:
+        text = script("lora_lab.py", "--only", name).strip()
+        shutil.copy(f"out/lab/{name}.png", IMAGES / f"lab_{name}.png")
+        picture = f"![the experiment as a picture](images/lab_{name}.png)"
+        return f"{text}\n\n{picture}\n\n(`python scripts/lab/lora_lab.py --only {name}`, {sitting()})"
+
+    return figure
+
+
+def recipes() -> str:
+    """What the settings of today take, by the same estimate."""
+    rows = ["| GPU | model | settings | memory |", "|---|---|---|---:|"]
+    modern = ("--lora_r", 16, "--lora_targets", "query,key,value,projection,mlp")
+    for gpu, model, settings in (
+        ("16 GB", "7B", ("--micro_batch_size", "2", *CHECKPOINTING)),
+        ("24 GB", "7B", ("--micro_batch_size", "2")),
+        ("24 GB", "Llama-3.1-8B", ("--micro_batch_size", "4", *CHECKPOINTING)),
+    ):
+        needed = estimate("--model", model, *modern, *settings)["at most"]
+        rows.append(f"| {gpu} | {model} | `{' '.join(settings)}` | {needed} |")
+    return "\n".join(rows)
+
+
+def sitting() -> str:
+    """When and on what this was measured."""
+    return f"{datetime.date.today():%d %B %Y}, {describe_machine()}"
+
+
+def script(name: str, *flags: object) -> str:
+    (path,) = (ROOT / "scripts").rglob(name)
+    return command(sys.executable, path, *flags)
+
+
+def command(*words: object) -> str:
+    """What a command prints, on stdout, and, for make, on stderr too; shown as it comes on ours."""
+    merged = subprocess.STDOUT if words[0] == "make" else None
+    arguments = list(map(str, words))
+    with contextlib.ExitStack() as stack:
+        process = stack.enter_context(
+            subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=merged, text=True, cwd=ROOT)
+        )
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            print(line, end="", file=sys.stderr)
+            lines.append(line)
+    if process.returncode:
+        raise UserError(f"{' '.join(arguments)} failed, see above")
+    return "".join(lines)
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "quickstart": quickstart,
+    "comparison": comparison,
+    "speed": lambda: benchmark("--rounds 2 --n_records 24"),
+    "compiled": lambda: benchmark("--rounds 1 --n_records 24 --compile true"),
+    "generation": generation,
+    "nf4": nf4,
+    "memory": memory,
+    "recipes": recipes,
+    "breakdown": breakdown,
+    "fits": fits,
+    "adapter": adapter,
+    "ledger": ledger,
+    **{f"lab-{name}": experiment(name) for name in LAB},
+}
+
+
+if __name__ == "__main__":
+    run(main)
