@@ -50,3 +50,12 @@ def describe_machine() -> str:
     if Path("/proc/cpuinfo").is_file():
         names = re.findall(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}, no GPU"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that tensors can take on a device: of a GPU, all; of the host, what no other process uses; 0 if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    status = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s*(\d+)", status.read_text()) if status.is_file() else None
+    return 1024 * int(found[1]) if found else 0

@@ -17,12 +17,12 @@ from lit_llama.model_folder import WEIGHTS, file_in, read_config
 from lit_llama.quantization import quantize_blocks
 from lit_llama.storage.files import CONFIG, read_file, read_json
 from lit_llama.training.distributed import store_as
-from lit_llama.training.memory import Count, count_resume, count_step, without_data
 from lit_llama.training.optimizer import AdamW
 from lit_llama.training.run import Quantize
 
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
+from memory_parts import Estimate, estimate_step
 
 Method = Literal["lora", "adapter", "full"]
 GPUS = (8, 12, 16, 24, 40, 48, 80)  # sizes in GiB
@@ -67,19 +67,19 @@ def main(
     llama.recompute_blocks = activation_checkpointing
     if quantize:
         quantize_blocks(llama, "meta", dtype)
-    step = partial(count_of_method, method, llama, dtype=dtype, devices=devices)
+    step = partial(estimate_method, method, llama, dtype=dtype, devices=devices)
     if fit_gpu:
-        fits = largest(cache(lambda size: step([block_size] * size)[0].peak), room(fit_gpu))
+        fits = largest(cache(lambda size: step([block_size] * size).peak), room(fit_gpu))
         print(f"micro_batch_size {fits} fits" if fits else "not even one record fits", f"a GPU of {fit_gpu} GiB")
         return
-    count, resume = step([block_size] * micro_batch_size)
-    print(*table(count), sep="\n")
-    print(f"{count.launches:,} kernels in a step of one micro-batch")
-    print(f"{gb(count.traffic)} read and written by those but matrix products and attention")
+    found = step([block_size] * micro_batch_size)
+    print(*table(found), sep="\n")
+    print(f"{found.launches:,} kernels in a step of one micro-batch")
+    print(f"{gb(found.traffic)} read and written by those but matrix products and attention")
     if devices > 1:
-        print(f"{gb(count.received)} come from other devices in it")
-    print(f"{gb(resume.peak)} when a run is resumed")
-    need = max(count.peak, resume.peak)
+        print(f"{gb(found.received)} come from other devices in it")
+    print(f"{gb(found.resume)} when a run is resumed")
+    need = max(found.peak, found.resume)
     print(next((f"fits a GPU of {size} GiB" for size in GPUS if room(size) >= need), "fits no GPU of a usual size"))
 
 
@@ -95,16 +95,16 @@ def largest(peak: Callable[[int], int], most: float) -> int:
     return fits
 
 
-def table(count: Count) -> Iterator[str]:
+def table(found: Estimate) -> Iterator[str]:
     """The peak and what it is for, in GB; of the activations, the operations that made most."""
-    yield f"{gb(count.peak)} ({count.peak / 2**30:.1f} GiB) at most:"
+    yield f"{gb(found.peak)} ({found.peak / 2**30:.1f} GiB) at most:"
     purposes: Counter[str] = Counter()
-    for (purpose, _), size in count.parts.items():
+    for (purpose, _), size in found.parts.items():
         purposes[purpose] += size
     for purpose, size in purposes.most_common():
         yield f"{size / 1e9:9.2f}  {purpose}"
         if purpose == "activations":
-            made = Counter({operation: size for (kind, operation), size in count.parts.items() if kind == purpose})
+            made = Counter({operation: size for (kind, operation), size in found.parts.items() if kind == purpose})
             for operation, size in made.most_common(MOST_SHOWN):
                 yield f"{size / 1e9:17.2f}  {operation}"
 
@@ -133,13 +133,12 @@ def model_config(name: str) -> LLaMAConfig:
     return read_config(checkpoint, {} if file.is_file() else read_file(checkpoint))
 
 
-def count_of_method(
+def estimate_method(
     method: Method, llama: LLaMA, lengths: list[int], dtype: torch.dtype = torch.bfloat16, devices: int = 1
-) -> tuple[Count, Count]:
-    """What a training step takes, and a resume, with the optimizer that the method's script uses."""
+) -> Estimate:
+    """What a training step takes, with the optimizer that the method's script uses."""
     make_optimizer = partial(AdamW, lr=1e-3) if method == "full" else torch.optim.AdamW
-    with without_data(llama, dtype, make_optimizer, devices) as (shapes, optimizer):
-        return count_step(shapes, lengths, dtype, optimizer), count_resume(shapes, optimizer)
+    return estimate_step(llama, lengths, dtype, make_optimizer, devices)
 
 
 def make_model(config: LLaMAConfig, method: Method, lora: LoRAConfig, dtype: torch.dtype = torch.bfloat16) -> LLaMA:

@@ -9,10 +9,10 @@ from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.lora import LoRAConfig
 from lit_llama.model import CONFIGS
-from lit_llama.training.memory import GRADIENTS, MOMENTS
 
-from estimate_memory import Method, count_of_method, make_model
+from estimate_memory import Method, estimate_method, make_model
 from jsonargparse.typing import PositiveInt
+from memory_parts import GRADIENTS, MOMENTS
 
 TITLES = ("model", "method", "frozen weights", "trained weights", "gradients", "moments", "the rest", "step", "file")
 
@@ -41,9 +41,9 @@ def main(
                 sum(parameter.nbytes for parameter in llama.parameters() if parameter.requires_grad == is_trained)
                 for is_trained in (False, True)
             )
-            count = count_of_method(method, llama, [block_size] * micro_batch_size)[0]
-            held = [frozen, trained, count.parts[GRADIENTS], count.parts[MOMENTS]]
-            cells = [*held, count.peak - sum(held), count.peak, trained // 2]  # finished files are rounded to bfloat16
+            found = estimate_method(method, llama, [block_size] * micro_batch_size)
+            held = [frozen, trained, found.parts[GRADIENTS], found.parts[MOMENTS]]
+            cells = [*held, found.peak - sum(held), found.peak, trained // 2]  # finished files are rounded to bfloat16
             print(f"| {model} | {method} | {' | '.join(f'{size / 1e6:,.1f}' for size in cells)} |")
 
 

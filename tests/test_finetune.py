@@ -353,12 +353,15 @@ def test_a_dry_run_shows_the_plan_and_records_and_writes_nothing(
     assert printed.out.startswith("Count to 1[[1<|im_end|>]]\n\nCount to 2[[1 2<|im_end|>]]")
     for line in (
         "11 records to train on",
-        "12 steps of 4 records, epochs: 4",
+        "12 steps of at most 4 records, 4 epochs",
         "learning rate, at most",
         "trained param",
     ):
         assert line in printed.err
-    assert re.search(r"memory: tensors of about \d\.\d GB expected, [\d.]+ GB available", printed.err)
+    assert re.search(
+        r"expected peak: about \d\.\d GB of tensors \(steps report the whole process\), [\d.]+ GB available",
+        printed.err,
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lit_llama.data.batches import BatchSchedule, Dataset
+from lit_llama.device import free_memory
 from lit_llama.model import LLaMA
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.training.memory import count_step, free_memory, without_data
+from lit_llama.training.memory import peak_of_step
 from lit_llama.training.optimizer import LearningRate
 
 import torch
@@ -20,12 +21,15 @@ COLOUR, PLAIN = ("\033[32m", "\033[0m"), ("[[", "]]")  # around what is trained 
 
 def plan(schedule: BatchSchedule, val_data: Dataset, rate: LearningRate, llama: LLaMA) -> Iterator[str]:
     """Lines about the records, the steps, the learning rate and the trained parameters of a run."""
-    data, size = schedule.dataset, schedule.batch_size
+    data, epochs = schedule.dataset, rate.n_steps / schedule.steps_per_epoch
     yield (
-        f"{len(data):,} records to train on ({data.n_cut:,} of them cut at {data.block_size} tokens; "
-        f"{data.n_dropped:,} more dropped, which left no room for a response), {len(val_data):,} to validate on"
+        f"{len(data):,} records to train on, {data.n_cut:,} truncated, {data.n_dropped:,} dropped (prompt fills "
+        f"block_size); {len(val_data):,} to validate on"
     )
-    yield f"{rate.n_steps:,} steps of {size} records, epochs: {rate.n_steps / schedule.steps_per_epoch:.3g}"
+    size = min(schedule.batch_size, len(data))
+    most = "at most " if len(data) % size else ""
+    unit = "epoch" if epochs == 1 else "epochs"
+    yield f"{rate.n_steps:,} steps of {most}{size} records, {epochs:.{1 if epochs < 0.1 else 3}g} {unit}"
     yield str(rate)
     trained = sum(parameter.numel() for parameter in llama.parameters() if parameter.requires_grad)
     yield f"{trained:,} trained parameters of {sum(parameter.numel() for parameter in llama.parameters()):,}"
@@ -40,15 +44,14 @@ def expected_memory(
     largest = max(schedule.step(0).micro_batches, key=schedule.dataset.n_tokens)
     lengths = (schedule.dataset.lengths[largest] - 1).tolist()
     on_gpu = fabric.device.type != "cpu"
-    with without_data(llama, dtype, make_optimizer, on_gpu=on_gpu) as (shapes, optimizer):
-        peak = count_step(shapes, lengths, dtype, optimizer).peak
+    peak = peak_of_step(llama, lengths, dtype, make_optimizer, on_gpu)
     if isinstance(fabric.strategy, DDPStrategy):  # gradients are sent in buckets beside them
         peak += sum(parameter.nbytes for parameter in llama.parameters() if parameter.requires_grad)
     free = free_memory(fabric.device)
-    place = "on this GPU" if on_gpu else "available"
-    there = f", {free / 1e9:.1f} GB {place}" if free else ""
+    there = f", {free / 1e9:.1f} GB {'on this GPU' if on_gpu else 'available'}" if free else ""
+    scope = "" if on_gpu else " (steps report the whole process)"
     warning = "; this may not fit, see --activation_checkpointing and --micro_batch_size" if 0 < free < peak else ""
-    return f"memory: tensors of about {peak / 1e9:.1f} GB expected{there}{warning}"
+    return f"expected peak: about {peak / 1e9:.1f} GB of tensors{scope}{there}{warning}"
 
 
 def show_records(dataset: Dataset, tokenizer: Tokenizer, n: int = 2) -> str:
