@@ -28,6 +28,7 @@ from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model_folder import save_model_folder
 from lit_llama.storage.files import write_file
+from lit_llama.storage.locks import release
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training.log import TrainingLog, plot_losses
 from lit_llama.training.state import TrainingState
@@ -159,9 +160,11 @@ def write_finetuned(out: Path, number: int) -> None:
 
 def write_training_state(out: Path, number: int) -> None:
     about = describe(LORA[number], CONFIGS[number], "plain", {})
-    TrainingState(FABRIC, out, [], {}, resume=number == 1).save(
-        1 + number, about, lora_state(number), optimizer(number)
-    )
+    try:
+        state = TrainingState(FABRIC, out, [], {}, resume=number == 1)
+        state.save(1 + number, about, lora_state(number), optimizer(number))
+    finally:
+        release()  # as at the end of a script
 
 
 def write_metrics(out: Path, number: int) -> None:
@@ -248,11 +251,11 @@ def attempt(write: Callable[[Path, int], None], out: Path, disturb: Callable[[],
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in out.iterdir() if not file.name.endswith(".part")}
+    return {file.name: file.read_bytes() for file in out.iterdir() if not file.name.endswith((".part", ".lock"))}
 
 
 def left_over(folder: Path) -> list[str]:
-    return [path.name for path in folder.rglob("*") if path.name.endswith((".part", ".old"))]
+    return [path.name for path in folder.rglob("*") if path.name.endswith((".part", ".old", ".lock"))]
 
 
 def disturbed(write: Callable[[Path, int], None], disturb: Callable[[int], None], kills: bool) -> dict[str, Any]:

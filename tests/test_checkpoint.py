@@ -184,6 +184,22 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
 
 
+def test_nothing_is_written_through_a_link_or_into_what_is_no_file(tmp_path: Path) -> None:
+    path, part, precious = tmp_path / "x", tmp_path / "x.part", tmp_path / "precious"
+    precious.write_text("mine")
+    for make in (lambda: part.hardlink_to(precious), lambda: part.symlink_to(precious)):
+        make()
+        write_file(path, "new")
+        assert (path.read_text(), precious.read_text(), part.exists()) == ("new", "mine", False)
+    for make in (part.mkdir, lambda: (part.rmdir(), os.mkfifo(part))):
+        make()
+        with pytest.raises(UserError, match=r"x\.part"):
+            write_file(path, "newer")
+        assert part.exists()
+    assert path.read_text() == "new"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"x", "x.part", "precious"}
+
+
 def test_finetuned_files_are_checked_for_kind_and_base(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     write_file(path, {**describe(AdapterConfig(), TINY, "plain", {}), "state_dict": {}})

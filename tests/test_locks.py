@@ -1,3 +1,4 @@
+import errno
 import os
 import resource
 import signal
@@ -5,7 +6,7 @@ from pathlib import Path
 
 from lit_llama.errors import UserError
 from lit_llama.storage.files import replacing, replacing_folder, write_file
-from lit_llama.storage.locks import alone, check_room, claim, release
+from lit_llama.storage.locks import LOCK, check_room, exclusive_lock, lock_output_folder, release, warn_of_no_locks
 
 import pytest
 
@@ -19,7 +20,7 @@ def held(tmp_path: Path) -> Path:
     child = os.fork()
     if not child:
         with replacing_folder(tmp_path / "data", "x"), replacing(folder / "file"):
-            claim(folder)
+            lock_output_folder(folder)
             os.write(writing, b"x")
             signal.pause()
         os._exit(0)
@@ -27,34 +28,62 @@ def held(tmp_path: Path) -> Path:
     yield folder
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    claim(folder)  # the lock has died with its process
+    lock_output_folder(folder)  # the lock has died with its process
     with replacing_folder(tmp_path / "data", "x"):
         pass
     write_file(folder / "file", "whole")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "file", "out"]
     release()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "file", "out"]
 
 
 def test_there_is_one_writer_at_a_time(held: Path) -> None:
+    link = held.with_name("link")
+    link.symlink_to(held)
     for write in (
-        lambda: claim(held),
+        lambda: lock_output_folder(held),
+        lambda: lock_output_folder(link),
         lambda: write_file(held / "file", "mine"),
-        lambda: alone(held, held).__enter__(),
+        lambda: write_file(link / "file", "mine"),
+        lambda: exclusive_lock(held / LOCK, held).__enter__(),
         lambda: replacing_folder(held, "x").__enter__(),
+        lambda: replacing_folder(link, "x").__enter__(),
         lambda: replacing_folder(held.with_name("data"), "x").__enter__(),
     ):
         with pytest.raises(UserError, match="is being written by another process"):
             write()
     write_file(held / "another", "mine")
     (held / "another").unlink()
+    link.unlink()
 
 
-def test_a_claimed_folder_is_open_to_its_own_process(tmp_path: Path) -> None:
-    claim(tmp_path / "out")
-    claim(tmp_path / "out")
-    with replacing_folder(tmp_path / "out", "x") as part:
+def test_a_locked_folder_is_open_to_its_own_process(tmp_path: Path) -> None:
+    out, link = tmp_path / "out", tmp_path / "link"
+    link.symlink_to(out)
+    lock_output_folder(out)
+    lock_output_folder(link)
+    with replacing_folder(link, "x") as part:
         (part / "x").write_text("new")
-    assert (tmp_path / "out" / "x").read_text() == "new"
+    write_file(out / "file", "new")
+    assert {path.name for path in out.iterdir()} == {"x", "file", LOCK}
+    release()
+    assert {path.name for path in out.iterdir()} == {"x", "file"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    warn_of_no_locks.cache_clear()
+    lock_output_folder(tmp_path)
+    for name in "ab":
+        write_file(tmp_path / name, "whole")
+    release()
+    assert capfd.readouterr().err.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
 
 
 def test_what_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
@@ -70,4 +99,4 @@ def test_what_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write to"):
-        claim(tmp_path / "file" / "out")
+        lock_output_folder(tmp_path / "file" / "out")

@@ -20,7 +20,7 @@ from typing import Any
 
 from lit_llama.errors import UserError
 from lit_llama.storage.integrity import check_archive, digest, fingerprint
-from lit_llama.storage.locks import alone
+from lit_llama.storage.locks import LOCK, exclusive_lock
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,21 +36,20 @@ CONFIG = "config.json"  # of a model folder: says under "files" which others bel
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write in place of `path`, which at any moment is the old file or the whole new one."""
     part = path.with_name(f"{path.name}.part")
-    with telling_why(path):
+    with as_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if part.is_symlink():
-            part.unlink()
-        with alone(part, path):
-            os.truncate(part, 0)  # of a run that was killed
+        with exclusive_lock(path.with_name(f".{path.name}{LOCK}"), path):
+            if part.is_symlink() or part.is_file():  # of a run that was killed
+                part.unlink()
+            part.touch(exist_ok=False)  # a file of its own: no link, pipe or folder
             mode = (path if path.exists() else part).stat().st_mode  # safetensors would let nobody else read the file
             try:
                 yield part
                 part.chmod(mode)
                 flush(part)
                 os.replace(part, path)
-            except BaseException:
+            finally:
                 part.unlink(missing_ok=True)
-                raise
             flush(path.parent)
 
 
@@ -67,16 +66,14 @@ def replacing_folder(folder: Path, owned: str) -> Iterator[Path]:
     target = Path(os.path.realpath(folder))
     part = target.with_name(f".{target.name}.part")
     check_replaceable(folder, target)
-    with telling_why(folder), ExitStack() as locks:
+    with as_user_error(folder), ExitStack() as locks:
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = target.with_name(f".{target.name}.lock")
-        locks.enter_context(alone(lock, folder))
-        locks.callback(lock.unlink)  # before it is let go
+        locks.enter_context(exclusive_lock(target.with_name(f".{target.name}{LOCK}"), folder))
         if target.exists():
-            locks.enter_context(alone(target, folder))  # a run may be writing to it
-        remove_folder(part)  # of a run that was killed
-        part.mkdir()
+            locks.enter_context(exclusive_lock(target / LOCK, folder))  # a run may be writing to it
         try:
+            remove_folder(part)  # of a run that was killed
+            part.mkdir()
             yield part
             for file in target.iterdir() if target.exists() else ():
                 if not re.fullmatch(owned, file.name):
@@ -107,7 +104,7 @@ def check_replaceable(folder: Path, target: Path) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder of our own making, with all that is in it."""
-    if folder.is_symlink():
+    if folder.is_symlink() or folder.is_file():
         folder.unlink()
     elif folder.exists():
         shutil.rmtree(folder)
@@ -144,7 +141,7 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def telling_why(path: Path) -> Iterator[None]:
+def as_user_error(path: Path) -> Iterator[None]:
     """Turn an error of writing into a UserError that says what the system said."""
     try:
         yield
@@ -153,7 +150,8 @@ def telling_why(path: Path) -> Iterator[None]:
         while cause and not (isinstance(cause, OSError) and cause.strerror):
             cause = cause.__context__
         reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
-        raise UserError(f"could not write {path}: {reason}") from None
+        where = f" ({cause.filename})" if isinstance(cause, OSError) and cause.filename else ""
+        raise UserError(f"could not write {path}: {reason}{where}") from None
 
 
 def write_file(path: Path, content: bytes | str | Mapping[str, Any]) -> None:

@@ -1,75 +1,69 @@
-"""Who may write where, and whether there is room: asked before the work, not after it.
-
-Locks are the system's, on open files: they end with the process that holds them, however it ends.
-"""
+"""Who may write where, and whether there is room: asked before the work, not after it."""
 
 import errno
-import fcntl
-import os
 import resource
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from lit_llama.errors import UserError
 
-CLAIMED: dict[tuple[int, int], int] = {}  # folders that this process has locked, and their descriptors
+from filelock import FileLock, Timeout
+
+LOCK = ".lock"  # in a folder that is locked
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without them answers
+output_folders = ExitStack()  # that this process has locked
 
 
 @contextmanager
-def alone(path: Path, target: Path) -> Iterator[None]:
-    """Hold a lock on `path`, so that no other process writes `target` in the meantime."""
-    descriptor = lock(path, target)
+def exclusive_lock(path: Path, target: Path) -> Iterator[None]:
+    """Lock `path`, a file that is there meanwhile, so that no other process writes `target`.
+
+    This process may lock it again. The lock is the system's: it ends with the process, however that ends.
+
+    Raises:
+        UserError: if another process is writing `target`.
+    """
+    lock = FileLock(path, timeout=0, thread_local=False, is_singleton=True, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{target} is being written by another process; wait until it ends, or write elsewhere"
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        warn_of_no_locks()
     try:
         yield
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        if lock.lock_counter < 2:
+            with suppress(OSError):
+                path.unlink()  # before it is let go, lest it be another's by then
+        lock.release()
 
 
-def claim(folder: Path) -> None:
+@cache
+def warn_of_no_locks() -> None:
+    print("warning: this file system has no locks; let no other process write to the same place", file=sys.stderr)
+
+
+def lock_output_folder(folder: Path) -> None:
     """Make a folder, if need be, and lock it until the script ends; a UserError if it is locked or not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = lock(folder, folder)
-        if descriptor is not None:
-            CLAIMED[inode(folder.stat())] = descriptor
-        with TemporaryFile(dir=folder):
-            pass
+        output_folders.enter_context(exclusive_lock(folder / LOCK, folder))
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
 
 
 def release() -> None:
-    """Let go of all claimed folders."""
-    while CLAIMED:
-        os.close(CLAIMED.popitem()[1])
-
-
-def lock(path: Path, target: Path) -> int | None:
-    """Lock a folder, or a file that is made if need be, until the descriptor is closed; None if this process has.
-
-    Raises:
-        UserError: if another process has, and so is writing `target`.
-    """
-    if path.is_dir() and inode(path.stat()) in CLAIMED:
-        return None
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())  # else another has just ended
-    except OSError as error:
-        free = error.errno != errno.EWOULDBLOCK  # a file system without locks
-    if not free:
-        os.close(descriptor)
-        raise UserError(f"{target} is being written by another process; wait until it ends, or write elsewhere")
-    return descriptor
-
-
-def inode(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
+    """Let go of all output folders."""
+    output_folders.close()
 
 
 def check_room(folder: Path, n_bytes: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lit_llama.errors import UserError
 from lit_llama.storage import files
-from lit_llama.storage.files import flush, telling_why
+from lit_llama.storage.files import as_user_error, flush
 from lit_llama.storage.integrity import size_and_digest
 
 import torch
@@ -37,7 +37,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     rank, n = dist.get_rank(), dist.get_world_size()
     ends = itertools.accumulate(tensor.numel() * tensor.itemsize // n for tensor in tensors.values())
     places = {name: 1 + end // FILE_SIZE for name, end in zip(tensors, ends, strict=True)}
-    with telling_why(folder), raising_cause():
+    with as_user_error(folder), raising_cause():
         dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), places, save_distributed=True))
         flush(folder)
     digests: list[dict[str, str]] = [{}] * n

@@ -26,7 +26,7 @@ from lit_llama.model_folder import check_state, untied, write_model
 from lit_llama.storage.checks import check_types
 from lit_llama.storage.files import check_finite, is_plain, read_text, remove_folder, write_file
 from lit_llama.storage.integrity import check_base, size_and_digest
-from lit_llama.storage.locks import check_room, claim
+from lit_llama.storage.locks import check_room, lock_output_folder
 from lit_llama.training.distributed import fill, gathered, in_one_piece, on_all_processes, on_first_process
 from lit_llama.training.shards import check_shards, describe_shards, read_shards, write_shards
 
@@ -74,7 +74,7 @@ class TrainingState:
         if resume and not self.path.is_file():
             raise UserError(f"{self.path} does not exist, so there is no run to resume")
         if not dry_run:
-            on_first_process(fabric, claim, out_dir)
+            on_first_process(fabric, lock_output_folder, out_dir)
         if resume:
             self.saved = read_described(self.path)
             check_settings(self.path, self.saved, settings)
