@@ -18,7 +18,6 @@ FOLDERS = ("", "lit_llama/", "lit_llama/*/", "scripts/", "scripts/*/", "tests/",
 PAGES = ("README.md", "CONTRIBUTING.md", "howto/*.md", "data/ml_questions/README.md", "Makefile")
 DOCUMENTS = [path for page in PAGES for path in sorted(ROOT.glob(page))]
 OURS = re.compile(r"(?<![\w./-])(?<!no `)(?:(?:lit_llama|scripts|howto|tests|data/ml_questions)/[\w./*-]*|\w+\.py\b)")
-FOLDERS = ("", *(f"{folder}/{below}" for folder in ("lit_llama", "scripts", "tests") for below in ("", "*/")))
 PYTHON = re.compile(r"((?:.+\n)+)\n```python\n((?:(?!```).*\n)*)```")  # code, with the paragraph above it
 Line = tuple[int, str]  # its number, from 1, and its text
 
@@ -240,3 +239,9 @@ def test_the_program_of_the_readme_runs(
     monkeypatch.chdir(tmp_path)
     exec(compile(program, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+def test_every_module_is_listed_for_contributors() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    modules = {path.name for path in ROOT.glob("lit_llama/**/*.py")} - {"__init__.py"}
+    assert {name for name in modules if f"`{name}`" not in text} == set()

@@ -91,8 +91,11 @@ def quickstart() -> str:
         for (question, before), (_, after) in zip(answers[:n], answers[n:], strict=True)
     ]
     write_figure("quickstart-answers", "\n".join(["| asked | before | after |", "|---|---|---|", *table]))
-    lines = ["| | before | after |", "|---|---|---|", f"| | `{validations[0]}` | `{validations[-1]}` |", table[0]]
-    lines += [
+    lines = [
+        "| | before | after |",
+        "|---|---|---|",
+        f"| printed | `{validations[0]}` | `{validations[-1]}` |",
+        table[0],
         "",
         f"{minutes:.1f} minutes in all, once installed; {training:.1f} of them for {len(steps)} steps over {tokens:,} "
         f"tokens; {memory:.1f} GB of memory; validation loss {losses[0]:.2f} to {losses[-1]:.2f} ({sitting()}).",
