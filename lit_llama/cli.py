@@ -94,7 +94,7 @@ def to_builtin(value: Any) -> Any:
 
 def terminated(number: int, _frame: FrameType | None) -> NoReturn:
     """End by an exception, so that what is being written is removed. A training run saves first, see StopSignal."""
-    raise Stopped("terminated", 128 + number)
+    end("terminated", 128 + number)
 
 
 def explain(error: BaseException) -> tuple[str, int]:

@@ -199,6 +199,23 @@ def test_debug_shows_the_traceback(script: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_script_that_is_terminated_removes_what_it_was_writing(script: Path, tmp_path: Path) -> None:
+    writing = "    with replacing(path), replacing_folder(path.with_name('folder'), 'x'):\n        time.sleep(60)\n"
+    text = script.read_text().replace("    derived =", writing + "    derived =")
+    imports = "import time\nfrom lit_llama.storage.files import replacing, replacing_folder\n"
+    script.write_text(text.replace("from pathlib", imports + "from pathlib"))
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, script, "--path", out / "x"], stderr=subprocess.PIPE, text=True)
+    while not (out / ".folder.part").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.communicate()[1] == "terminated\n"
+    assert process.returncode == 143
+    assert [*out.iterdir()] == []
+
+
+@pytest.mark.slow
 def test_ctrl_c_while_libraries_are_loaded_is_one_line() -> None:
     for delay in (0.15, 0.4, 0.7):
         process = subprocess.Popen(command("finetune_lora.py"), stderr=subprocess.PIPE, text=True)
