@@ -36,38 +36,38 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 # optimisation
-learning_rate: PositiveFloat = 3e-4
+learning_rate: PositiveFloat = 3e-4  # of AdamW, after the warm-up
 batch_size: PositiveInt = 128  # records per optimizer step, over all devices
 micro_batch_size: PositiveInt = 4  # records that a device computes at once; lower it if memory runs out
-num_epochs: PositiveInt = 5
+num_epochs: PositiveInt = 5  # passes over the training records
 max_steps: PositiveInt | None = None  # stop after this many optimizer steps, if sooner than num_epochs
 warmup_steps: NonNegativeInt = 100  # optimizer steps in which the rate rises to its value; at most a tenth of the run
 lr_schedule: LRSchedule = "constant"  # after the warm-up; linear and cosine fall to 0 at the end
-weight_decay: NonNegativeFloat = 0.0
+weight_decay: NonNegativeFloat = 0.0  # of AdamW
 max_grad_norm: PositiveFloat | None = None  # gradients of a larger norm are scaled down to it
-seed: NonNegativeInt = 1337
+seed: NonNegativeInt = 1337  # of the order of records, of initial values and of dropout
 # data
-block_size: PositiveInt = 512  # tokens; longer records are cut
+block_size: PositiveInt = 512  # tokens; longer records are truncated
 mask_prompt = True  # train on the responses only
 # LoRA
 lora_r: PositiveInt = 8  # rank of the updates
 lora_alpha = 16  # the updates are scaled by lora_alpha / lora_r
-lora_dropout = 0.05
+lora_dropout = 0.05  # probability with which an input of A is dropped in training
 lora_targets = "query,value"  # of query, key, value, projection, mlp, head; all: all of them but the head
 # evaluation and saving
 eval_interval: PositiveInt = 100  # optimizer steps between two validations
-eval_records: PositiveInt | None = 400  # validate on the first so many. None: on all (null on the command line)
-patience: PositiveInt | None = None  # stop after so many validations without a new lowest loss
+eval_records: PositiveInt | None = 400  # validate on the first N records (null: on all)
+patience: PositiveInt | None = None  # stop after this many validations without a new lowest loss
 save_interval: PositiveInt = 100  # optimizer steps between two saved states
 log_interval: PositiveInt = 1  # optimizer steps between two lines, when not on a terminal
 logger: str | None = None  # in addition to metrics.csv: tensorboard, or the class of another Lightning logger
 # devices
-devices: PositiveInt = 1  # per node
-num_nodes: PositiveInt = 1
+devices: PositiveInt = 1  # GPUs (or CPU processes) on each node
+num_nodes: PositiveInt = 1  # machines
 strategy: Strategy = "auto"  # ddp: the whole model on each device; fsdp: spread over them, if it does not fit on one
 activation_checkpointing = False  # recompute blocks in the backward pass: less memory, up to half more time
 compile = False  # fuse the operations of blocks with torch.compile; needs a C++ compiler
-precision: TrainingPrecision | None = None  # None: bf16-mixed on a GPU, or 16-mixed on an old one; else 32-true
+precision: TrainingPrecision | None = None  # default: bf16-mixed on a GPU, 16-mixed on an old one, else 32-true
 quantize: Quantize | None = None  # nf4: the matrices of the blocks take 4 bits a weight; slower
 
 LORA_FILE, BEST_FILE = "lit-llama-lora-finetuned.pth", "lit-llama-lora-finetuned-best.pth"
@@ -84,7 +84,7 @@ def main(
     """Finetune, and write lit-llama-lora-finetuned.pth.
 
     Args:
-        data_dir: What one of scripts/prepare_*.py wrote.
+        data_dir: Folder written by one of scripts/prepare_*.py.
         pretrained_path: The checkpoint of the base model. Default: checkpoints/lit-llama/7B, or else the model written
             last.
         out_dir: Gets the LoRA file (and the best one so far), the training state, metrics.csv and loss.png.

@@ -54,10 +54,11 @@ def main(
         temperature: Below 1 for likelier text, above for more varied; 0 always takes the likeliest token.
         top_k: Draw only from this many of the likeliest tokens; 0 for all.
         top_p: Draw only from the likeliest tokens that together have this probability.
-        seed: Of the sampling.
+        seed: Random seed of the sampling.
         precision: By default the weights are bfloat16 on a GPU that has it, else float32.
         quantize: int8: weights in 8 bits, for less memory, faster tokens on a CPU and slightly different numbers.
-        compile: Compile the computation of a token first, which takes up to a few minutes: for long answers or many.
+        compile: Compile the computation of a token first, which takes up to a few minutes and pays off for long or
+            many answers.
     """
     pretrained_path = find_model(pretrained_path)
     if not lora_path:

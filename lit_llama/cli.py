@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import traceback
-from argparse import Action, ArgumentError
+from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,14 +28,14 @@ LIKENESS = 0.52  # of two words, from 0 to 1: that of checkpoint_path and pretra
 LOST_CONNECTION = (
     "(gloo|nccl|c10d|tcpstore).*(connect|closed|reset|abort|remote|timed out)"  # what torch.distributed says
 )
-KINDS: dict[Any, tuple[str, str]] = {  # of values: in --help, and in a message
+TYPE_WORDS: dict[Any, tuple[str, str]] = {  # of values: in --help, and in a message
     bool: ("{true,false}", "true or false"),
     int: ("INT", "a whole number"),
-    NonNegativeInt: ("INT", "a whole number from 0 on"),
-    PositiveInt: ("INT", "a whole number from 1 on"),
+    NonNegativeInt: ("INT", "a whole number >= 0"),
+    PositiveInt: ("INT", "a positive whole number"),
     float: ("NUMBER", "a number"),
-    NonNegativeFloat: ("NUMBER", "a number from 0 on"),
-    PositiveFloat: ("NUMBER", "a number above 0"),
+    NonNegativeFloat: ("NUMBER", "a number >= 0"),
+    PositiveFloat: ("NUMBER", "a positive number"),
     str: ("TEXT", "a text"),
     Path: ("PATH", "a path"),
 }
@@ -49,13 +49,23 @@ class Constant(NamedTuple):
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """Help with a kind instead of a type: --max_steps INT."""
+    """Help with words instead of Python's types: --max_steps INT."""
 
     def _get_default_metavar_for_optional(self, action: Action) -> str:
-        return kind(getattr(action, "_typehint", action.type))[0]
+        return type_words(getattr(action, "_typehint", action.type))[0]
 
     def _get_type_str(self, action: Action) -> None:
         """None, so that no type is added to the help."""
+
+    def _get_help_string(self, action: Action) -> str:
+        """The help of a flag with its default, as it would be typed, unless the help says it or there is none."""
+        text, value = (action.help or "").replace("%", "%%"), action.default
+        if action.required:
+            return f"{text} (required)"
+        if value in (None, "", (), SUPPRESS) or "efault" in text:
+            return text
+        words = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return f"{text} (default: {words.lower() if isinstance(value, bool) else words})"
 
 
 def run(main: Callable[..., None]) -> None:
@@ -140,16 +150,19 @@ def parse(main: Callable[..., None], module: ModuleType) -> dict[str, Any]:
         types[name] = inspect.get_annotations(module).get(name, type(default))
         group = groups.get(heading) or groups.setdefault(heading, parser.add_argument_group(heading))
         group.add_argument(f"--{name}", type=types[name], default=default, help=comment or name.replace("_", " "))
+    for action in parser._actions:
+        if action.metavar == "[ITEM,...]":  # jsonargparse's word for several values
+            action.metavar = None
     lists = {f"--{name}" for name, annotation in types.items() if get_origin(annotation) is tuple}
     given = join_lists(sys.argv[1:], lists)
     check_flags(given, types)
     try:
         return {name: expand_home(value) for name, value in vars(parser.parse_args(given)).items()}
     except ArgumentError as error:
-        end(f"error: {mistake(str(error), types, given)}; see --help", WRONG_FLAG)
+        end(f"error: {explain_parse_error(str(error), types, given)}; see --help", WRONG_FLAG)
 
 
-def kind(annotation: Any) -> tuple[str, str]:
+def type_words(annotation: Any) -> tuple[str, str]:
     """What a value of this type is called in --help, and in a message."""
     choices = [choice for choice in get_args(annotation) if choice not in (type(None), ...)]
     if bool in choices[:-1]:  # or one of some words
@@ -158,9 +171,9 @@ def kind(annotation: Any) -> tuple[str, str]:
     if get_origin(annotation) is Literal:
         return f"{{{','.join(choices)}}}", f"one of {', '.join(choices)}"
     if get_origin(annotation) is tuple:
-        metavar, words = kind(choices[0])
+        metavar, words = type_words(choices[0])
         return f"{metavar} ...", f"{words}, or several"
-    return kind(choices[0]) if choices else KINDS.get(annotation, ("VALUE", "a value"))
+    return type_words(choices[0]) if choices else TYPE_WORDS.get(annotation, ("VALUE", "a value"))
 
 
 def check_flags(given: Sequence[str], names: Collection[str]) -> None:
@@ -187,7 +200,7 @@ def expand_home(value: Any) -> Any:
     return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
-def mistake(message: str, types: dict[str, Any], given: list[str]) -> str:
+def explain_parse_error(message: str, types: dict[str, Any], given: list[str]) -> str:
     """What jsonargparse says of a value, in words for users."""
     message = " ".join(message.split())
     key = re.match(r'(?:Parser key "|argument --)(\w+)', message)
@@ -197,7 +210,7 @@ def mistake(message: str, types: dict[str, Any], given: list[str]) -> str:
     words = [pair for pair in zip(given, [*given[1:], ""], strict=True) if pair[0].partition("=")[0] == flag]
     found = words[-1][0].partition("=")[2] or words[-1][1] if words else ""
     found = f"not {found!r}" if found and not found.startswith("--") else "and none is given"
-    return f"{flag} takes {kind(types[key[1]])[1]}, {found}"
+    return f"{flag} takes {type_words(types[key[1]])[1]}, {found}"
 
 
 def join_lists(arguments: list[str], flags: set[str]) -> list[str]:

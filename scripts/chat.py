@@ -63,7 +63,7 @@ def main(
         temperature: Below 1 for likelier text, above for more varied; 0 always takes the likeliest token.
         top_k: Draw only from this many of the likeliest tokens; 0 for all.
         top_p: Draw only from the likeliest tokens that together have this probability.
-        seed: Of the sampling.
+        seed: Random seed of the sampling.
         precision: By default the weights are bfloat16 on a GPU that has it, else float32.
     """
     checkpoint_path = find_model(checkpoint_path)

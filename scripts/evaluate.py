@@ -73,7 +73,7 @@ def main(
         adapter_path: The file that finetune_adapter.py wrote, if that is to be evaluated.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         text: For perplexity: text files, or wikitext, ptb, c4, which are downloaded.
-        data_dir: For the loss of responses, and for answers: what one of scripts/prepare_*.py wrote.
+        data_dir: For the loss of responses, and for answers: a folder written by one of scripts/prepare_*.py.
         split: The records of data_dir, validation or train.
         n_answers: For ROUGE and BLEU: how many of these records are answered, greedily; the first ones.
         block_size: Tokens of a block of text, and after which a record is cut. By default at most 2048.

@@ -61,7 +61,8 @@ def main(
         lora_path: A file that finetune_lora.py wrote, to export it alone; the checkpoint is then that of its base.
         lora_alpha: Only for a file of the archived Lit-LLaMA, which did not store it.
         base_model: With a LoRA file, its base for the Modelfile: a GGUF, or a name that Ollama knows.
-        dtype: Of the matrices. Q8_0 is 8 bits with a scale for each 32 numbers; rows that do not divide by 32 are F16.
+        dtype: Type of the matrices. Q8_0 is 8 bits with a scale for each 32 numbers; rows that do not divide by 32
+            are F16.
         prompt_style: The template of the conversations (see lit_llama/prompt.py). By default that of the training.
         force: Use the LoRA file even if it was trained on a different base model of the same shape.
     """

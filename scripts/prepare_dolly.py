@@ -34,7 +34,7 @@ def main(
         prompt_style: The template of the conversations (see lit_llama/prompt.py).
         data_file: databricks-dolly-15k.jsonl on the disk, instead of the download.
         val_split_size: Records to hold out for validation. By default 2000, or a tenth if that is less.
-        seed: Of the split.
+        seed: Random seed of the split.
         num_workers: Processes that tokenise: at most one for each CPU core, which is the default.
     """
     pretrained_path = find_model(pretrained_path)

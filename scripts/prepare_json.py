@@ -49,7 +49,7 @@ def main(
         messages_key: The field that holds the list of messages of a conversation.
         text_key: The field that holds the text of a document.
         val_split_size: Records to hold out if there is no validation_file. By default 2000, or a tenth if less.
-        seed: Of the split.
+        seed: Random seed of the split.
         num_workers: Processes that tokenise: at most one for each CPU core, which is the default.
     """
     pretrained_path = find_model(pretrained_path)

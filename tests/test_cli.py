@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from lit_llama.cli import expand_home, explain, join_lists, kind, nearest
+from lit_llama.cli import expand_home, explain, join_lists, nearest, type_words
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.progress import progress
 
@@ -67,8 +67,8 @@ def test_defaults_and_overrides_reach_main_and_are_recorded(script: Path) -> Non
 def test_help_lists_each_constant_with_its_comment_type_and_default(script: Path) -> None:
     text = " ".join(call(script, "--help").stdout.split())
     assert "settings: --rate NUMBER how fast # really (default: 0.0003)" in text
-    assert "how long: --steps INT how many (default: null) --names TEXT names (default: a,b)" in text
-    assert "--path PATH (default: x) --resume {true,false} (default: False)" in text
+    assert "how long: --steps INT how many --names TEXT names (default: a,b)" in text
+    assert "--path PATH (default: x) --resume {true,false} (default: false)" in text
     assert "FIXED" not in text
     assert "private" not in text
 
@@ -77,8 +77,8 @@ def test_help_lists_each_constant_with_its_comment_type_and_default(script: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--rate", "1", "--steps", "many"), "--steps takes a whole number from 1 on, not 'many'"),
-        (("--steps=0",), "--steps takes a whole number from 1 on, not '0'"),
+        (("--rate", "1", "--steps", "many"), "--steps takes a positive whole number, not 'many'"),
+        (("--steps=0",), "--steps takes a positive whole number, not '0'"),
         (("--unknown", "1"), "--unknown"),
         (("--rate", "x"), "--rate takes a number, not 'x'"),
         (("--resume", "perhaps"), "--resume takes true or false, not 'perhaps'"),
@@ -128,9 +128,9 @@ def test_the_home_folder_is_meant_by_its_short_name(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_kind_of_value_is_said_in_plain_words() -> None:
-    assert kind(Path | None) == ("PATH", "a path")
-    assert kind(tuple[Path, ...]) == ("PATH ...", "a path, or several")
-    assert kind(Literal["a", "b"] | None) == ("{a,b}", "one of a, b")
+    assert type_words(Path | None) == ("PATH", "a path")
+    assert type_words(tuple[Path, ...]) == ("PATH ...", "a path, or several")
+    assert type_words(Literal["a", "b"] | None) == ("{a,b}", "one of a, b")
 
 
 def test_mistakes_end_in_one_line(script: Path) -> None:

@@ -68,7 +68,7 @@ def main(
     An interrupted run in out_dir is continued, and a finished one is not repeated: for other settings, give a new one.
 
     Args:
-        data_dir: What one of scripts/prepare_*.py wrote, with a validation split.
+        data_dir: Folder written by one of scripts/prepare_*.py, with a validation split.
         pretrained_path: The checkpoint of the base model. Default: checkpoints/lit-llama/SmolLM2-135M-Instruct, or
             else the model written last.
         out_dir: The folder to write; results of the training scripts go below it.

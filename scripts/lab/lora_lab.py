@@ -69,7 +69,7 @@ def main(
     """Run the experiments: low_rank, subspaces, targets, settings, forgetting, overfitting, merging.
 
     Args:
-        data_dir: What one of scripts/prepare_*.py wrote, with a validation split.
+        data_dir: Folder written by one of scripts/prepare_*.py, with a validation split.
         pretrained_path: The base model. Default: checkpoints/lit-llama/SmolLM2-135M-Instruct, or else the last one.
         out_dir: The folder to write. For another model or other data, take another one.
         only: Some of the experiments, by name. By default all of them.
