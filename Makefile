@@ -54,7 +54,7 @@ figures: .venv/test
 	python scripts/dev/figures.py
 
 fuzz: .venv/test
-	PYTHONPATH=.:scripts:tests TOKENIZERS_PARALLELISM=false python tests/fuzz.py --seconds 3600
+	PYTHONPATH=.:scripts:tests:tests/scripts TOKENIZERS_PARALLELISM=false python tests/fuzz.py --seconds 3600
 
 format: .venv/test
 	ruff format .

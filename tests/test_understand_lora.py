@@ -37,7 +37,7 @@ def test_there_are_programs_and_quotes() -> None:
 
 
 def test_every_test_that_is_named_exists() -> None:
-    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", GUIDE)
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", GUIDE)
     assert len(named) >= 8
     for file, test in named:
         functions = [node.name for node in ast.walk(ast.parse((ROOT / file).read_text())) if hasattr(node, "name")]

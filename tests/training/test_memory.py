@@ -90,7 +90,8 @@ def test_the_estimate_is_what_each_of_two_processes_takes(
     """Seen by the second one: on a CPU, the first one's copies for what it writes are in the same memory."""
     program = f"""
 import os, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "scripts")!r}, {str(ROOT / "tests")!r}]
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "scripts")!r}, {str(ROOT / "tests")!r},
+    {str(Path(__file__).parent)!r}]
 import finetune_{method} as script
 from test_memory import watched
 from lit_llama.cli import run

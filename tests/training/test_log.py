@@ -14,7 +14,7 @@ from lit_llama.training.log import COLUMNS, TrainingLog, format_seconds, make_lo
 
 import numpy as np
 import pytest
-from builders import Lengths
+from builders import ROOT, Lengths
 from lightning import Fabric
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -89,7 +89,7 @@ log.close("title")
 def test_a_terminal_gets_a_bar_and_one_without_a_size_gets_lines(tmp_path: Path, size: tuple, bar: bool) -> None:
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], stderr=theirs, env=environment)
     os.close(theirs)
     output = b""
