@@ -1,4 +1,5 @@
 # make quickstart   finetune a real LLaMA with LoRA on this machine, in a few minutes
+# make check        lint, types and the tests that take less than a second each: about a minute
 # make test         lint, types and all tests
 # make lab          experiments on LoRA, with tables and pictures in out/lab (up to 40 minutes on 2 cores)
 # make figures      measure every figure of README and guides again (two hours on 2 cores)
@@ -12,7 +13,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 MODEL = checkpoints/lit-llama/SmolLM2-135M-Instruct
 RUN = out/lora/quickstart
 
-.PHONY: quickstart lab test figures fuzz format clean
+.PHONY: quickstart lab check test figures fuzz format clean
 
 # Every line can be typed by hand, after: source .venv/bin/activate
 quickstart: .venv/quickstart
@@ -43,6 +44,12 @@ lab: .venv/quickstart
 	  --validation_file data/ml_questions/validation.json --prompt_style chatml \
 	  --pretrained_path $(MODEL)/lit-llama.pth --data_dir data/quickstart
 	python scripts/lab/lora_lab.py --pretrained_path $(MODEL)/lit-llama.pth --data_dir data/quickstart
+
+check: .venv/test
+	ruff format --check .
+	ruff check .
+	pyrefly check
+	pytest -q -n auto -m "not slow"
 
 test: .venv/test
 	ruff format --check .

@@ -171,8 +171,8 @@ def main(
             raise Stopped(f"stopped after step {done} as requested; continue with --resume true", stop.status)
 
     path = out_dir / ADAPTER_FILE
-    save_weights(fabric, path, metadata, adapter_state_dict(llama), dtype)
     log.close(f"{pretrained_path.parent.name}, LLaMA-Adapter with {prompt_length} prefix vectors")
+    save_weights(fabric, path, metadata, adapter_state_dict(llama), dtype)  # last: where this is, a run is complete
     if fabric.is_global_zero:
         recommended, verdict = state.recommend(path, out_dir / BEST_FILE)
         log.say(f"{verdict}Saved {path} ({path.stat().st_size / 1e6:.1f} MB). Ask it something:")

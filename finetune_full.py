@@ -114,7 +114,7 @@ def main(
     first_step = state.restore(llama.state_dict(), optimizer)
     n_steps = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
     rate = LearningRate(learning_rate, warmup_steps, lr_schedule, n_steps)
-    if state.is_complete(n_steps, patience, out_dir / WEIGHTS):
+    if state.is_complete(n_steps, patience, out_dir / WEIGHTS, out_dir / "config.json"):
         return
 
     memory = expected_memory(fabric, llama, schedule, dtype, partial(AdamW, lr=0.0, moments_dtype=moments))
@@ -167,9 +167,9 @@ def main(
         if stopping:
             raise Stopped(f"stopped after step {done} as requested; continue with --resume true", stop.status)
 
+    log.close(f"{pretrained_path.parent.name}, all weights")
     save_model(fabric, out_dir, llama.state_dict(), dtype, *model_files)
     path = out_dir / WEIGHTS
-    log.close(f"{pretrained_path.parent.name}, all weights")
     if fabric.is_global_zero:
         recommended, verdict = state.recommend(path, out_dir / BEST_FOLDER / WEIGHTS)
         log.say(f"{verdict}Saved {path} ({path.stat().st_size / 1e6:.1f} MB). Ask it something:")

@@ -172,8 +172,8 @@ def main(
             raise Stopped(f"stopped after step {done} as requested; continue with --resume true", stop.status)
 
     path = out_dir / LORA_FILE
-    save_weights(fabric, path, metadata, lora_state_dict(llama), dtype)
     log.close(f"{pretrained_path.parent.name}, LoRA with r = {lora_r}")
+    save_weights(fabric, path, metadata, lora_state_dict(llama), dtype)  # last: where this is, a run is complete
     if fabric.is_global_zero:
         recommended, verdict = state.recommend(path, out_dir / BEST_FILE)
         log.say(f"{verdict}Saved {path} ({path.stat().st_size / 1e6:.1f} MB). Ask it something:")

@@ -100,15 +100,19 @@ class TrainingState:
         """Whether the last `patience` validations were no better than the best."""
         return patience is not None and self.best["waited"] >= patience
 
-    def is_complete(self, n_steps: int, patience: int | None, result: Path) -> bool:
-        """Whether a resumed run has nothing left to do, not even to write its result; it then says how to go on."""
+    def is_complete(self, n_steps: int, patience: int | None, *results: Path) -> bool:
+        """Whether a resumed run has nothing left to do, not even to write its results; it then says how to go on.
+
+        `results` are the files that a run writes last, after its last state, in this order.
+        """
         step = self.saved.get("step", 0)
         stopped = self.is_patience_over(patience)
-        is_written = result.is_file() and self.path.is_file() and result.stat().st_mtime >= self.path.stat().st_mtime
-        complete = self.fabric.broadcast((step >= n_steps or stopped) and is_written)
+        times = [path.stat().st_mtime if path.is_file() else math.inf for path in (self.path, *results)]
+        are_written = times == sorted(times) and math.isfinite(times[-1])
+        complete = self.fabric.broadcast((step >= n_steps or stopped) and are_written)
         if complete and self.fabric.is_global_zero:
             flags = "--patience" if stopped and step < n_steps else "--num_epochs or --max_steps"
-            line = f"nothing left to do: the run is complete after step {step}, and {result} is written"
+            line = f"nothing left to do: the run is complete after step {step}, and {results[0]} is written"
             print(f"{line}; to train on, raise {flags}", file=sys.stderr)
         return complete
 

@@ -148,7 +148,7 @@ def test_other_ggufs_are_refused_and_leave_nothing(tmp_path: Path, byte_tokenize
     with pytest.raises(UserError, match=r"m\.gguf has no weights"):
         convert_gguf_checkpoint.main(path, tmp_path / "out")
     write_gguf(path, metadata, without="blk.1.attn_k")
-    with pytest.raises(UserError, match=r"m\.gguf.*lacks transformer\.h\.1\.attn\.c_attn"):
+    with pytest.raises(UserError, match=r"m\.gguf.*lacks 'transformer\.h\.1\.attn\.c_attn"):
         convert_gguf_checkpoint.main(path, tmp_path / "out")
     write_gguf(path, metadata)
     content = path.read_bytes()
