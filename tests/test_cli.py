@@ -133,6 +133,7 @@ def test_a_kind_of_value_is_said_in_plain_words() -> None:
     assert type_words(Literal["a", "b"] | None) == ("{a,b}", "one of a, b")
 
 
+@pytest.mark.slow
 def test_mistakes_end_in_one_line(script: Path) -> None:
     result = call(script, "--names", "fail")
     assert (result.returncode, result.stderr) == (1, "error: this is wrong\n")

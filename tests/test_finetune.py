@@ -135,6 +135,7 @@ def test_lora_answers_alike_merged_and_unmerged(
     assert first == second
 
 
+@pytest.mark.slow
 def test_several_lora_files_answer_one_after_the_other(
     checkpoint: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -166,6 +167,7 @@ def assert_same_run(one: Path, other: Path, method: str) -> None:
         assert [row.get(key) for row in rows] == [row.get(key) for row in others]
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_a_signal_and_resumed_ends_in_the_same_bits(
     method: str, finished: Path, checkpoint: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +234,7 @@ def test_mistakes_end_in_one_line(
     assert not (tmp_path / RESULTS["lora"]).exists()
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_kept_and_patience_ends_a_run_also_when_it_is_resumed(
     method: str, checkpoint: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +272,7 @@ def with_losses(script: str, losses: list[float], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib.import_module(script), "validation_loss", lambda *_: next(remaining))
 
 
+@pytest.mark.slow
 def test_early_stopping_says_when_and_recommends_the_best_file(
     method: str, checkpoint: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -286,6 +290,7 @@ def test_early_stopping_says_when_and_recommends_the_best_file(
     assert run_script(printed[1].removesuffix(".py"), *printed[2:], "--max_new_tokens", 1) is None
 
 
+@pytest.mark.slow
 def test_the_untrained_model_is_a_candidate_for_the_best(
     method: str, checkpoint: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -305,6 +310,7 @@ def test_the_untrained_model_is_a_candidate_for_the_best(
     assert str(tmp_path / RESULTS[method]) in said.splitlines()[-1]  # the last is the best
 
 
+@pytest.mark.slow
 def test_a_run_that_is_over_has_nothing_left_to_do(
     method: str, checkpoint: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -334,6 +340,7 @@ def test_a_run_that_is_over_has_nothing_left_to_do(
     assert result.exists()
 
 
+@pytest.mark.slow
 def test_what_a_user_keeps_beside_a_run_stays(method: str, checkpoint: Path, data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "training-state-7").mkdir()
     (tmp_path / "training-state-7" / "mine.txt").write_text("x")
@@ -476,6 +483,7 @@ def float16_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "Fabric", fabric)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float16_on_cpu")
 def test_in_float16_steps_whose_gradient_overflows_are_skipped_and_the_scale_is_resumed(
     checkpoint: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture

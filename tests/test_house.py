@@ -23,6 +23,7 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@pytest.mark.slow
 def test_lora_is_imported_without_the_command_line_and_without_lightning() -> None:
     program = "import lit_llama.lora, sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -31,6 +32,7 @@ def test_lora_is_imported_without_the_command_line_and_without_lightning() -> No
     assert not loaded & {"jsonargparse", "lightning", "transformers"}
 
 
+@pytest.mark.slow
 def test_a_tokenizer_is_imported_without_the_model() -> None:
     program = "import lit_llama.tokenizer, sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)

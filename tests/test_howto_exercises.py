@@ -52,6 +52,7 @@ MERGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("answer", "expected"), MERGES.items())
 def test_right_answers_to_merge_pass_however_they_are_written(answer: str, expected: str, tmp_path: Path) -> None:
     solutions = (FOLDER / "solutions.py").read_text(encoding="utf-8")

@@ -106,6 +106,7 @@ def test_a_merged_lora_is_quantized_and_an_unmerged_one_refused() -> None:
     assert 0 < (model(idx) - expected).std() < 0.05 * expected.std()
 
 
+@pytest.mark.slow
 def test_a_quantized_model_takes_less_memory_than_the_file_that_it_is_made_of(tmp_path: Path) -> None:
     config = replace(TINY, n_embd=512, n_hidden=2048, n_layer=12)
     for name, small in (("tiny", TINY), ("large", config)):

@@ -53,6 +53,7 @@ print(*sys.version_info[:2], refused)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", PYTHONS)
 def test_a_good_file_is_read_on_every_python(version: str, tmp_path: Path) -> None:
     """Many threads read it at once: where they shared a position in the file, Python 3.12 refused 2 of 3 good files."""

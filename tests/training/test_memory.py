@@ -128,6 +128,7 @@ def test_ddp_sends_gradients_in_buckets_beside_them() -> None:
     assert buckets > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", [*METHODS, "head"])
 def test_a_deep_model_is_extrapolated_from_few_blocks(method: str, checkpointing: bool) -> None:
@@ -192,6 +193,7 @@ def test_all_weights_of_7b_train_and_resume_on_four_gpus_of_24_gb(capsys: pytest
     assert step["come from other devices in it"] == pytest.approx((2 * whole + 2 * whole) * 3 / 4, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fits", [0, 1, 2, 9])
 def test_the_largest_micro_batch_that_fits_is_found(
     fits: int, model_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
