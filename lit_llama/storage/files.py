@@ -20,7 +20,7 @@ from typing import Any
 
 from lit_llama.errors import UserError
 from lit_llama.storage.integrity import check_archive, digest, fingerprint
-from lit_llama.storage.locks import LOCK, exclusive_lock
+from lit_llama.storage.locks import LOCK, exclusive_lock, lock_of
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,7 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_name(f"{path.name}.part")
     with as_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(path.with_name(f".{path.name}{LOCK}"), path):
+        with exclusive_lock(lock_of(path), path):
             if part.is_symlink() or part.is_file():  # of a run that was killed
                 part.unlink()
             part.touch(exist_ok=False)  # a file of its own: no link, pipe or folder
@@ -68,7 +68,7 @@ def replacing_folder(folder: Path, owned: str) -> Iterator[Path]:
     check_replaceable(folder, target)
     with as_user_error(folder), ExitStack() as locks:
         target.parent.mkdir(parents=True, exist_ok=True)
-        locks.enter_context(exclusive_lock(target.with_name(f".{target.name}{LOCK}"), folder))
+        locks.enter_context(exclusive_lock(lock_of(target), folder))
         if target.exists():
             locks.enter_context(exclusive_lock(target / LOCK, folder))  # a run may be writing to it
         try:

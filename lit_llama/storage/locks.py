@@ -47,6 +47,11 @@ def exclusive_lock(path: Path, target: Path) -> Iterator[None]:
         lock.release()
 
 
+def lock_of(target: Path) -> Path:
+    """The hidden file beside a target that is locked while that is written; a killed process may leave it behind."""
+    return target.with_name(f".{target.name}{LOCK}")
+
+
 @cache
 def warn_of_no_locks() -> None:
     print("warning: this file system has no locks; let no other process write to the same place", file=sys.stderr)

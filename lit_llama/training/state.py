@@ -26,7 +26,7 @@ from lit_llama.model_folder import check_state, untied, write_model
 from lit_llama.storage.checks import check_types
 from lit_llama.storage.files import check_finite, is_plain, read_text, remove_folder, write_file
 from lit_llama.storage.integrity import check_base, size_and_digest
-from lit_llama.storage.locks import check_room, lock_output_folder
+from lit_llama.storage.locks import check_room, exclusive_lock, lock_of, lock_output_folder
 from lit_llama.training.distributed import fill, gathered, in_one_piece, on_all_processes, on_first_process
 from lit_llama.training.shards import check_shards, describe_shards, read_shards, write_shards
 
@@ -114,6 +114,9 @@ class TrainingState:
             flags = "--patience" if stopped and step < n_steps else "--num_epochs or --max_steps"
             line = f"nothing left to do: the run is complete after step {step}, and {results[0]} is written"
             print(f"{line}; to train on, raise {flags}", file=sys.stderr)
+            for path in results:
+                with exclusive_lock(lock_of(path), path):  # which removes what a killed run has left of it
+                    pass
         return complete
 
     def recommend(self, last: Path, best: Path) -> tuple[Path, str]:
