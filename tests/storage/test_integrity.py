@@ -43,6 +43,9 @@ import sys
 from pathlib import Path
 from lit_llama.errors import UserError
 from lit_llama.storage.integrity import check_archive
+for folder in ("*.py", "lit_llama/**/*.py", "scripts/**/*.py"):
+    for path in Path().glob(folder):
+        compile(path.read_text(encoding="utf-8"), str(path), "exec")  # its syntax
 refused = 0
 for _ in range(int(sys.argv[2])):
     try:
