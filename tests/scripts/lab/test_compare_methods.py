@@ -1,6 +1,8 @@
 """The comparison, by the very scripts that it runs, on a tiny model."""
 
+import io
 import re
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +18,24 @@ pytestmark = pytest.mark.slow
 ARTICLE = "LoRA, the article's settings"
 
 
+def in_process(script: str, *flags: object, quiet: bool = False) -> tuple[str, str]:
+    """What compare_methods calls to run a script, without the seconds that a process takes to start."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        assert run_script(Path(script).stem, *flags) is None
+    return out.getvalue(), err.getvalue() if quiet else ""
+
+
+def test_a_script_is_called_as_a_user_would() -> None:
+    assert "usage: generate.py" in compare_methods.call("generate.py", "--help")[0]
+    with pytest.raises(UserError, match=r"generate\.py failed: error: --x is not a flag"):
+        compare_methods.call("generate.py", "--x", 1, quiet=True)
+
+
 def test_four_methods_are_trained_evaluated_and_asked(
     checkpoint: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(compare_methods, "call", in_process)
     four_methods = compare_methods.four_methods
     monkeypatch.setattr(compare_methods, "four_methods", lambda *places: with_layer_0(four_methods(*places)))
     places = ("--data_dir", data_dir, "--pretrained_path", checkpoint, "--out_dir", tmp_path)
