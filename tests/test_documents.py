@@ -14,7 +14,7 @@ from lit_llama.cli import find_constants
 import pytest
 from builders import ROOT
 
-FOLDERS = ("", "lit_llama/", "lit_llama/*/", "scripts/", "scripts/*/", "tests/", "tests/*/")
+FOLDERS = ("", "lit_llama/", "lit_llama/*/", "scripts/", "scripts/*/", "tests/", "tests/*/", "tests/*/*/")
 PAGES = ("README.md", "CONTRIBUTING.md", "howto/*.md", "data/ml_questions/README.md", "Makefile")
 DOCUMENTS = [path for page in PAGES for path in sorted(ROOT.glob(page))]
 OURS = re.compile(r"(?<![\w./-])(?<!no `)(?:(?:lit_llama|scripts|howto|tests|data/ml_questions)/[\w./*-]*|\w+\.py\b)")
