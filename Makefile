@@ -31,12 +31,12 @@ quickstart: .venv/quickstart
 	  --prompt_file data/ml_questions/questions.txt --temperature 0 --max_new_tokens 60
 	@echo; echo 'After:'
 	python generate_lora.py --pretrained_path $(MODEL)/lit-llama.pth \
-	  --lora_path $(RUN)/lit-llama-lora-finetuned.pth \
+	  --lora_path $(RUN) \
 	  --prompt_file data/ml_questions/questions.txt --temperature 0 --max_new_tokens 60
 	@echo; echo 'The losses are drawn in $(RUN)/loss.png. Next, ask it something of your own:'
 	@echo 'source .venv/bin/activate'
 	@echo 'python generate_lora.py --pretrained_path $(MODEL)/lit-llama.pth \'
-	@echo '  --lora_path $(RUN)/lit-llama-lora-finetuned.pth --prompt "In one sentence, what is overfitting?"'
+	@echo '  --lora_path $(RUN) --prompt "In one sentence, what is overfitting?"'
 
 lab: .venv/quickstart
 	python scripts/download_smollm2.py --out_dir $(MODEL)

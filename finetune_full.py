@@ -112,13 +112,14 @@ def main(
     model_files = (llama.config, tokenizer.files(), train_data.prompt_style)
     metadata = describe(None, llama.config, train_data.prompt_style, settings)
     first_step = state.restore(llama.state_dict(), optimizer)
-    n_steps = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
+    limits = {"--max_steps": max_steps or sys.maxsize, "--num_epochs": num_epochs * schedule.steps_per_epoch}
+    n_steps = min(limits.values())
     rate = LearningRate(learning_rate, warmup_steps, lr_schedule, n_steps)
-    if state.is_complete(n_steps, patience, out_dir / WEIGHTS, out_dir / "config.json"):
+    if state.is_complete(limits, patience, out_dir / WEIGHTS, out_dir / "config.json"):
         return
 
     memory = expected_memory(fabric, llama, schedule, dtype, partial(AdamW, lr=0.0, moments_dtype=moments))
-    fabric.print(*plan(schedule, val_data, rate, llama), memory, sep="\n", file=sys.stderr)
+    fabric.print(*plan(schedule, val_data, rate, llama, patience), memory, sep="\n", file=sys.stderr)
     if compile:
         compile_blocks(llama)
     if dry_run:
@@ -133,7 +134,7 @@ def main(
     # A step depends on nothing but its number and the state before it: a resumed run ends like an uninterrupted one.
     for step in range(first_step, n_steps):
         if state.is_patience_over(patience):
-            log.say(f"Stopped after step {step} of {n_steps}: no new lowest loss in {patience} validations.")
+            log.say(f"Stopped after step {step} of {n_steps}: no new lowest validation loss (--patience {patience}).")
             break
         for group in optimizer.param_groups:
             group["lr"] = rate.at(step)

@@ -114,13 +114,14 @@ def main(
     optimizer: Any = fabric.setup_optimizers(torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay))
     metadata = describe(config, llama.config, train_data.prompt_style, settings)
     first_step = state.restore(lora_state_dict(llama), optimizer)
-    n_steps = min(max_steps or sys.maxsize, num_epochs * schedule.steps_per_epoch)
+    limits = {"--max_steps": max_steps or sys.maxsize, "--num_epochs": num_epochs * schedule.steps_per_epoch}
+    n_steps = min(limits.values())
     rate = LearningRate(learning_rate, warmup_steps, lr_schedule, n_steps)
-    if state.is_complete(n_steps, patience, out_dir / LORA_FILE):
+    if state.is_complete(limits, patience, out_dir / LORA_FILE):
         return
 
     memory = expected_memory(fabric, llama, schedule, dtype, torch.optim.AdamW)
-    fabric.print(*plan(schedule, val_data, rate, llama), memory, sep="\n", file=sys.stderr)
+    fabric.print(*plan(schedule, val_data, rate, llama, patience), memory, sep="\n", file=sys.stderr)
     if compile:
         compile_blocks(llama)
     if dry_run:
@@ -135,7 +136,7 @@ def main(
     # A step depends on nothing but its number and the state before it: a resumed run ends like an uninterrupted one.
     for step in range(first_step, n_steps):
         if state.is_patience_over(patience):
-            log.say(f"Stopped after step {step} of {n_steps}: no new lowest loss in {patience} validations.")
+            log.say(f"Stopped after step {step} of {n_steps}: no new lowest validation loss (--patience {patience}).")
             break
         torch.manual_seed(seed + step * fabric.world_size + fabric.global_rank)  # for the dropout
         for group in optimizer.param_groups:
@@ -177,8 +178,9 @@ def main(
     if fabric.is_global_zero:
         recommended, verdict = state.recommend(path, out_dir / BEST_FILE)
         log.say(f"{verdict}Saved {path} ({path.stat().st_size / 1e6:.1f} MB). Ask it something:")
-        flags = shlex.join(["--lora_path", str(recommended), "--pretrained_path", str(pretrained_path)])
-        log.say(f'python generate_lora.py {flags} --prompt "..."')
+        flags = ["--lora_path", str(recommended), "--pretrained_path", str(pretrained_path)]
+        flags += ["--tokenizer_path", str(tokenizer_path)] if tokenizer_path else []
+        log.say(f'python generate_lora.py {shlex.join(flags)} --prompt "..."')
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def main(
     prompt: str = "Please explain how weight decay works",
     input: str = "",
     prompt_file: Path | None = None,
-    lora_path: tuple[Path, ...] = (Path("out/lora/alpaca/lit-llama-lora-finetuned.pth"),),
+    lora_path: tuple[Path, ...] = (Path("out/lora/alpaca"),),
     lora_alpha: float | None = None,
     pretrained_path: Path | None = None,
     tokenizer_path: Path | None = None,
@@ -42,7 +42,8 @@ def main(
         prompt: The instruction.
         input: What the instruction works on, if anything.
         prompt_file: A file of instructions, one per line, to use instead.
-        lora_path: The file that finetune_lora.py wrote, or several, which answer one after the other on the same base.
+        lora_path: The file that finetune_lora.py wrote, or the run's folder, of which it takes the best file. Several
+            answer one after the other on the same base.
         lora_alpha: Only for a file of the archived Lit-LLaMA, which did not store it.
         pretrained_path: The checkpoint of the base model. Default: checkpoints/lit-llama/7B, or else the model written
             last.
@@ -61,8 +62,6 @@ def main(
             many answers.
     """
     pretrained_path = find_model(pretrained_path)
-    if not lora_path:
-        raise UserError("--lora_path names no file")
     if merge and len(lora_path) > 1:
         raise UserError("a merged LoRA file cannot make room for the next; leave out --merge")
     if quantize and (merge is False or len(lora_path) > 1):

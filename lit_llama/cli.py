@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import math
 import os
 import re
 import signal
@@ -28,6 +29,18 @@ LIKENESS = 0.52  # of two words, from 0 to 1: that of checkpoint_path and pretra
 LOST_CONNECTION = (
     "(gloo|nccl|c10d|tcpstore).*(connect|closed|reset|abort|remote|timed out)"  # what torch.distributed says
 )
+OTHER_NAMES = {  # of flags: in other projects, and in the archived Lit-LLaMA
+    "checkpoint_dir": ("pretrained_path", "checkpoint_path"),
+    "input_sentence": ("input",),
+    "iters": ("max_steps",),
+    "max_iters": ("max_steps",),
+    "model": ("pretrained_path", "checkpoint_path"),
+    "out": ("out_dir", "out_path", "data_dir"),
+    "output": ("out_dir", "out_path", "data_dir"),
+    "output_dir": ("out_dir", "data_dir"),
+    "rank": ("lora_r",),
+}
+ONLY_IN = {"lora_path": "generate_lora.py", "adapter_path": "generate_adapter.py"}
 TYPE_WORDS: dict[Any, tuple[str, str]] = {  # of values: in --help, and in a message
     bool: ("{true,false}", "true or false"),
     int: ("INT", "a whole number"),
@@ -89,7 +102,10 @@ def run(main: Callable[..., None]) -> None:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
-        end(*explain(error))
+        message, status = explain(error)
+        if isinstance(error, Stopped | KeyboardInterrupt) and int(os.environ.get("LOCAL_RANK", 0)):
+            sys.exit(status)  # the first of several processes says it
+        end(message, status)
     finally:
         release()
 
@@ -151,15 +167,19 @@ def parse(main: Callable[..., None], module: ModuleType) -> dict[str, Any]:
         group = groups.get(heading) or groups.setdefault(heading, parser.add_argument_group(heading))
         group.add_argument(f"--{name}", type=types[name], default=default, help=comment or name.replace("_", " "))
     for action in parser._actions:
-        if action.metavar == "[ITEM,...]":  # jsonargparse's word for several values
+        if hasattr(action, "_typehint"):  # instead of jsonargparse's words, such as [ITEM,...]
             action.metavar = None
     lists = {f"--{name}" for name, annotation in types.items() if get_origin(annotation) is tuple}
     given = join_lists(sys.argv[1:], lists)
     check_flags(given, types)
     try:
-        return {name: expand_home(value) for name, value in vars(parser.parse_args(given)).items()}
+        values = {name: expand_home(value) for name, value in vars(parser.parse_args(given)).items()}
     except ArgumentError as error:
         end(f"error: {explain_parse_error(str(error), types, given)}; see --help", WRONG_FLAG)
+    for name, value in values.items():
+        if value in (math.inf, -math.inf):
+            end(f"error: --{name} takes a finite number, not {value}; see --help", WRONG_FLAG)
+    return values
 
 
 def type_words(annotation: Any) -> tuple[str, str]:
@@ -180,15 +200,18 @@ def check_flags(given: Sequence[str], names: Collection[str]) -> None:
     """End if a flag is not spelled out, so that none is taken for another one; suggest the nearest."""
     for flag in (word.partition("=")[0] for word in given if word.startswith("--")):
         if flag not in ("--", "--help", *(f"--{name}" for name in names)):
-            near = nearest(flag.strip("-").replace("-", "_").lower(), names)
+            name = flag.strip("-").replace("-", "_").lower()
+            near = nearest(name, names)
             suggestion = f"did you mean --{near}? --help lists all" if near else "see --help"
+            suggestion = f"it is one of {ONLY_IN[name]}" if name in ONLY_IN else suggestion
             end(f"error: {flag} is not a flag of this script; {suggestion}", WRONG_FLAG)
 
 
 def nearest(word: str, names: Collection[str]) -> str | None:
     """The name that a word stands for: by initials (lr), a part (epochs) or its beginning; else the most similar."""
     parts = {name: name.split("_") for name in names}
-    candidates = [name for name in names if word in (name, "".join(part[0] for part in parts[name])) and len(word) > 1]
+    candidates = [name for name in OTHER_NAMES.get(word, ()) if name in names]
+    candidates += [name for name in names if word in (name, "".join(part[0] for part in parts[name])) and len(word) > 1]
     candidates += [name for name in names if word in parts[name]] + [name for name in names if name.startswith(word)]
     return next(iter(candidates + get_close_matches(word, names, n=1, cutoff=LIKENESS)), None)
 
@@ -227,7 +250,7 @@ def join_lists(arguments: list[str], flags: set[str]) -> list[str]:
             joined[current].append(argument)
         else:
             joined.setdefault(flag, []).extend([value] if equals else [])
-    return others + [f"{flag}={json.dumps(values)}" for flag, values in joined.items()]
+    return others + [f"{flag}={json.dumps(values)}" if values else flag for flag, values in joined.items()]
 
 
 def constants(module: ModuleType) -> dict[str, Any]:

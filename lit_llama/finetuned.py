@@ -16,6 +16,7 @@ from lit_llama.errors import UserError, error_context, short
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.model_folder import check_state, file_in, suggest_flag
+from lit_llama.progress import say
 from lit_llama.prompt import TEMPLATES, PromptStyle
 from lit_llama.storage.checks import check_types, from_fields
 from lit_llama.storage.files import check_finite, is_plain, read_file, write_file
@@ -126,13 +127,16 @@ def add_method(model: LLaMA, config: LoRAConfig | AdapterConfig) -> dict[str, Te
 def read_finetuned(
     path: Path, kind: Kind, alpha: float | None = None, base_path: Path | None = None, force: bool = False
 ) -> FinetunedFile:
-    """Read a file, or the one in a folder, and check that it is of this kind and, by its fingerprint, for this base.
+    """Read a file, or the best of a run's folder; check that it is of this kind and, by fingerprint, for this base.
 
     Args:
         alpha: for a LoRA file of the archived Lit-LLaMA, which does not hold it.
         base_path: the checkpoint of the base model, if it is to be compared with the one that was trained on.
         force: use it on another base model of the same shape, too.
     """
+    if (best := path / FILE_NAMES[kind].replace(".pth", "-best.pth")).is_file():
+        say(f"{path}: using {best.name}, which had the lowest validation loss")
+        path = best
     path = file_in(path, FILE_NAMES[kind])
     content = read_described(path)
     if "kind" not in content and any(f"{kind}_" in name for name in content):

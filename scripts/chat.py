@@ -51,8 +51,8 @@ def main(
     Args:
         checkpoint_path: The base model, or what finetune_full.py or merge_lora.py wrote. Default:
             checkpoints/lit-llama/7B, or else the model written last.
-        lora_path: The file that finetune_lora.py wrote, if that is to answer. It is not merged, so it can be swapped.
-        adapter_path: The file that finetune_adapter.py wrote, if that is to answer.
+        lora_path: The file that finetune_lora.py wrote, or the run's folder. It is not merged, so it can be swapped.
+        adapter_path: The file that finetune_adapter.py wrote, or the run's folder.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         prompt_style: The template (see lit_llama/prompt.py). By default that of the LoRA or adapter file, or else the
             one that the model's config.json names.
@@ -138,7 +138,7 @@ class Chat:
         elif command == "/system":
             self.conversation.set_system(rest)
         elif command == "/lora":
-            self.swap(self.read(Path(rest)) if rest else None)
+            self.swap(self.read(Path(rest).expanduser()) if rest else None)
         elif command == "/help":
             print(HELP, file=sys.stderr)
         else:

@@ -122,7 +122,7 @@ def model_config(name: str) -> LLaMAConfig:
     """The configuration of this name, or that of a model folder or of a config.json, ours or Hugging Face's."""
     if name in CONFIGS:
         return CONFIGS[name]
-    path = Path(name)
+    path = Path(name).expanduser()
     if not path.exists():
         raise UserError(f"--model is one of {', '.join(CONFIGS)}, or a model folder or config.json, not {name!r}")
     file = path / CONFIG if path.is_dir() else path

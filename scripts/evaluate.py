@@ -69,8 +69,8 @@ def main(
     Args:
         checkpoint_path: The base model, or what finetune_full.py or merge_lora.py wrote. Default:
             checkpoints/lit-llama/7B, or else the model written last.
-        lora_path: The file that finetune_lora.py wrote, if that is to be evaluated.
-        adapter_path: The file that finetune_adapter.py wrote, if that is to be evaluated.
+        lora_path: The file that finetune_lora.py wrote, or the run's folder.
+        adapter_path: The file that finetune_adapter.py wrote, or the run's folder.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         text: For perplexity: text files, or wikitext, ptb, c4, which are downloaded.
         data_dir: For the loss of responses, and for answers: a folder written by one of scripts/prepare_*.py.
@@ -137,9 +137,10 @@ def load(
 def read_text(name: str) -> str:
     """The content of a text file, or of a known corpus."""
     if name not in CORPORA:
-        if not Path(name).exists():
+        path = Path(name).expanduser()
+        if not path.exists():
             raise UserError(f"{name} does not exist, nor is it one of {', '.join(CORPORA)}")
-        return read_text_file(Path(name))
+        return read_text_file(path)
     arguments, column, separator = CORPORA[name]
     try:
         from datasets import load_dataset

@@ -79,8 +79,8 @@ def main(
     else:
         content = read_lora(lora_path, checkpoint_path, lora_alpha, force)
         content = content._replace(style=prompt_style or content.style)
-        is_file = Path(base_model).is_file()
-        model, adapter = relative(Path(base_model), out_dir) if is_file else base_model, f"./lora-{dtype}.gguf"
+        path = Path(base_model).expanduser()
+        model, adapter = relative(path, out_dir) if path.is_file() else base_model, f"./lora-{dtype}.gguf"
     ollama = modelfile(model, adapter, content.style, tokenizer)
     with replacing_folder(out_dir, FILES.format("lora" if adapter else "model")) as part:
         write_gguf(part / (adapter or model), content, dtype)

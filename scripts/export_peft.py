@@ -1,6 +1,7 @@
 """Export a LoRA file to the format of Hugging Face's PEFT, to be loaded onto the original Hugging Face model."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ PEFT_FILES = rf"adapter_(model\.safetensors|model\.bin|config\.json)|{TOKENIZER_
 def main(
     out_dir: Path,
     base_model: str,
-    lora_path: Path = Path("out/lora/alpaca/lit-llama-lora-finetuned.pth"),
+    lora_path: Path = Path("out/lora/alpaca"),
     pretrained_path: Path | None = None,
     tokenizer_path: Path | None = None,
     lora_alpha: float | None = None,
@@ -29,7 +30,7 @@ def main(
     Args:
         out_dir: The folder to write, for `PeftModel.from_pretrained(model, out_dir)`.
         base_model: The Hugging Face name or folder of the base model, to be noted in adapter_config.json.
-        lora_path: The file that finetune_lora.py wrote.
+        lora_path: The file that finetune_lora.py wrote, or the run's folder, of which it takes the best file.
         pretrained_path: The checkpoint of the base model. Default: checkpoints/lit-llama/7B, or else the model written
             last.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
@@ -45,7 +46,8 @@ def main(
         for name, text in tokenizer_files(tokenizer, lora.prompt_style).items():
             write_file(part / name, text)
         write_safetensors(part / "adapter_model.safetensors", tensors)
-        write_file(part / "adapter_config.json", json.dumps(peft_config(lora.config, base_model), indent=2))
+        config = peft_config(lora.config, os.path.expanduser(base_model))
+        write_file(part / "adapter_config.json", json.dumps(config, indent=2))
     print(f"Saved {out_dir}", file=sys.stderr)
     if base_is_nf4(lora):
         how = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'

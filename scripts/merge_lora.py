@@ -19,7 +19,7 @@ from torch import Tensor
 
 def main(
     out_dir: Path,
-    lora_path: Path = Path("out/lora/alpaca/lit-llama-lora-finetuned.pth"),
+    lora_path: Path = Path("out/lora/alpaca"),
     pretrained_path: Path | None = None,
     tokenizer_path: Path | None = None,
     lora_alpha: float | None = None,
@@ -32,7 +32,7 @@ def main(
 
     Args:
         out_dir: The model folder to write: lit-llama.pth, config.json (with the prompt style) and the tokenizer.
-        lora_path: The file that finetune_lora.py wrote.
+        lora_path: The file that finetune_lora.py wrote, or the run's folder, of which it takes the best file.
         pretrained_path: The checkpoint of the base model. Default: checkpoints/lit-llama/7B, or else the model written
             last.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.

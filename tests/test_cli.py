@@ -81,6 +81,7 @@ def test_help_lists_each_constant_with_its_comment_type_and_default(script: Path
         (("--steps=0",), "--steps takes a positive whole number, not '0'"),
         (("--unknown", "1"), "--unknown"),
         (("--rate", "x"), "--rate takes a number, not 'x'"),
+        (("--rate", "1e400"), "--rate takes a finite number, not inf"),
         (("--resume", "perhaps"), "--resume takes true or false, not 'perhaps'"),
         (("--resume",), "--resume takes true or false, and none is given"),
         (("--resume", "--steps", "3"), "--resume takes true or false, and none is given"),
@@ -107,12 +108,23 @@ def test_wrong_values_are_refused(script: Path, arguments: tuple[str, ...], mess
         ("lora_rank", "lora_r"),
         ("checkpoint_path", "pretrained_path"),
         ("seed_", "seed"),
+        ("rank", "lora_r"),
+        ("model", "pretrained_path"),
         ("xyz", None),
     ],
 )
 def test_the_nearest_flag_is_found(word: str, flag: str | None) -> None:
     flags = ("lr_schedule", "learning_rate", "batch_size", "num_epochs", "resume", "lora_r", "pretrained_path", "seed")
     assert nearest(word, flags) == flag
+
+
+def test_a_flag_of_another_script_names_that_script() -> None:
+    assert run_script("generate", "--lora_path", "x").endswith("it is one of generate_lora.py")
+    assert run_script("generate_lora", "--adapter_path", "x").endswith("it is one of generate_adapter.py")
+
+
+def test_a_list_needs_a_value() -> None:
+    assert "--lora_path takes a path, or several, and none is given" in str(run_script("generate_lora", "--lora_path"))
 
 
 def test_no_abbreviation_is_taken_for_a_flag() -> None:

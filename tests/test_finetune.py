@@ -18,7 +18,7 @@ from lit_llama.training.log import read_metrics
 
 import pytest
 import torch
-from builders import RESULTS, ROOT, command, run_script
+from builders import RECORDS, RESULTS, ROOT, command, prepare_records, run_script
 from lightning import Fabric
 from lightning.fabric.plugins import MixedPrecision
 
@@ -282,13 +282,25 @@ def test_early_stopping_says_when_and_recommends_the_best_file(
     with_losses(script, [9, 3, 3.5, 3], monkeypatch)
     assert run_script(script, *arguments) is None
     said = capsys.readouterr().err
-    assert "Stopped after step 3 of 12: no new lowest loss in 2 validations." in said
+    assert "Stopped after step 3 of 12: no new lowest validation loss (--patience 2)." in said
     best = out_dir / BEST[method]
     assert f"The best validation loss, 3.0000, was that of step 1: {best} has its weights.\nSaved {out_dir}" in said
     printed = shlex.split(said.splitlines()[-1])
     assert printed[:2] == ["python", f"{'generate' if method == 'full' else f'generate_{method}'}.py"]
     assert printed[3] == str(best)  # whatever blanks are in it
     assert run_script(printed[1].removesuffix(".py"), *printed[2:], "--max_new_tokens", 1) is None
+    if method != "full":  # of which a folder is a model, and the best one another
+        printed[3] = str(out_dir)
+        assert run_script(printed[1].removesuffix(".py"), *printed[2:], "--max_new_tokens", 1) is None
+        assert f"using {best.name}, which had the lowest validation loss" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_patience_needs_validation_records(method: str, checkpoint: Path, tmp_path: Path) -> None:
+    prepare_records(tmp_path / "data", {"train": RECORDS, "validation": []}, checkpoint.with_name("tokenizer.json"))
+    arguments = finetune_arguments(method, checkpoint, tmp_path / "data", tmp_path / "out")
+    message = run_script(f"finetune_{method}", *arguments, "--patience", 2)
+    assert "--patience needs validation records, and there are none" in str(message)
 
 
 @pytest.mark.slow
@@ -327,7 +339,7 @@ def test_a_run_that_is_over_has_nothing_left_to_do(
         assert run_script(script, *arguments, "--max_steps", 1, "--resume", resume) is None
         said = capsys.readouterr().err
         assert f"nothing left to do: the run is complete after step 1, and {result} is written" in said
-        assert "to train on, raise --num_epochs or --max_steps" in said
+        assert said.endswith("to train on, raise --max_steps\n")
         assert "records to train on" not in said
         assert "Saved" not in said
     del before[lock_of(result)]
@@ -335,9 +347,14 @@ def test_a_run_that_is_over_has_nothing_left_to_do(
     with_losses(script, [4], monkeypatch)
     assert run_script(script, *arguments, "--resume", "true") is None
     capsys.readouterr()
-    assert run_script(script, *arguments, "--resume", "true") is None
-    assert "the run is complete after step 2" in (said := capsys.readouterr().err)
-    assert "to train on, raise --patience" in said
+    for limits, flags in (
+        ([], "--patience"),
+        (["--max_steps", 2], "--max_steps and --patience"),
+        (["--max_steps", 2, "--patience", 9], "--max_steps"),
+    ):
+        assert run_script(script, *arguments, *limits, "--resume", "true") is None
+        assert "the run is complete after step 2" in (said := capsys.readouterr().err)
+        assert said.endswith(f"to train on, raise {flags}\n")
     result.unlink()  # of a run that was killed after its last state
     assert run_script(script, *arguments, "--resume", "true") is None
     assert result.exists()

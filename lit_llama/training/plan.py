@@ -7,6 +7,7 @@ from typing import Any
 
 from lit_llama.data.batches import BatchSchedule, Dataset
 from lit_llama.device import free_memory
+from lit_llama.errors import UserError
 from lit_llama.model import LLaMA
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training.memory import peak_of_step
@@ -19,8 +20,12 @@ from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 COLOUR, PLAIN = ("\033[32m", "\033[0m"), ("[[", "]]")  # around what is trained on
 
 
-def plan(schedule: BatchSchedule, val_data: Dataset, rate: LearningRate, llama: LLaMA) -> Iterator[str]:
+def plan(
+    schedule: BatchSchedule, val_data: Dataset, rate: LearningRate, llama: LLaMA, patience: int | None
+) -> Iterator[str]:
     """Lines about the records, the steps, the learning rate and the trained parameters of a run."""
+    if patience and not len(val_data):
+        raise UserError("--patience needs validation records, and there are none; leave it out, or prepare some")
     data, epochs = schedule.dataset, rate.n_steps / schedule.steps_per_epoch
     yield (
         f"{len(data):,} records to train on, {data.n_cut:,} truncated, {data.n_dropped:,} dropped (prompt fills "
@@ -40,7 +45,7 @@ def expected_memory(
 ) -> str:
     """A line about the memory that the largest micro-batch will take on a device, and what there is."""
     if isinstance(fabric.strategy, ModelParallelStrategy):
-        return f"memory: scripts/estimate_memory.py --devices {fabric.world_size} says what each device will need"
+        return f"memory: see scripts/estimate_memory.py --devices {fabric.world_size} (with --model and --method)"
     largest = max(schedule.step(0).micro_batches, key=schedule.dataset.n_tokens)
     lengths = (schedule.dataset.lengths[largest] - 1).tolist()
     on_gpu = fabric.device.type != "cpu"

@@ -100,20 +100,22 @@ class TrainingState:
         """Whether the last `patience` validations were no better than the best."""
         return patience is not None and self.best["waited"] >= patience
 
-    def is_complete(self, n_steps: int, patience: int | None, *results: Path) -> bool:
+    def is_complete(self, limits: Mapping[str, int], patience: int | None, *results: Path) -> bool:
         """Whether a resumed run has nothing left to do, not even to write its results; it then says how to go on.
 
-        `results` are the files that a run writes last, after its last state, in this order.
+        Args:
+            limits: the flags that limit the number of steps, each with its limit.
+            results: the files that a run writes last, after its last state, in this order.
         """
         step = self.saved.get("step", 0)
-        stopped = self.is_patience_over(patience)
+        reached = [flag for flag, n_steps in limits.items() if n_steps <= step]
+        reached += ["--patience"] if self.is_patience_over(patience) else []
         times = [path.stat().st_mtime if path.is_file() else math.inf for path in (self.path, *results)]
         are_written = times == sorted(times) and math.isfinite(times[-1])
-        complete = self.fabric.broadcast((step >= n_steps or stopped) and are_written)
+        complete = self.fabric.broadcast(bool(reached) and are_written)
         if complete and self.fabric.is_global_zero:
-            flags = "--patience" if stopped and step < n_steps else "--num_epochs or --max_steps"
             line = f"nothing left to do: the run is complete after step {step}, and {results[0]} is written"
-            print(f"{line}; to train on, raise {flags}", file=sys.stderr)
+            print(f"{line}; to train on, raise {' and '.join(reached)}", file=sys.stderr)
             for path in results:
                 with exclusive_lock(lock_of(path), path):  # which removes what a killed run has left of it
                     pass

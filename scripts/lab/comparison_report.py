@@ -20,7 +20,6 @@ COLUMNS = {  # of the table and the picture: title, digits, whether a bar's axis
     "loss": ("validation loss", 3, False),
     "new_loss": ("loss on new topics", 3, False),
     "rouge_l": ("ROUGE-L", 1, False),
-    "speed": ("generation (tokens/s)", 1, False),
 }
 
 
@@ -44,7 +43,6 @@ class Result:
 
     loss: float
     rouge_l: float
-    speed: float
     answers: list[str]
     new_loss: float | None = None
     parameters: int | None = None
@@ -115,7 +113,7 @@ def new_figure() -> "Figure":
 
 def draw_methods(figure: "Figure", results: dict[Method, Result]) -> None:
     """A panel of bars for each column of the table, except what goes with another one."""
-    keys = [key for key in COLUMNS if key not in ("file_mb", "new_loss")]
+    keys = [key for key in COLUMNS if key != "file_mb"]
     for axes, key in zip(figure.subplots(2, 3).flat, keys, strict=True):
         title, _, logarithmic = COLUMNS[key]
         values = [getattr(result, key) for result in results.values()]
