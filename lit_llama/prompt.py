@@ -20,6 +20,7 @@ class Message(NamedTuple):
     role: Role
     content: str
     input: str = ""  # what a user's instruction works on, which Alpaca's records keep apart
+    learned: bool = True  # whether an answer is trained on
 
 
 class Segment(NamedTuple):

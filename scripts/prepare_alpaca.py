@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lit_llama.cli import run
 from lit_llama.data.preparation import N_CORES, Encoder, prepare
-from lit_llama.data.records import download
+from lit_llama.data.sources import download
 from lit_llama.model_folder import find_model
 from lit_llama.prompt import PromptStyle
 from lit_llama.tokenizer import find_tokenizer
@@ -23,6 +23,7 @@ def main(
     val_split_size: NonNegativeInt | None = None,
     seed: NonNegativeInt = 42,
     num_workers: PositiveInt = N_CORES,
+    skip_bad: bool = False,
 ) -> None:
     """Download, split and tokenise.
 
@@ -36,9 +37,10 @@ def main(
         val_split_size: Records to hold out for validation. By default 2000, or a tenth if that is less.
         seed: Random seed of the split.
         num_workers: Processes that tokenise: at most one for each CPU core, which is the default.
+        skip_bad: Leave out records that cannot be used, and count them by reason, instead of refusing the file.
     """
     pretrained_path = find_model(pretrained_path)
-    encoder = Encoder(find_tokenizer(pretrained_path, tokenizer_path), prompt_style)
+    encoder = Encoder(find_tokenizer(pretrained_path, tokenizer_path), prompt_style, skip_bad=skip_bad)
     source = data_file or data_dir / "alpaca_data_cleaned_archive.json"
     if data_file is None:
         download(URL, source)

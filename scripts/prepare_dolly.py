@@ -4,7 +4,8 @@ from pathlib import Path
 
 from lit_llama.cli import run
 from lit_llama.data.preparation import N_CORES, Encoder, prepare
-from lit_llama.data.records import Fields, download
+from lit_llama.data.records import Fields
+from lit_llama.data.sources import download
 from lit_llama.model_folder import find_model
 from lit_llama.prompt import PromptStyle
 from lit_llama.tokenizer import find_tokenizer
@@ -23,6 +24,7 @@ def main(
     val_split_size: NonNegativeInt | None = None,
     seed: NonNegativeInt = 42,
     num_workers: PositiveInt = N_CORES,
+    skip_bad: bool = False,
 ) -> None:
     """Download, split and tokenise.
 
@@ -36,10 +38,11 @@ def main(
         val_split_size: Records to hold out for validation. By default 2000, or a tenth if that is less.
         seed: Random seed of the split.
         num_workers: Processes that tokenise: at most one for each CPU core, which is the default.
+        skip_bad: Leave out records that cannot be used, and count them by reason, instead of refusing the file.
     """
     pretrained_path = find_model(pretrained_path)
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
-    encoder = Encoder(tokenizer, prompt_style, Fields(input="context", output="response"))
+    encoder = Encoder(tokenizer, prompt_style, Fields(input="context", output="response"), skip_bad)
     source = data_file or data_dir / "databricks-dolly-15k.jsonl"
     if data_file is None:
         download(URL, source)

@@ -29,9 +29,11 @@ def main(
     output_key: str = "output",
     messages_key: str = "messages",
     text_key: str = "text",
+    ignored_fields: tuple[str, ...] = (),
     val_split_size: NonNegativeInt | None = None,
     seed: NonNegativeInt = 42,
     num_workers: PositiveInt = N_CORES,
+    skip_bad: bool = False,
 ) -> None:
     """Split and tokenise.
 
@@ -48,17 +50,20 @@ def main(
         output_key: The field that holds the answer.
         messages_key: The field that holds the list of messages of a conversation.
         text_key: The field that holds the text of a document.
+        ignored_fields: Fields such as tools or context to leave out; without this, a record that has one is refused.
         val_split_size: Records to hold out if there is no validation_file. By default 2000, or a tenth if less.
         seed: Random seed of the split.
         num_workers: Processes that tokenise: at most one for each CPU core, which is the default.
+        skip_bad: Leave out records that cannot be used, and count them by reason, instead of refusing the file.
     """
     pretrained_path = find_model(pretrained_path)
-    fields = Fields(instruction_key, input_key, output_key, messages_key, text_key)
-    encoder = Encoder(find_tokenizer(pretrained_path, tokenizer_path), prompt_style, fields)
+    fields = Fields(instruction_key, input_key, output_key, messages_key, text_key, ignored_fields)
+    encoder = Encoder(find_tokenizer(pretrained_path, tokenizer_path), prompt_style, fields, skip_bad)
     if validation_file is None:
         prepare(data_dir, {"train": train_file}, encoder, seed, val_split_size, num_workers)
     else:
-        prepare(data_dir, {"train": train_file, "validation": validation_file}, encoder, num_workers=num_workers)
+        files = {"train": train_file, "validation": validation_file}
+        prepare(data_dir, files, encoder, num_workers=num_workers)
 
 
 if __name__ == "__main__":

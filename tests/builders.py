@@ -17,7 +17,8 @@ from lit_llama import cli
 from lit_llama.adapter import AdapterConfig
 from lit_llama.data.batches import Dataset
 from lit_llama.data.preparation import Encoder, prepare
-from lit_llama.data.records import Conversation, Fields, conversation, read_rows
+from lit_llama.data.records import Conversation, Fields, conversation
+from lit_llama.data.sources import read_rows
 from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.lora import LoRAConfig
 from lit_llama.model import LLaMA, LLaMAConfig

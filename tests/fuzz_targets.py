@@ -11,7 +11,8 @@ from typing import Any
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
 from lit_llama.data.batches import Dataset, matching_tokenizer
 from lit_llama.data.preparation import Encoder, prepare
-from lit_llama.data.records import Fields, conversation, read_rows
+from lit_llama.data.records import Fields, conversation
+from lit_llama.data.sources import read_rows
 from lit_llama.finetuned import Kind, describe, read_finetuned, save_finetuned
 from lit_llama.formats.tokenizers import from_tiktoken
 from lit_llama.generation import Sampling, generate, read_prompts

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lit_llama.data.preparation import read_split
-from lit_llama.data.records import shuffled
+from lit_llama.data.sources import shuffled
 from lit_llama.errors import UserError
 from lit_llama.model import LLaMA
 from lit_llama.prompt import PromptStyle
@@ -55,7 +55,7 @@ class Dataset:
         self, data_dir: Path, split: str, block_size: int, mask_prompt: bool = True, limit: int | None = None
     ) -> None:
         self.data_dir, self.block_size = data_dir, block_size
-        self.meta, (self.tokens, self.offsets, spans, numbers) = read_split(data_dir, split)
+        self.meta, (self.tokens, self.offsets, spans, self.documents, numbers) = read_split(data_dir, split)
         self.prompt_style: PromptStyle = self.meta["prompt_style"]
         origin = {name: self.meta[name] for name in ("sources", "tokenizer", "prompt_style", "split_seed", "records")}
         self.fingerprint = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
@@ -73,8 +73,8 @@ class Dataset:
     def _measure(self, numbers: np.ndarray, n_targets: np.ndarray) -> tuple[np.ndarray, ...]:
         """Of records, or of their blocks: number, start, length, how many tokens are trained on, whether it is cut."""
         starts, ends = self.offsets[numbers], self.offsets[numbers + 1]
-        if self.meta["documents"]:
-            numbers, starts, ends = split_documents(numbers, starts, ends, self.block_size)
+        sizes = np.where(np.isin(numbers, self.documents), self.block_size, np.maximum(ends - starts, 1))
+        numbers, starts, ends = split_documents(numbers, starts, ends, sizes)
         lengths = np.minimum(ends - starts, self.block_size)
         first, last = starts + 1, starts + lengths  # nothing predicts the first token
         counts = targets_before(last, self.targets, n_targets) - targets_before(first, self.targets, n_targets)
@@ -128,12 +128,14 @@ class Dataset:
         return Batch(row[None], lengths or [1], torch.cat(select), torch.cat(targets))
 
 
-def split_documents(numbers: np.ndarray, starts: np.ndarray, ends: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
-    """The same three of the documents' blocks of at most `size` tokens."""
-    n = -(-(ends - starts) // size)  # blocks of each document
-    place = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)  # of each block in its document
-    block_starts = np.repeat(starts, n) + size * place
-    return np.repeat(numbers, n), block_starts, np.minimum(block_starts + size, np.repeat(ends, n))
+def split_documents(
+    numbers: np.ndarray, starts: np.ndarray, ends: np.ndarray, sizes: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """The same three of each record's blocks of at most its size, in tokens."""
+    n = -(-(ends - starts) // sizes)  # blocks of each record
+    place = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)  # of each block in its record
+    block_starts = np.repeat(starts, n) + np.repeat(sizes, n) * place
+    return np.repeat(numbers, n), block_starts, np.minimum(block_starts + np.repeat(sizes, n), np.repeat(ends, n))
 
 
 def targets_before(places: np.ndarray, spans: np.ndarray, n_targets: np.ndarray) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Prepared folders: records, tokenised once, in the order of their files.
 
 `tokens.bin` holds the tokens of all records, one record after the other: record i is tokens[offsets[i]:offsets[i + 1]].
-Those in tokens[start:end], for each of the spans (start, end), are trained on. A split (`train.bin`, `validation.bin`)
+Those in tokens[start:end], for each of the spans (start, end), are trained on. `documents.bin` has the numbers of the
+records that are documents, which are cut into blocks. A split (`train.bin`, `validation.bin`)
 is a list of record numbers. `meta.json` says what all of this was made from.
 """
 
@@ -18,7 +19,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
-from lit_llama.data.records import Fields, Row, conversation, read_rows, split_records
+from lit_llama.data.records import Fields, Row, conversation
+from lit_llama.data.sources import read_rows, split_records
 from lit_llama.errors import UserError
 from lit_llama.progress import progress, say
 from lit_llama.prompt import TEMPLATES, PromptStyle, encode
@@ -33,10 +35,13 @@ from torch.utils.data import DataLoader, Dataset
 N_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 CHUNK = 128  # rows that a process is given at once
 FEW = 16  # chunks that are tokenised before other processes would be ready
+MOST_REASONS = 5  # that are named
 BLOCK = 2**18  # values of an array that are checked at once
-TYPES = {"tokens": "<i4", "offsets": "<i8", "spans": "<i8", "train": "<i4", "validation": "<i4"}
+TYPES = {
+    "tokens": "<i4", "offsets": "<i8", "spans": "<i8", "documents": "<i4", "train": "<i4", "validation": "<i4",
+}  # fmt: skip
 DATA_FILES = rf"meta\.json|({'|'.join(TYPES)})\.bin|(train|validation)_\w+\.npy"  # .npy: of earlier versions
-META = {"sources": list, "tokenizer": str, "prompt_style": str, "documents": bool, "records": Mapping}
+META = {"sources": list, "tokenizer": str, "prompt_style": str, "records": Mapping}
 META |= {"split_seed": int | None, "sha256": Mapping}
 
 
@@ -46,38 +51,40 @@ class Tokenised(NamedTuple):
     tokens: np.ndarray  # (T,)
     ends: np.ndarray  # (n,) of the records
     spans: np.ndarray  # (S, 2)
-    n_documents: int
-    problems: list[str]
+    documents: np.ndarray  # (d,) which of the records are documents
+    problems: list[tuple[str, str]]  # place and reason
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """How rows of a source become tokens."""
+    """How rows of a source become tokens; with `skip_bad`, those that cannot be used are left out and counted."""
 
     tokenizer: Tokenizer
     prompt_style: PromptStyle
     fields: Fields = field(default_factory=Fields)
+    skip_bad: bool = False
 
     def tokenise(self, rows: list[Row]) -> Tokenised:
         """The tokens of records, each up to the last that is trained on."""
-        tokens, ends, edges, n_documents, problems = [], [], [], 0, []
+        tokens, ends, edges, documents, problems = [], [], [], [], []
         for place, row in rows:
             try:
                 record = conversation(row, self.fields)
                 ids, trained = encode(self.prompt_style, record, self.tokenizer)
             except ValueError as error:
-                problems.append(f"{place} {error}")
+                problems.append((place, str(error)))
                 continue
             except UserError as error:
-                problems.append(f"{place}: {error}")
+                problems.append((place, f"does not fit: {error}"))
                 continue
             changes = np.flatnonzero(np.diff(trained, prepend=False, append=False))  # where a span starts or ends
             edges += (len(tokens) + changes).tolist()
             tokens += ids[: changes[-1]]
+            documents += [len(ends)] * (len(record) == 1)
             ends.append(len(tokens))
-            n_documents += len(record) == 1
         spans = np.array(edges, np.int64).reshape(-1, 2)
-        return Tokenised(np.array(tokens, np.int32), np.array(ends, np.int64), spans, n_documents, problems)
+        arrays = np.array(tokens, np.int32), np.array(ends, np.int64), spans, np.array(documents, np.int64)
+        return Tokenised(*arrays, problems)
 
 
 def prepare(
@@ -100,9 +107,9 @@ def prepare(
         if source.resolve().parent == data_dir.resolve() and re.fullmatch(DATA_FILES, source.name):
             raise UserError(f"{source} would be replaced; give another --data_dir")
     with files.replacing_folder(data_dir, DATA_FILES) as part:
-        arrays, splits, documents = ArrayFiles(part), {}, {}
+        arrays, splits = ArrayFiles(part), {}
         for split, source in sources.items():
-            splits[split], documents[split] = arrays.append_records(tokenised(source, encoder, num_workers))
+            splits[split] = arrays.append_records(tokenised(source, encoder, num_workers))
         if not len(splits["train"]):
             raise UserError(f"no training records in {sources['train']}")
         if split_seed is not None:
@@ -114,7 +121,6 @@ def prepare(
             "sources": [{"path": str(path), "sha256": identify(path, checksums)} for path in sources.values()],
             "tokenizer": encoder.tokenizer.fingerprint(),
             "prompt_style": encoder.prompt_style,
-            "documents": documents["train"],
             "split_seed": split_seed,
             "records": {split: len(numbers) for split, numbers in splits.items()},
             "sha256": checksums,
@@ -135,19 +141,34 @@ def identify(source: Path, checksums: Mapping[str, str]) -> str:
 
 
 def tokenised(source: Path, encoder: Encoder, num_workers: int) -> Iterator[Tokenised]:
-    """The records of a source; a UserError at its end counts the rows that cannot be used and names the first three."""
-    n, n_problems, first = 0, 0, []
+    """The records of a source; at its end, a UserError or a line counts those that cannot be used, by reason."""
+    n, places = 0, defaultdict(list)
     results = in_processes(encoder.tokenise, chunks(source), num_workers)
     for chunk in progress(results, f"Tokenising {source.name}", "record", count=lambda chunk: len(chunk.ends)):
         yield chunk
         n += len(chunk.ends) + len(chunk.problems)
-        n_problems, first = n_problems + len(chunk.problems), (first + chunk.problems)[:3]
-    if n_problems:
-        more = f" (and {n_problems - 3} more)" if n_problems > 3 else ""
-        raise UserError(
-            f"{source}: {n_problems} of {n} records cannot be used: {'; '.join(first)}{more}; "
-            "fix or remove them, or name the fields, as in --instruction_key question"
-        )
+        for place, reason in chunk.problems:
+            places[reason].append(place)
+    if places:
+        n_bad = sum(map(len, places.values()))
+        found = f"{source}: {n_bad:,} of {n:,} records cannot be used: {count_reasons(places)}"
+        if encoder.skip_bad:
+            say(f"warning: {found}; they are left out")
+            return
+        keys = any("has no '" in reason for reason in places)
+        remedy = "; name the fields, as in --instruction_key question" if keys else ""
+        raise UserError(f"{found}{remedy}; fix them, or leave them out with --skip_bad true")
+
+
+def count_reasons(places: Mapping[str, list[str]]) -> str:
+    """What is wrong with records, the most frequent first, and where."""
+    reasons = sorted(places, key=lambda reason: -len(places[reason]))
+    named = [f"{places[reason][0]} {reason}" for reason in reasons[:MOST_REASONS]]
+    for i, reason in enumerate(reasons[:MOST_REASONS]):
+        others = [*places[reason][1:3], *([f"{len(places[reason]) - 3:,} more"] if len(places[reason]) > 3 else [])]
+        named[i] += f" (likewise {', '.join(others)})" if others else ""
+    more = len(reasons) - MOST_REASONS
+    return "; ".join(named) + (f"; and {more} more kinds" if more > 0 else "")
 
 
 def chunks(source: Path) -> Iterator[list[Row]]:
@@ -206,27 +227,27 @@ class ArrayFiles:
             file.write(data)
         self.sha256[name].update(data)
 
-    def append_records(self, chunks: Iterable[Tokenised]) -> tuple[np.ndarray, bool]:
-        """Write the records of a source; returns their numbers, and whether all of them are documents."""
-        first, n_documents = self.n_records, 0
-        for tokens, ends, spans, n, _ in chunks:
+    def append_records(self, chunks: Iterable[Tokenised]) -> np.ndarray:
+        """Write the records of a source; returns their numbers."""
+        first = self.n_records
+        for tokens, ends, spans, documents, _ in chunks:
             self.append("tokens", tokens)
             self.append("offsets", self.n_tokens + ends)
             self.append("spans", self.n_tokens + spans)
+            self.append("documents", self.n_records + documents)
             self.n_tokens += len(tokens)
             self.n_records += len(ends)
-            n_documents += n
-        return np.arange(first, self.n_records), n_documents == self.n_records - first
+        return np.arange(first, self.n_records)
 
 
 def read_split(data_dir: Path, split: str) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """meta.json; and tokens, offsets, spans and the split's record numbers, mapped from their files after a check."""
+    """meta.json, and the arrays of tokens, offsets, spans, documents and the split's records, checked and mapped."""
     try:
         if [*data_dir.glob("train_*.npy")]:
             raise UserError("it is of an earlier version")
         meta = files.read_json(data_dir / "meta.json")
         check_types(meta, META, {})
-        paths = [data_dir / f"{name}.bin" for name in ("tokens", "offsets", "spans", split)]
+        paths = [data_dir / f"{name}.bin" for name in ("tokens", "offsets", "spans", "documents", split)]
         arrays = [map_array(path) for path in paths]
         arrays[2] = arrays[2].reshape(-1, 2)
     except (UserError, OSError, ValueError) as error:
@@ -247,15 +268,16 @@ def map_array(path: Path) -> np.ndarray:
     return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
 
 
-def inconsistent(tokens: np.ndarray, offsets: np.ndarray, spans: np.ndarray, numbers: np.ndarray) -> Iterator[int]:
+def inconsistent(tokens: np.ndarray, offsets: np.ndarray, spans: np.ndarray, *records: np.ndarray) -> Iterator[int]:
     """Which of the arrays, counted from 0, cannot be right, whatever the records were."""
     edges = spans.reshape(-1)  # starts and ends in turn
     if len(offsets) < 2 or (offsets[0], offsets[-1]) != (0, len(tokens)) or not is_increasing(offsets, 1):
         yield 1
     if not len(edges) or edges[0] < 0 or edges[-1] != len(tokens) or not is_increasing(edges, 0):
         yield 2
-    if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(offsets) - 1:
-        yield 3
+    for i, numbers in enumerate(records, 3):
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(offsets) - 1:
+            yield i
 
 
 def is_increasing(array: np.ndarray, min_step: int) -> bool:

@@ -1,27 +1,35 @@
-"""Records to learn from, read from files of many forms: each is a conversation, or a document.
+"""Records to learn from: each is a conversation, or a document.
 
 A record is an object with "instruction", "output" and perhaps "input" (Alpaca), with "messages" of "role" and "content"
 (OpenAI, Hugging Face) or "conversations" of "from" and "value" (ShareGPT), or with "text", a document to be trained on
-as a whole. What a file calls these fields can be said with `Fields`.
+as a whole. What a file calls these fields can be said with `Fields`. What carries meaning is used, or refused by name.
 """
 
-import csv
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from http.client import HTTPException
-from pathlib import Path
-from typing import Any, get_args
-from urllib.request import urlopen
+from functools import partial
+from typing import Any, NamedTuple, get_args
 
-from lit_llama.errors import UserError
 from lit_llama.prompt import Message, Role, check_order
-from lit_llama.storage.files import parse_json, read_text, write_file
-
-import numpy as np
+from lit_llama.storage.files import parse_json
 
 Conversation = list[Message]  # of a document: the answer alone
 Row = tuple[str, object]  # its place, such as "line 3", and what is there; bytes are a line of JSON, not yet parsed
-ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant"}  # of ShareGPT and others
+WEIGHTS = ("weight", "loss_weight", "train")  # 0 or false: not to be learned
+SYSTEMS = {"system", "system_prompt"}
+UNUSED = {  # what changes the meaning of a record or a message, and has no use here
+    "tools", "functions", "tool_calls", "function_call", "images", "image", "videos", "audios", "context",
+    "reasoning_content", "thinking",
+}  # fmt: skip
+
+
+class Cells(NamedTuple):
+    """A row of a table that does not fit under its header."""
+
+    found: int
+    expected: int
 
 
 @dataclass(frozen=True)
@@ -33,26 +41,126 @@ class Fields:
     output: str = "output"
     messages: str = "messages"
     text: str = "text"
+    ignored: tuple[str, ...] = ()  # to be left out, though they may carry meaning
 
 
 def conversation(row: object, fields: Fields) -> Conversation:
-    """The messages of a record; a ValueError says what is wrong with it."""
+    """The messages of a record; a ValueError says what is wrong with it, or which of its fields has no use here."""
     row = parse_line(row) if isinstance(row, bytes) else row
+    if isinstance(row, Cells):
+        raise ValueError(f"has {row.found} cells, expected {row.expected} as in the header: quote what has a delimiter")
     if not isinstance(row, dict):
         raise ValueError(f"is of type {type(row).__name__}, not an object with fields")
-    turns = row.get(fields.messages, row.get("conversations"))
+    given = present(row, fields)
+    turns = given.get(fields.messages, given.get("conversations"))
+    instruction, text = given.get(fields.instruction), given.get(fields.text)
+    if not all(map(is_learned, given.items())) or given.get("label") in (False, "false", "False"):
+        raise ValueError("is marked as not to be learned (by its weight or label)")
     if turns is not None:
-        messages = [message(turn) for turn in turns] if isinstance(turns, list) else []
-    elif fields.text in row and fields.instruction not in row:
+        messages = list(map(partial(message, fields=fields), turns_of(turns)))
+    elif text is not None and instruction is None:
+        if other := given.keys() & {"role", "label"}:
+            raise ValueError(f"has {min(other)!r} beside {fields.text!r}, so it is more than a document")
         messages = [Message("assistant", text_of(row, fields.text))]
+    elif instruction is None and row.keys() & {fields.messages, "conversations"}:
+        raise ValueError("has no messages")
     else:
-        context = text_of(row, fields.input) if row.get(fields.input) else ""
-        question = Message("user", text_of(row, fields.instruction), context)
-        messages = [question, Message("assistant", text_of(row, fields.output))]
+        question = Message("user", text_of(row, fields.instruction), as_text(given.get(fields.input), fields.input))
+        messages = [*history(given.get("history")), question, Message("assistant", text_of(row, fields.output))]
+    for name in (SYSTEMS & given.keys()) - {fields.instruction, fields.input}:
+        messages = [Message("system", as_text(given[name], name)), *messages]
     check_order(messages)
     if messages[-1].role != "assistant":
         raise ValueError("ends in a question, not in an answer to learn from")
+    if not any(message.learned for message in messages if message.role == "assistant"):
+        raise ValueError("has no answer to learn from: all have the weight 0")
     return messages
+
+
+def present(row: dict[str, Any], fields: Fields) -> dict[str, Any]:
+    """The fields that have a value; a ValueError names one that would be left out, and changes what the rest means."""
+    given = {name: value for name, value in row.items() if not is_absent(value) and name not in fields.ignored}
+    for name in sorted(UNUSED & given.keys() - {*vars(fields).values()}):
+        raise ValueError(f"has {name!r}, for which there is no use here")
+    return given
+
+
+def is_absent(value: object) -> bool:
+    """Whether there is nothing in a field: null, nan (pandas), blanks, or an empty list."""
+    return value is None or value != value or value in ([], {}) or (isinstance(value, str) and not value.strip())
+
+
+def is_learned(item: tuple[str, object]) -> bool:
+    """False if a field is a weight of 0; a ValueError for weights in between."""
+    name, value = item
+    if name not in WEIGHTS or value in (1, "1", "true", "True"):
+        return True
+    if value not in (0, "0", "false", "False"):
+        raise ValueError(f"has the {name} {value!r}, expected 0 or 1")
+    return False
+
+
+def turns_of(turns: object) -> list[Any]:
+    """A list of messages, perhaps as JSON in a cell of a table."""
+    if isinstance(turns, str):
+        try:
+            turns = parse_json(turns)
+        except ValueError:
+            raise ValueError("has messages that are a text, not a list") from None
+    if not isinstance(turns, list):
+        raise ValueError(f"has messages that are of type {type(turns).__name__}, not a list")
+    return turns
+
+
+def message(turn: object, fields: Fields) -> Message:
+    if not isinstance(turn, dict):
+        raise ValueError("has a message that is not an object with role and content")
+    given = present(turn, fields)
+    name = str(given.get("role", given.get("from")))
+    role: Any = ROLES.get(name, name)
+    if role not in get_args(Role):
+        raise ValueError(f"has a message of role {name!r}, not one of {', '.join(get_args(Role))}")
+    content = text_of(turn, "content" if "content" in given else "value")
+    return Message(role, content, learned=all(map(is_learned, given.items())))
+
+
+def history(turns: Any) -> Iterator[Message]:
+    """The earlier questions and answers of a record, in pairs."""
+    for pair in turns or ():
+        if not (isinstance(pair, list | tuple) and len(pair) == 2):
+            raise ValueError("has a 'history' that is not a list of pairs of question and answer")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            yield Message(role, as_text(text, "history"))
+
+
+def text_of(row: dict[str, Any], name: str) -> str:
+    """The text in a field that must have one."""
+    if name not in row:
+        raise ValueError(f"has no {name!r}, only {', '.join(map(repr, row))}")
+    text = as_text(row[name], name)
+    if not text.strip():
+        raise ValueError(f"has no text in {name!r}")
+    return text
+
+
+def as_text(value: object, name: str) -> str:
+    """A value as text: parts of text are joined, numbers and booleans are written as in JSON; "" if there is none."""
+    if is_absent(value):
+        return ""
+    if isinstance(value, list):
+        parts = [part if isinstance(part, dict) else {"type": f"{part!r:.20}"} for part in value]
+        if other := [part.get("type") for part in parts if not isinstance(part.get("text"), str)]:
+            raise ValueError(f"has a part of type {other[0]} in {name!r}, not only text")
+        return "".join(part["text"] for part in parts)
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        raise ValueError(f"has a value of type {type(value).__name__} in {name!r}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"has half a character (a lone surrogate) in {name!r}") from None
+    return value
 
 
 def parse_line(line: bytes) -> object:
@@ -62,128 +170,3 @@ def parse_line(line: bytes) -> object:
         raise ValueError(f"is not text in UTF-8 (byte {error.start})") from None
     except ValueError:
         raise ValueError("is not valid JSON") from None
-
-
-def message(turn: object) -> Message:
-    if not isinstance(turn, dict):
-        raise ValueError("has a message that is not an object with role and content")
-    name = str(turn.get("role", turn.get("from")))
-    role: Any = ROLES.get(name, name)
-    if role not in get_args(Role):
-        raise ValueError(f"has a message of role {name!r}, not one of {', '.join(get_args(Role))}")
-    return Message(role, text_of(turn, "content" if "content" in turn else "value"))
-
-
-def text_of(row: dict[str, Any], name: str) -> str:
-    text = row.get(name)
-    if not isinstance(text, str) or not text.strip():
-        what = f"has no {name!r}, only {', '.join(map(repr, row))}" if name not in row else f"has no text in {name!r}"
-        raise ValueError(what)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"has half a character (a lone surrogate) in {name!r}") from None
-    return text
-
-
-def read_rows(source: Path) -> Iterator[Row]:
-    """The rows of a file or data set, one by one."""
-    readers = {".csv": csv_rows, ".txt": document, ".json": json_rows, ".jsonl": json_rows}
-    if source.is_dir() or source.suffix == ".parquet" or (not source.exists() and len(source.parts) == 2):
-        return dataset_rows(source)
-    if not source.is_file():
-        raise UserError(f"{source} does not exist")
-    return readers.get(source.suffix, json_rows)(source)
-
-
-def document(source: Path) -> Iterator[Row]:
-    yield "it", {"text": read_text(source).removeprefix("\ufeff")}
-
-
-def csv_rows(source: Path) -> Iterator[Row]:
-    with open(source, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                yield f"line {reader.line_num}", {str(name): value for name, value in row.items()}
-        except csv.Error as error:
-            raise UserError(f"{source}, line {reader.line_num}: not valid CSV ({error})") from None
-        except UnicodeDecodeError:
-            raise UserError(f"{source} is not text in UTF-8 (after line {reader.line_num}); convert it") from None
-
-
-def json_rows(source: Path) -> Iterator[Row]:
-    """The values of a JSON list, of the one list in a JSON object, or of the lines of a JSONL file."""
-    if has_lines(source):
-        with open(source, "rb") as file:
-            yield from ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
-        return
-    try:
-        content = parse_json(read_text(source).removeprefix("\ufeff"))
-    except ValueError as error:
-        raise UserError(f"{source} is neither a JSON list nor JSON lines: {error}") from None
-    if isinstance(content, dict) and len(content) == 1:
-        ((name, value),) = content.items()
-        content = value if isinstance(value, list) and name not in ("messages", "conversations") else content
-    yield from ((f"record {i}", row) for i, row in enumerate(content if isinstance(content, list) else [content], 1))
-
-
-def has_lines(source: Path) -> bool:
-    """Whether a file is JSON lines: more follow the first, which is a value (in a .jsonl file, may be a broken one)."""
-    with open(source, "rb") as file:
-        filled = (line for line in file if line.strip())
-        first, second = next(filled, b""), next(filled, b"")
-    try:
-        parse_line(first)
-    except ValueError:
-        return bool(second) and source.suffix == ".jsonl" and not first.lstrip().startswith(b"[")
-    return bool(second)
-
-
-def dataset_rows(source: Path) -> Iterator[Row]:
-    """The training split of a data set, by the library `datasets`: a parquet file, a folder, or a name on the hub."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError(f"to read {source}, run: pip install -e '.[data]'; or give a JSON, JSONL or CSV file") from None
-    try:
-        if source.suffix == ".parquet":
-            rows = load_dataset("parquet", data_files=str(source), split="train")
-        else:
-            rows = load_dataset(str(source), split="train")
-    except Exception as error:  # of the library, or of one of the many beneath it
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise UserError(f"{source} is not a file, and could not be read as a data set ({reason})") from None
-    return ((f"row {i}", row) for i, row in enumerate(rows, 1))
-
-
-def split_records(n: int, n_validation: int | None, seed: int) -> dict[str, np.ndarray]:
-    """The numbers of `n` records, shuffled, and `n_validation` held out (None: 2,000, or a tenth if that is less)."""
-    if n_validation is None:
-        n_validation = min(2000, n // 10)
-    if not 0 <= n_validation < n:
-        raise UserError(f"cannot hold out {n_validation} of {n} records for validation")
-    order = shuffled(n, np.random.default_rng(seed))
-    return {"train": order[n_validation:], "validation": order[:n_validation]}
-
-
-def shuffled(n: int, rng: np.random.Generator) -> np.ndarray:
-    """What rng.permutation(n) gives, in half the memory."""
-    order = np.arange(n, dtype=np.int32)
-    rng.shuffle(order)
-    return order
-
-
-def download(url: str, path: Path) -> None:
-    """Fetch `url` into `path` unless it is there already."""
-    if path.is_file():
-        return
-    try:
-        with urlopen(url, timeout=60) as response:
-            content = response.read()
-            expected = response.headers.get("Content-Length")
-    except (OSError, HTTPException) as error:
-        raise UserError(f"could not download {url} ({error}); fetch it by other means and pass --data_file") from None
-    if expected and int(expected) != len(content):
-        raise UserError(f"the download of {url} broke off after {len(content)} of {expected} bytes; run this again")
-    write_file(path, content)

@@ -6,9 +6,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from lit_llama.data import preparation
+from lit_llama.data.batches import Dataset
 from lit_llama.data.preparation import TYPES, Encoder, in_processes, prepare
 from lit_llama.data.records import Fields, conversation
 from lit_llama.errors import UserError
@@ -73,7 +75,7 @@ def test_arrays_are_those_of_records_encoded_one_by_one_and_splits_those_of_a_sh
         tokens += ids
         offsets.append(len(tokens))
     order = np.random.default_rng(7).permutation(300)
-    expected = tokens, offsets, spans, order[20:], order[:20]
+    expected = tokens, offsets, spans, [], order[20:], order[:20]
     for array, values in zip(read_arrays(tmp_path / "out"), expected, strict=True):
         assert np.array_equal(array, values)
 
@@ -81,7 +83,7 @@ def test_arrays_are_those_of_records_encoded_one_by_one_and_splits_those_of_a_sh
 def test_records_of_a_validation_file_follow_those_to_train_on(tmp_path: Path, encoder: Encoder, source: Path) -> None:
     (tmp_path / "others.jsonl").write_text("\n".join(source.read_text().split("\n")[:5]))
     prepare(tmp_path / "out", {"train": source, "validation": tmp_path / "others.jsonl"}, encoder)
-    tokens, offsets, _, train, validation = read_arrays(tmp_path / "out")
+    tokens, offsets, _, _, train, validation = read_arrays(tmp_path / "out")
     assert train.tolist() == [*range(300)]
     assert validation.tolist() == [*range(300, 305)]
     assert np.array_equal(tokens[: offsets[5]], tokens[offsets[300] :])
@@ -95,7 +97,7 @@ def test_a_record_that_a_template_cannot_take_is_named_by_its_place(
     monkeypatch.setattr(preparation, "CHUNK", 10)
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
     source.write_text(f"{source.read_text()}\n{json.dumps({'messages': turns})}")
-    message = r"records\.jsonl: 1 of 301 records cannot be used: line 301: the prompt style plain takes one question"
+    message = r"records\.jsonl: 1 of 301 records .*: line 301 does not fit: the prompt style plain takes one question"
     with pytest.raises(UserError, match=message) as error:
         prepare(tmp_path / "out", {"train": source}, encoder, num_workers=num_workers)
     assert "\n" not in str(error.value)
@@ -174,3 +176,30 @@ def test_an_interrupted_preparation_ends_in_one_line_and_leaves_nothing(
 def test_no_process_outlives_a_preparation_that_is_killed(running: subprocess.Popen[str]) -> None:
     running.kill()
     assert running.communicate(timeout=20)[1] == ""  # it returns once no process is left that could write
+
+
+def test_bad_records_are_left_out_on_request_and_counted_by_reason(
+    tmp_path: Path, encoder: Encoder, source: Path, capsys: pytest.CaptureFixture
+) -> None:
+    bad = ['{"instruction": "a"}', '{"instruction": "b", "output": " "}', '{"instruction": "c", "output": null}']
+    source.write_text("\n".join([bad[0], source.read_text(), *bad[1:]]))
+    with pytest.raises(UserError, match=r"3 of 303 records cannot .*\(likewise line 303\); line 1 .*--skip_bad true"):
+        prepare(tmp_path / "out", {"train": source}, encoder)
+    prepare(tmp_path / "out", {"train": source}, replace(encoder, skip_bad=True))
+    assert np.fromfile(tmp_path / "out/train.bin", "<i4").tolist() == [*range(300)]
+    assert "3 of 303 records cannot be used: line 302 has no text in 'output'" in capsys.readouterr().err
+
+
+def test_documents_among_questions_are_cut_into_blocks_of_which_each_is_trained_on(
+    tmp_path: Path, encoder: Encoder
+) -> None:
+    text, question = "word " * 300, {"instruction": "Why?", "output": "Because. " * 40}
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [{"text": text}, question, {"text": text}])))
+    prepare(tmp_path / "out", {"train": tmp_path / "a.jsonl"}, encoder)
+    dataset = Dataset(tmp_path / "out", "train", 64)
+    n = len(encoder.tokenizer.encode(text, bos=False))
+    numbers = dataset.index.tolist()
+    assert numbers == sorted(numbers)
+    assert numbers.count(0) == numbers.count(2) == -(-n // 64) or numbers.count(0) == -(-(n + 2) // 64)
+    assert numbers.count(1) == 1  # a conversation is cut, not divided
+    assert dataset.n_cut == 1

@@ -1,9 +1,11 @@
 """Reading records of all forms, and what is said of those that cannot be used."""
 
+import gzip
 import json
 from pathlib import Path
 
-from lit_llama.data.records import Fields, split_records
+from lit_llama.data.records import Fields, conversation
+from lit_llama.data.sources import split_records
 from lit_llama.errors import UserError
 from lit_llama.prompt import Message
 
@@ -101,7 +103,7 @@ def test_a_csv_with_line_breaks_in_its_cells(tmp_path: Path) -> None:
             "1 of 2 .* record 2 has no 'output', only 'instr",
         ),
         ('[{"instruction": "i", "output": ""}]', "record 1 has no text in 'output'"),
-        ('[{"instruction": 3, "output": "o"}]', "record 1 has no text in 'instruction'"),
+        ('[{"instruction": {"a": 3}, "output": "o"}]', "record 1 has a value of type dict in 'instruction', not text"),
         ('[{"question": "q", "answer": "a"}]', "no 'instruction', only 'question', 'answer'; .* --instruction_key"),
         ('["text"]', "record 1 is of type str"),
         ('{"a": {}}', "record 1 has no 'instruction', only 'a'"),
@@ -109,12 +111,16 @@ def test_a_csv_with_line_breaks_in_its_cells(tmp_path: Path) -> None:
         ("[" * 100000, "neither"),
         ('{"instruction": "i", "output": "o"}\n{"instruction"', "line 2"),
         ('{"instruction": "i", "output": "\\ud800"}', "half a character"),
-        ('{"a": 1}\n' * 5, r"5 of 5 records .*line 3 has no 'instruction', only 'a' \(and 2 more\)"),
+        (
+            '{"a": 1}\n' * 5,
+            r"5 of 5 records .*line 1 has no 'instruction', only 'a' \(likewise line 2, line 3, 2 more\)",
+        ),
         ('{"messages": [{"role": "tool", "content": "x"}]}', "role 'tool', not one of system, user, assistant"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "ends in a question"),
         ('{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]}', "take turns"),
-        ('{"messages": []}', "take turns"),
-        ('{"messages": "hello"}', "take turns"),
+        ('{"messages": []}', "has no messages"),
+        ('{"messages": "hello"}', "messages that are a text, not a list"),
+        ('{"messages": {"role": "user"}}', "messages that are of type dict, not a list"),
         ('{"messages": [{"role": "user"}]}', "no 'value', only 'role'"),
         ('{"text": "a"}\nb\n{"text": "c"}\n{}', "2 of 4 .* line 2 is not valid JSON; line 4 has no 'instruction'"),
     ],
@@ -152,3 +158,120 @@ def test_a_data_set_of_the_hub_is_loaded_by_its_name(monkeypatch: pytest.MonkeyP
     assert read_records(Path("somebody/greetings")) == [HI]
     with pytest.raises(UserError, match=r"nobody/nothing is not a file, .* \(nobody/nothing cannot be found\)"):
         read_records(Path("nobody/nothing"))
+
+
+def conversation_of(**row: object) -> list[Message]:
+    return conversation(row, Fields())
+
+
+ALPACA, CHAT = {"instruction": "Hi", "output": "Hello"}, {"messages": MESSAGES}
+
+
+@pytest.mark.parametrize("row", [ALPACA, CHAT])
+def test_a_system_message_and_the_history_come_first(row: dict) -> None:
+    system = Message("system", "Be kind.")
+    assert conversation_of(**row, system="Be kind.") == [system, *HI]
+    assert conversation_of(**row, system_prompt="Be kind.", id=3, source="web", score=0.5) == [system, *HI]
+    assert conversation_of(**row, system=" ", tools=[], images=None, weight=1, label=True) == HI
+    earlier = [Message("user", "1?"), Message("assistant", "2.")]
+    assert conversation_of(**ALPACA, system="Be kind.", history=[["1?", "2."]]) == [system, *earlier, *HI]
+
+
+@pytest.mark.parametrize("name", ["weight", "loss_weight", "train"])
+@pytest.mark.parametrize("value", [0, 0.0, False, "0", "false"])
+def test_an_answer_of_weight_0_is_not_learned(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match="marked as not to be learned"):
+        conversation_of(**ALPACA, **{name: value})
+    turns = [*MESSAGES[:1], {**MESSAGES[1], name: value}]
+    with pytest.raises(ValueError, match="all have the weight 0"):
+        conversation_of(messages=turns)
+    messages = conversation_of(messages=[*turns, *MESSAGES])
+    assert [message.learned for message in messages if message.role == "assistant"] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({**ALPACA, "label": False}, "marked as not to be learned"),
+        ({**ALPACA, "weight": 0.5}, "has the weight 0.5, expected 0 or 1"),
+        ({**ALPACA, "tools": [{"name": "f"}]}, "has 'tools', for which there is no use"),
+        ({**ALPACA, "images": ["a.png"]}, "has 'images'"),
+        ({**ALPACA, "context": "It rained."}, "has 'context'"),
+        ({**ALPACA, "history": ["a", "b"]}, "not a list of pairs"),
+        ({"messages": [MESSAGES[0], {**MESSAGES[1], "tool_calls": [{}]}]}, "has 'tool_calls'"),
+        ({"messages": [MESSAGES[0], {**MESSAGES[1], "reasoning_content": "hm"}]}, "has 'reasoning_content'"),
+        ({"text": "Hi", "role": "prompter"}, "has 'role' beside 'text'"),
+        ({"text": "bad film", "label": 1}, "has 'label' beside 'text'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part of type image_url in 'content'"),
+        ({**ALPACA, "output": {"a": 1}}, "a value of type dict in 'output'"),
+    ],
+)
+def test_what_would_be_left_out_is_refused_by_its_name(row: dict, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        conversation(row, Fields())
+
+
+def test_fields_are_used_under_another_name_or_ignored_on_request() -> None:
+    row = {"instruction": "Why?", "context": "It rained.", "output": "Clouds.", "images": ["a.png"]}
+    fields = Fields(input="context", ignored=("images",))
+    assert conversation(row, fields) == [Message("user", "Why?", "It rained."), Message("assistant", "Clouds.")]
+
+
+def test_numbers_parts_and_nothing_are_read_as_they_are_meant() -> None:
+    assert conversation_of(instruction="6 x 7?", input=0, output=42) == [
+        Message("user", "6 x 7?", "0"),
+        Message("assistant", "42"),
+    ]
+    assert conversation_of(instruction="True?", input=float("nan"), output=True)[1].content == "true"
+    assert conversation_of(instruction="Hi", input=[], output="Hello", messages=None) == HI
+    parts = [{"type": "text", "text": "He"}, {"type": "text", "text": "llo"}]
+    turns = [{"role": "user", "content": "Hi", "from": None}, {"role": "assistant", "content": parts}]
+    assert conversation_of(messages=turns) == conversation_of(messages=None, conversations=turns) == HI
+    assert conversation_of(messages=json.dumps(MESSAGES)) == HI
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.CSV", b"instruction,output\nHi,Hello\n"),
+        ("a.tsv", b"instruction\toutput\r\nHi\tHello\r\n"),
+        ("a.csv", "\ufeff instruction ;output;;\n\nHi;Hello;;\n;;;\n".encode()),
+        ("a.csv", b"sep=|\r\ninstruction|output\r\nHi|Hello\r\n"),
+        ("a.csv", "instruction\toutput\nHi\tHello\n".encode("utf-16")),
+        ("a.jsonl.gz", gzip.compress(json.dumps(ALPACA).encode() + b"\n")),
+        ("a.csv.gz", gzip.compress(b"instruction,output\nHi,Hello\n")),
+        ("a.JSON", json.dumps([ALPACA]).encode()),
+    ],
+)
+def test_tables_and_compressed_files(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert read_records(tmp_path / name) == [HI]
+
+
+def test_a_row_with_more_or_fewer_cells_than_the_header_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("instruction,output\nHi,Hello, there\nHi\nHi,Hello\n")
+    with pytest.raises(UserError, match=r"2 of 3 .*line 2 has 3 cells.*expected 2.*line 3 has 1 cell"):
+        read_records(tmp_path / "a.csv")
+
+
+def test_a_long_cell_is_read_and_broken_quotes_are_named_by_their_line(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"instruction,output\nHi,{'x' * 200_000}\n")
+    assert len(read_records(tmp_path / "a.csv")[0][1].content) == 200_000
+    (tmp_path / "a.csv").write_text('instruction,output\nHi,Hello\nHi,"Hel"lo\n')
+    with pytest.raises(UserError, match="line 3: not valid CSV"):
+        read_records(tmp_path / "a.csv")
+
+
+def test_another_encoding_is_named_with_line_and_byte(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("instruction,output\nHi,Grüße\n".encode("cp1252"))
+    with pytest.raises(UserError, match=r"not text in UTF-8 \(line 2, byte 6 of it\); convert it: iconv -f CP1252"):
+        read_records(tmp_path / "a.csv")
+
+
+def test_a_missing_file_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("looked up"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for path in ("data/mine", "somewhere/mine.jsonl", "somewhere/mine.CSV.gz"):
+        with pytest.raises(UserError, match="does not exist"):
+            read_records(Path(path))

@@ -1,0 +1,184 @@
+"""Where records come from: rows of files in many forms, and of data sets; their split and their download."""
+
+import csv
+import gzip
+import io
+import re
+from collections.abc import Iterator
+from http.client import HTTPException
+from itertools import chain
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+from lit_llama.data.records import Cells, Row, parse_line
+from lit_llama.errors import UserError
+from lit_llama.storage.files import parse_json, write_file
+
+import numpy as np
+
+DELIMITERS = ",;\t|"
+
+
+def read_rows(source: Path) -> Iterator[Row]:
+    """The rows of a file or data set, one by one. Text files may be compressed with gzip."""
+    readers = {".csv": csv_rows, ".tsv": csv_rows, ".txt": document, ".json": json_rows, ".jsonl": json_rows}
+    suffix = (source.with_suffix("") if source.suffix.lower() == ".gz" else source).suffix.lower()
+    if source.is_file():
+        return parquet_rows(source) if suffix == ".parquet" else readers.get(suffix, json_rows)(source)
+    if source.is_dir() or (len(source.parts) == 2 and suffix not in readers and not source.parent.exists()):
+        return dataset_rows(source)
+    raise UserError(f"{source} does not exist")
+
+
+def open_binary(source: Path) -> Any:
+    return gzip.open(source) if source.suffix.lower() == ".gz" else open(source, "rb")
+
+
+def open_text(source: Path) -> io.TextIOWrapper:
+    """A file to be read as UTF-8, or as UTF-16 if it begins with the mark of that."""
+    with open_binary(source) as file:
+        encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return io.TextIOWrapper(open_binary(source), encoding, newline="")
+
+
+def not_utf8(source: Path) -> UserError:
+    """An error that names the first byte of a file that is not UTF-8."""
+    with open_binary(source) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                place = f"line {number}, byte {error.start + 1} of it"
+                return UserError(f"{source} is not text in UTF-8 ({place}); convert it: iconv -f CP1252 -t UTF-8")
+    return UserError(f"{source} is not text in UTF-8 or UTF-16")
+
+
+def read_all(source: Path) -> str:
+    try:
+        with open_text(source) as file:
+            return file.read()
+    except UnicodeError:
+        raise not_utf8(source) from None
+
+
+def document(source: Path) -> Iterator[Row]:
+    yield "it", {"text": read_all(source)}
+
+
+def csv_rows(source: Path) -> Iterator[Row]:
+    """The rows of a table under its header; its delimiter is what divides the header into most cells."""
+    csv.field_size_limit(2**31 - 1)
+    with open_text(source) as file:
+        try:
+            yield from rows_under_header(source, file)
+        except UnicodeError:
+            raise not_utf8(source) from None
+
+
+def rows_under_header(source: Path, file: io.TextIOWrapper) -> Iterator[Row]:
+    first = file.readline()
+    stated = re.fullmatch(r"sep=(.)\r?\n", first)  # as Excel has it
+    delimiter = stated[1] if stated else max(DELIMITERS, key=first.count)
+    reader = csv.reader(file if stated else chain([first], file), strict=True, delimiter=delimiter)
+    names: list[str] = []
+    line = before = 2 if stated else 1
+    try:
+        for cells in reader:
+            while len(cells) > len(names) > 0 and not cells[-1].strip():
+                cells.pop()
+            if any(map(str.strip, cells)) and not names:
+                names = [name.strip() for name in cells]
+            elif any(map(str.strip, cells)):
+                fits = len(cells) == len(names)
+                yield f"line {line}", dict(zip(names, cells, strict=True)) if fits else Cells(len(cells), len(names))
+            line = reader.line_num + before
+    except csv.Error as error:
+        raise UserError(f"{source}, line {line}: not valid CSV ({error})") from None
+
+
+def json_rows(source: Path) -> Iterator[Row]:
+    """The values of a JSON list, of the one list in a JSON object, or of the lines of a JSONL file."""
+    if has_lines(source):
+        with open_binary(source) as file:
+            yield from ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
+        return
+    try:
+        content = parse_json(read_all(source))
+    except ValueError as error:
+        raise UserError(f"{source} is neither a JSON list nor JSON lines: {error}") from None
+    if isinstance(content, dict) and len(content) == 1:
+        ((name, value),) = content.items()
+        content = value if isinstance(value, list) and name not in ("messages", "conversations") else content
+    yield from ((f"record {i}", row) for i, row in enumerate(content if isinstance(content, list) else [content], 1))
+
+
+def has_lines(source: Path) -> bool:
+    """Whether a file is JSON lines: more follow the first, which is a value (in a .jsonl file, may be a broken one)."""
+    with open_binary(source) as file:
+        filled = (line for line in file if line.strip())
+        first, second = next(filled, b""), next(filled, b"")
+    try:
+        parse_line(first)
+    except ValueError:
+        return bool(second) and ".jsonl" in source.suffixes and not first.lstrip().startswith(b"[")
+    return bool(second)
+
+
+def parquet_rows(source: Path) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f"to read {source}, run: pip install -e '.[data]'; or give a JSON, JSONL or CSV file") from None
+    try:
+        rows = (row for batch in ParquetFile(source).iter_batches() for row in batch.to_pylist())
+        yield from ((f"row {i}", row) for i, row in enumerate(rows, 1))
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{source} is not a valid parquet file ({str(error).splitlines()[0]})") from None
+
+
+def dataset_rows(source: Path) -> Iterator[Row]:
+    """The training split of a data set, by the library `datasets`: a folder, or a name on the hub."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(f"to read {source}, run: pip install -e '.[data]'; or give a JSON, JSONL or CSV file") from None
+    try:
+        rows = load_dataset(str(source), split="train")
+    except Exception as error:  # of the library, or of one of the many beneath it
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"{source} is not a file, and could not be read as a data set ({reason})") from None
+    return ((f"row {i}", row) for i, row in enumerate(rows, 1))
+
+
+def split_records(n: int, n_validation: int | None, seed: int) -> dict[str, np.ndarray]:
+    """The numbers of `n` records, shuffled, and `n_validation` held out (None: 2,000, or a tenth if that is less)."""
+    if n_validation is None:
+        n_validation = min(2000, n // 10)
+    if not 0 <= n_validation < n:
+        raise UserError(f"cannot hold out {n_validation} of {n} records for validation")
+    order = shuffled(n, np.random.default_rng(seed))
+    return {"train": order[n_validation:], "validation": order[:n_validation]}
+
+
+def shuffled(n: int, rng: np.random.Generator) -> np.ndarray:
+    """What rng.permutation(n) gives, in half the memory."""
+    order = np.arange(n, dtype=np.int32)
+    rng.shuffle(order)
+    return order
+
+
+def download(url: str, path: Path) -> None:
+    """Fetch `url` into `path` unless it is there already."""
+    if path.is_file():
+        return
+    try:
+        with urlopen(url, timeout=60) as response:
+            content = response.read()
+            expected = response.headers.get("Content-Length")
+    except (OSError, HTTPException) as error:
+        raise UserError(f"could not download {url} ({error}); fetch it by other means and pass --data_file") from None
+    if expected and int(expected) != len(content):
+        raise UserError(f"the download of {url} broke off after {len(content)} of {expected} bytes; run this again")
+    write_file(path, content)
