@@ -170,6 +170,8 @@ def respond(
             print(piece, end="", flush=True)
         print(flush=True)
         seconds = time.perf_counter() - start
+        if len(answer) == sampling.max_new_tokens:
+            print(f"(Cut after {len(answer)} tokens, the most that --max_new_tokens allows.)", file=sys.stderr)
         print(f"Time for inference: {seconds:.2f} sec total, {len(answer) / seconds:.2f} tokens/sec", file=sys.stderr)
     print(f"Memory used: {peak_memory(model.lm_head.weight.device):.2f} GB", file=sys.stderr)
 
@@ -187,7 +189,8 @@ def read_prompts(prompt: str, prompt_file: Path | None) -> list[str]:
         raise UserError("the prompt is empty; give a text by --prompt")
     if prompt_file is None:
         return [prompt]
-    prompts = [line for line in read_text(prompt_file).splitlines() if line.strip()]
+    text = read_text(prompt_file).removeprefix("\ufeff").replace("\r\n", "\n")
+    prompts = [line for line in text.split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"{prompt_file} has no prompts; expected one per line")
     return prompts

@@ -3,14 +3,16 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, cache_prefix
 from lit_llama.errors import UserError
 from lit_llama.formats.huggingface import hf_config, to_hf
-from lit_llama.generation import Sampling, compile_steps, generate, generate_batch, sample
+from lit_llama.generation import Sampling, compile_steps, generate, generate_batch, read_prompts, respond, sample
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.quantization import quantize_int8
+from lit_llama.tokenizer import Tokenizer
 
 import pytest
 import torch
@@ -72,6 +74,17 @@ def test_samples_follow_temperature_top_k_and_top_p() -> None:
     assert frequencies(logits, temperature=1.0, top_p=0.1)[1] == 1
     assert frequencies(logits, temperature=1.0, top_p=0.0)[1] == 1
     assert sample(logits, Sampling(1, 0)) == 1
+
+
+def test_an_answer_that_was_cut_says_so(model_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    model, tokenizer = random_model(TINY), Tokenizer(model_folder / "tokenizer.json")
+    respond(model, tokenizer, ["Hi"], "plain", "", Sampling(5, temperature=0))
+    assert "(Cut after 5 tokens, the most that --max_new_tokens allows.)" in capsys.readouterr().err
+
+
+def test_prompts_are_the_lines_of_a_file_whatever_ends_or_marks_it(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("\ufeffone\u2028line\r\n\r\nanother\x0cone\x85\nthird".encode())
+    assert read_prompts("", tmp_path / "prompts.txt") == ["one\u2028line", "another\x0cone\x85", "third"]
 
 
 def test_a_prompt_that_does_not_fit_is_refused() -> None:

@@ -155,9 +155,9 @@ def tokenised(source: Path, encoder: Encoder, num_workers: int) -> Iterator[Toke
         if encoder.skip_bad:
             say(f"warning: {found}; they are left out")
             return
-        keys = any("has no '" in reason for reason in places)
-        remedy = "; name the fields, as in --instruction_key question" if keys else ""
-        raise UserError(f"{found}{remedy}; fix them, or leave them out with --skip_bad true")
+        named = {"has no '": "; name the fields, as in --instruction_key question", "no use": "; see --ignored_fields"}
+        remedies = [remedy for sign, remedy in named.items() if any(sign in reason for reason in places)]
+        raise UserError(f"{found}{''.join(remedies)}; fix them, or leave them out with --skip_bad true")
 
 
 def count_reasons(places: Mapping[str, list[str]]) -> str:

@@ -84,7 +84,8 @@ def quickstart() -> str:
     memory, tokens = max(row["memory_gb"] for row in steps), steps[-1]["tokens"]
     training = (steps[-1]["seconds"] - rows[0]["seconds"]) / 60
     validations = re.findall(r"^step \d+/\d+: validation loss .*$", printed, flags=re.MULTILINE)
-    answers = re.findall(r"^> (.*?)\n(.*?)\nTime for inference", printed, flags=re.MULTILINE | re.DOTALL)
+    pattern = r"^> (.*?)\n(.*?)\n(?:\(Cut after [^\n]*\n)?Time for inference"
+    answers = re.findall(pattern, printed, flags=re.MULTILINE | re.DOTALL)
     n = len(answers) // 2
     table = [
         f"| {question} | {judged(before)} | {judged(after)} |"
