@@ -24,8 +24,6 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor, nn
 
-BLOCK = 2**18  # records that are measured at once
-
 
 class Batch(NamedTuple):
     """Records to be computed at once, packed one after the other into a single row. N of their tokens are targets."""
@@ -61,29 +59,18 @@ class Dataset:
         self.fingerprint = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
         self.targets = spans if mask_prompt else sliding_window_view(self.offsets, 2)
         n_targets = np.concatenate([[0], np.cumsum(self.targets[:, 1] - self.targets[:, 0])])  # before each span
-        blocks = [numbers[i : i + BLOCK] for i in range(0, max(len(numbers), 1), BLOCK)]
-        measured = zip(*(self._measure(block, n_targets) for block in blocks), strict=True)
-        index, starts, lengths, counts, is_cut = (np.concatenate(arrays) for arrays in measured)
-        left = np.flatnonzero(counts)
-        self.n_dropped = len(index) - len(left)
-        left = left[:limit]
-        self.n_cut = int(is_cut[left].sum())
-        self.index, self.starts, self.lengths, self.target_counts = (a[left] for a in (index, starts, lengths, counts))
-
-    def _measure(self, numbers: np.ndarray, n_targets: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Of records, or of their blocks: number, start, length, how many tokens are trained on, whether it is cut."""
         starts, ends = self.offsets[numbers], self.offsets[numbers + 1]
-        sizes = np.where(np.isin(numbers, self.documents), self.block_size, np.maximum(ends - starts, 1))
+        sizes = np.where(np.isin(numbers, self.documents), block_size, np.maximum(ends - starts, 1))
         numbers, starts, ends = split_documents(numbers, starts, ends, sizes)
-        lengths = np.minimum(ends - starts, self.block_size)
+        lengths = np.minimum(ends - starts, block_size)
         first, last = starts + 1, starts + lengths  # nothing predicts the first token
         counts = targets_before(last, self.targets, n_targets) - targets_before(first, self.targets, n_targets)
-        return numbers, starts, lengths.astype(np.int32), counts.astype(np.int32), lengths < ends - starts
-
-    def _spans(self, start: int, end: int) -> np.ndarray:
-        """The spans that reach into tokens[start:end]."""
-        first, last = np.searchsorted(self.targets[:, 1], start, side="right"), np.searchsorted(self.targets[:, 0], end)
-        return self.targets[first:last]
+        left = np.flatnonzero(counts)
+        self.n_dropped = len(numbers) - len(left)
+        left = left[:limit]
+        self.n_cut = int((lengths < ends - starts)[left].sum())
+        self.index, self.starts = numbers[left], starts[left]
+        self.lengths, self.target_counts = lengths[left].astype(np.int32), counts[left].astype(np.int32)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -103,7 +90,8 @@ class Dataset:
     def spans(self, i: int) -> np.ndarray:
         """The spans (n, 2) of a record's tokens that are trained on, as places in the record."""
         start, end = self.starts[i], self.starts[i] + self.lengths[i]
-        return np.clip(self._spans(start, end), start, end) - start
+        first, last = np.searchsorted(self.targets[:, 1], start, side="right"), np.searchsorted(self.targets[:, 0], end)
+        return np.clip(self.targets[first:last], start, end) - start
 
     def last_answer(self, i: int) -> tuple[list[int], list[int]]:
         """The tokens before the last span of a record that is trained on, and those in it."""
@@ -140,9 +128,7 @@ def split_documents(
 
 def targets_before(places: np.ndarray, spans: np.ndarray, n_targets: np.ndarray) -> np.ndarray:
     """How many tokens before each of some places lie in the spans, of which `n_targets` counts those before each."""
-    order = np.argsort(places)  # searching in rising order is several times faster
-    n = np.empty_like(order)  # spans that start before each place; the last of them may end after it
-    n[order] = np.searchsorted(spans[:, 0], places[order])
+    n = np.searchsorted(spans[:, 0], places)  # spans that start before each place; the last of them may end after it
     return n_targets[n] - np.maximum(spans[n - 1, 1] - places, 0) * (n > 0)
 
 

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from lit_llama.data import batches as data
 from lit_llama.data import preparation
 from lit_llama.data.batches import BatchSchedule, Dataset, balance, loss_sum
 from lit_llama.data.preparation import TYPES, Encoder, prepare
@@ -184,15 +183,14 @@ def test_records_go_to_micro_batches_in_turn_and_back_the_longest_first() -> Non
 
 @pytest.mark.parametrize("limit", [None, 5])
 @pytest.mark.parametrize("documents", [False, True])
-def test_a_data_set_looked_at_block_by_block_is_the_same(
+def test_a_data_set_checked_block_by_block_is_the_same(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, documents: bool, limit: int | None
 ) -> None:
     rows = [{"text": f"{i} " * i} if documents else as_row(long_conversation(i % 5 + 1)) for i in range(1, 12)]
     prepare_records(tmp_path / "data", {"train": rows}, tokenizer.path, "plain" if documents else "zephyr")
     found = []
     for block in (2**20, 3, 1):
-        for module in (data, preparation):
-            monkeypatch.setattr(module, "BLOCK", block)
+        monkeypatch.setattr(preparation, "BLOCK", block)
         dataset = Dataset(tmp_path / "data", "train", 60, limit=limit)
         assert len(dataset) >= 5
         measures = (dataset.index, dataset.lengths, dataset.target_counts, dataset.batch(range(len(dataset))).input_ids)

@@ -132,16 +132,16 @@ def test_a_source_that_cannot_be_read_is_named_and_not_the_folder(
 def test_preparing_and_opening_records_takes_less_memory_than_their_tokens(tmp_path: Path, model_folder: Path) -> None:
     actions = []
     for name, n in (("few", 500), ("many", 20_000)):
-        rows = ({"text": f"{i} is a number that is followed by others, and so on. " * 4} for i in range(n))
+        rows = ({"text": f"{i} is a number that is followed by others, and so on. " * 12} for i in range(n))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
         source, out = f"Path({str(tmp_path / name)!r} + '.jsonl')", f"Path({str(tmp_path / name)!r})"
-        actions.append(f"prepare({out}, {{'train': {source}}}, encoder, 1, 10); Dataset({out}, 'train', 64)")
+        actions.append(f"prepare({out}, {{'train': {source}}}, encoder, 1, 10); Dataset({out}, 'train', 512)")
     before = f"""
 import lit_llama.data.batches, lit_llama.data.preparation
 from lit_llama.data.batches import Dataset
 from lit_llama.data.preparation import Encoder, prepare
 from lit_llama.tokenizer import Tokenizer
-lit_llama.data.preparation.BLOCK = lit_llama.data.batches.BLOCK = 2**10
+lit_llama.data.preparation.BLOCK = 2**10
 encoder = Encoder(Tokenizer(Path({str(model_folder / "tokenizer.json")!r})), "plain")
 {actions[0]}"""
     peak = peak_of(before, actions[1])
