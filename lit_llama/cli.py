@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 from lit_llama.errors import Stopped, UserError, imports_are_done
 from lit_llama.storage import files
-from lit_llama.storage.locks import release
 
 import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
@@ -91,7 +90,7 @@ def run(main: Callable[..., None]) -> None:
             traceback.print_exc()
         end(*explain(error))
     finally:
-        release()
+        files.release()
 
 
 def to_builtin(value: Any) -> Any:

@@ -18,7 +18,7 @@ from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.model_folder import check_state, file_in, suggest_flag
 from lit_llama.prompt import TEMPLATES, PromptStyle
 from lit_llama.storage.checks import check_types, from_fields
-from lit_llama.storage.files import check_finite, is_plain, read_file, write_file
+from lit_llama.storage.files import is_plain, read_file, write_tensors
 from lit_llama.storage.integrity import check_base, identity
 
 import torch
@@ -30,7 +30,6 @@ FIELDS = {"base": Mapping, "prompt_style": str, "hyperparameters": Mapping, "sta
 Setting = int | float | str | bool | None
 PROGRESS = {  # what a training state has in addition
     "step": int, "best": Mapping, "optimizer": Mapping, "metrics": str, "precision": Mapping,
-    "folder": str, "shards": Mapping,
 }  # fmt: skip
 ARCHIVED_STYLE: PromptStyle = "alpaca-stanford"
 
@@ -49,16 +48,15 @@ def describe(
 
 def save_finetuned(path: Path, about: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Write finite weights with what `describe` says of them."""
-    check_finite(path, state)
     grown = [tensor for name, tensor in state.items() if name.endswith(("lora_B", "gating_factor"))]  # from zero
     if grown and not any(tensor.any() for tensor in grown):
         raise UserError(f"{path} was not written: all of its updates are zero, so nothing was learned")
-    write_file(path, {**about, "state_dict": dict(state)})
+    write_tensors(path, {**about, "state_dict": dict(state)})
 
 
-def read_described(path: Path) -> dict[str, Any]:
+def read_described(path: Path, check_tensors: bool = True) -> dict[str, Any]:
     """What `save_finetuned` wrote, checked to be just that; or what the archived Lit-LLaMA wrote."""
-    content = read_file(path)
+    content = read_file(path, check_tensors)
     if "kind" not in content:
         return content
     for name in ("checksum", "version"):  # of earlier files

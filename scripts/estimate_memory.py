@@ -16,9 +16,8 @@ from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
 from lit_llama.model_folder import WEIGHTS, file_in, read_config
 from lit_llama.quantization import quantize_blocks
 from lit_llama.storage.files import CONFIG, read_file, read_json
-from lit_llama.training.distributed import store_as
 from lit_llama.training.optimizer import AdamW
-from lit_llama.training.run import Quantize
+from lit_llama.training.run import Quantize, store_as
 
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt

@@ -5,8 +5,17 @@ import signal
 from pathlib import Path
 
 from lit_llama.errors import UserError
-from lit_llama.storage.files import replacing, replacing_folder, write_file
-from lit_llama.storage.locks import LOCK, check_room, exclusive_lock, lock_output_folder, release, warn_of_no_locks
+from lit_llama.storage.files import (
+    LOCK,
+    check_room,
+    exclusive_lock,
+    lock_output_folder,
+    release,
+    replacing,
+    replacing_folder,
+    warn_of_no_locks,
+    write_file,
+)
 
 import pytest
 

@@ -23,9 +23,9 @@ from lit_llama.lora import TARGETS, LoRAConfig, add_lora, mark_only_lora_as_trai
 from lit_llama.model import Block, LLaMA, RMSNorm
 from lit_llama.training import memory
 from lit_llama.training import plan as preview
-from lit_llama.training.distributed import store_as
 from lit_llama.training.memory import peak_of_step
 from lit_llama.training.optimizer import AdamW
+from lit_llama.training.run import store_as
 
 import numpy as np
 import pytest

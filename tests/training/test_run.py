@@ -8,8 +8,8 @@ from typing import Any
 from lit_llama.data.batches import BatchSchedule, Dataset, loss_sum, matching_tokenizer
 from lit_llama.errors import UserError
 from lit_llama.finetuned import describe, save_finetuned
-from lit_llama.training.optimizer import AdamW
-from lit_llama.training.run import StepCheck, StopSignal, validation_loss
+from lit_llama.training.optimizer import AdamW, StepCheck
+from lit_llama.training.run import StopSignal, validation_loss
 from lit_llama.training.state import STATE_FILE, TrainingState
 
 import pytest
