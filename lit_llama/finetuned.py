@@ -59,8 +59,6 @@ def read_described(path: Path, check_tensors: bool = True) -> dict[str, Any]:
     content = read_file(path, check_tensors)
     if "kind" not in content:
         return content
-    for name in ("checksum", "version"):  # of earlier files
-        content.pop(name, None)
     with error_context(path, "it may be damaged: copy or write it again"):
         method = {content["kind"]: Mapping} if content["kind"] in ("lora", "adapter", "full") else {}
         check_types(content, {"kind": str, **method, **FIELDS}, PROGRESS)

@@ -121,8 +121,18 @@ def finish_loading(model: LLaMA, quantize: Quantization | None, dtype: torch.dty
 
 
 def find_model(path: Path | None, default: Path = DEFAULT_MODEL) -> Path:
-    """The weights of a model that is named by its folder or its file, or if none is named those of the default one."""
-    return default_model(default) if path is None else file_in(path)
+    """The weights of a model that is named by its folder or its file.
+
+    If none is named, the default one, or if that does not exist the one written last among the folders beside its own.
+    """
+    if path:
+        return file_in(path)
+    models = [] if default.exists() else list(default.parents[1].glob(f"[!.]*/{WEIGHTS}"))
+    if not models:
+        return default
+    last = max(models, key=lambda model: model.stat().st_mtime)
+    say(f"{default} does not exist; the model is {last}")
+    return last
 
 
 def file_in(path: Path, name: str = WEIGHTS) -> Path:
@@ -132,22 +142,12 @@ def file_in(path: Path, name: str = WEIGHTS) -> Path:
     return path / name if path.is_dir() else path
 
 
-def default_model(path: Path) -> Path:
-    """`path`, or if it does not exist the model that was written last among the folders of models there."""
-    models = [] if path.exists() else list(path.parents[1].glob(f"[!.]*/{WEIGHTS}"))
-    if not models:
-        return path
-    last = max(models, key=lambda model: model.stat().st_mtime)
-    say(f"{path} does not exist; the model is {last}")
-    return last
-
-
 def read_config(path: Path, state: Mapping[str, Any]) -> LLaMAConfig:
     """The config.json next to the checkpoint, or the LLaMA size that the shapes of its tensors imply."""
     file = path.with_name(CONFIG)
     if file.is_file():
         fields = read_json(file)
-        for name in ("files", "prompt_style", "checksum"):  # see check_listed, own_prompt_style; of old files
+        for name in ("files", "prompt_style"):  # see check_listed and own_prompt_style
             fields.pop(name, None)
         with error_context(file, "get it again"):
             return from_fields(LLaMAConfig, fields)
@@ -160,7 +160,7 @@ def read_config(path: Path, state: Mapping[str, Any]) -> LLaMAConfig:
 
 def own_prompt_style(path: Path) -> PromptStyle | None:
     """The template that the model of a checkpoint was trained with, as the config.json next to it says."""
-    file = path.with_name("config.json")
+    file = path.with_name(CONFIG)
     style = read_json(file).get("prompt_style") if file.is_file() else None
     return style if style in TEMPLATES else None
 

@@ -33,23 +33,19 @@ def progress(
     """The same items, counted on their way; where there is no bar, in a line each `interval` seconds and at the end.
 
     Args:
-        n: of how many units, if the items have no length, or are of several units each.
-        count: how many an item is of.
+        n: the number of units, if the items have no length, or are of several units each.
+        count: the units of an item.
     """
     n = len(items) if n is None and isinstance(items, Sized) else n
-    if on_terminal():
-        with tqdm(total=n, desc=what, unit=unit, dynamic_ncols=True) as bar:
-            for item in items:
-                yield item
-                bar.update(count(item))
-        return
-    start = last = time.perf_counter()
-    done = 0
-    for item in items:
-        yield item
-        done += count(item)
-        now = time.perf_counter()
-        if now - last >= interval and done != n:
-            say(f"{what}: {unit} {done:,}{'' if n is None else f' of {n:,}'}")
-            last = now
-    say(f"{what}: {unit} {done:,} of {done if n is None else n:,}, {time.perf_counter() - start:.1f} s")
+    start, terminal = time.perf_counter(), on_terminal()
+    last, done = start, 0
+    with tqdm(total=n, desc=what, unit=unit, dynamic_ncols=True, disable=not terminal) as bar:
+        for item in items:
+            yield item
+            done += count(item)
+            bar.update(count(item))
+            if not terminal and time.perf_counter() - last >= interval and done != n:
+                say(f"{what}: {unit} {done:,}{'' if n is None else f' of {n:,}'}")
+                last = time.perf_counter()
+    if not terminal:
+        say(f"{what}: {unit} {done:,} of {done if n is None else n:,}, {time.perf_counter() - start:.1f} s")

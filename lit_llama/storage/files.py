@@ -141,19 +141,27 @@ def replacing_folder(folder: Path, owned: str) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(folder))
     part = target.with_name(f".{target.name}.part")
-    check_replaceable(folder, target)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{folder} is a file, expected a folder to write; give another --out_dir")
+    if target == Path.cwd() or target.is_mount():
+        raise UserError(f"{folder} cannot be replaced as a whole; give a folder inside it")
+    if inner := [entry.name for entry in (target.iterdir() if target.exists() else ()) if entry.is_dir()]:
+        raise UserError(f"{folder} holds a folder, {inner[0]}, which is not part of a result; give another one")
     with as_user_error(folder), ExitStack() as locks:
         target.parent.mkdir(parents=True, exist_ok=True)
         locks.enter_context(exclusive_lock(lock_of(target), folder))
         if target.exists():
             locks.enter_context(exclusive_lock(target / LOCK, folder))  # a run may be writing to it
         try:
-            remove_folder(part)  # of a run that was killed
+            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
             part.mkdir()
             yield part
             for file in target.iterdir() if target.exists() else ():
                 if not re.fullmatch(owned, file.name):
-                    link_or_copy(file, part / file.name)
+                    try:
+                        os.link(file, part / file.name, follow_symlinks=False)
+                    except OSError:  # a file system without hard links
+                        shutil.copy2(file, part / file.name, follow_symlinks=False)
             for file in part.iterdir():
                 flush(file)
             flush(part)
@@ -165,32 +173,7 @@ def replacing_folder(folder: Path, owned: str) -> Iterator[Path]:
         except UserError as error:  # it names a file in the folder of another name
             raise UserError(str(error).replace(str(part), str(folder))) from None
         finally:
-            remove_folder(part)
-
-
-def check_replaceable(folder: Path, target: Path) -> None:
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{folder} is a file, expected a folder to write; give another --out_dir")
-    if target == Path.cwd() or target.is_mount():
-        raise UserError(f"{folder} cannot be replaced as a whole; give a folder inside it")
-    for entry in target.iterdir() if target.exists() else ():
-        if entry.is_dir():
-            raise UserError(f"{folder} holds a folder, {entry.name}, which is not part of a result; give another one")
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder of our own making, with all that is in it."""
-    if folder.is_symlink() or folder.is_file():
-        folder.unlink()
-    elif folder.exists():
-        shutil.rmtree(folder)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target, follow_symlinks=False)
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def swap(one: Path, other: Path) -> None:
@@ -305,7 +288,7 @@ def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_apart(source: Path, target: Path) -> None:
-    """Raise a UserError if writing `target`, a file or a folder, would replace `source`, which is read."""
+    """Raise a UserError if writing `target` would replace `source`, which is read."""
     if source.resolve() == target.resolve():
         raise UserError(f"{target} is read by this command; choose another place to write to")
 

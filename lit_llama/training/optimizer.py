@@ -88,17 +88,15 @@ class StepCheck:
         if math.isfinite(loss) and not math.isfinite(norm) and self.scaler and self.scaler.get_scale() > 1:
             self.log.say(f"step {number + 1} is skipped: its gradient is too large for float16, so it is scaled down")
         elif not math.isfinite(loss + norm):
-            damaged = [
-                name for name, tensor in self.model.named_parameters() if not whole_tensor(tensor).isfinite().all()
-            ]
             what = f"the loss of step {number + 1} is {loss:.4g}, its gradient's norm {norm:.4g}, so it was not taken"
-            if damaged:
-                raise UserError(f"{what}; {damaged[0]} is not finite either: the weights were damaged before this step")
-            raise UserError(f"{what}; what was saved stays: resume with a lower --learning_rate, or look at {records}")
+            remedy = f"what was saved stays: resume with a lower --learning_rate, or look at {records}"
+            for name, tensor in self.model.named_parameters():
+                if not whole_tensor(tensor).isfinite().all():
+                    remedy = f"{name} is not finite either: the weights were damaged before this step"
+            raise UserError(f"{what}; {remedy}")
         if self.mean is not None and loss > 10 * self.mean:
-            self.log.say(
-                f"warning: the loss of step {number + 1} is {loss:.4g}, after {self.mean:.4g} on average: {records}"
-            )
+            found = f"the loss of step {number + 1} is {loss:.4g}, after {self.mean:.4g} on average"
+            self.log.say(f"warning: {found}: {records}")
         self.mean = loss if self.mean is None else 0.9 * self.mean + 0.1 * loss
 
 
