@@ -44,20 +44,16 @@ output_folders = ExitStack()  # that this process has locked
 
 @contextmanager
 def exclusive_lock(path: Path, target: Path) -> Iterator[None]:
-    """Lock `path`, a file that is there meanwhile, so that no other process writes `target`.
+    """Lock `path`, a file that is there meanwhile; a UserError if another process is writing `target`.
 
     This process may lock it again. The lock is the system's: it ends with the process, however that ends.
-
-    Raises:
-        UserError: if another process is writing `target`.
     """
     lock = FileLock(path, timeout=0, thread_local=False, is_singleton=True, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(
-            f"{target} is being written by another process; wait until it ends, or write elsewhere"
-        ) from None
+        remedy = "wait until it ends, or write elsewhere"
+        raise UserError(f"{target} is being written by another process; {remedy}") from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
@@ -102,10 +98,8 @@ def check_room(folder: Path, n_bytes: int) -> None:
         raise UserError(f"a file of {n_bytes / 1e9:.2g} GB is to be written, but ulimit -f allows {limit} bytes")
     free = shutil.disk_usage(folder).free
     if n_bytes > free:
-        raise UserError(
-            f"a file of {n_bytes / 1e9:.2g} GB is to be written to {folder}, where only {free / 1e9:.2g} GB are free; "
-            "make room or write elsewhere"
-        )
+        there = f"{folder}, where only {free / 1e9:.2g} GB are free; make room or write elsewhere"
+        raise UserError(f"a file of {n_bytes / 1e9:.2g} GB is to be written to {there}")
 
 
 @contextmanager
@@ -296,8 +290,7 @@ def check_apart(source: Path, target: Path) -> None:
 def read_file(path: Path, check_tensors: bool = True) -> dict[str, Any]:
     """The mapping that torch.save wrote to `path`, after a check that it is intact. Tensors stay on the disk.
 
-    Args:
-        check_tensors: whether the check is of the tensors' bytes, too; for a file of which only the shapes matter, no.
+    `check_tensors` is whether their bytes are checked, too; not needed if only their shapes matter.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")
@@ -307,9 +300,8 @@ def read_file(path: Path, check_tensors: bool = True) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} holds more than weights (code, perhaps) and was not opened; get it elsewhere"
-        ) from None
+        what = "holds more than weights (code, perhaps) and was not opened"
+        raise UserError(f"{path} {what}; get it elsewhere") from None
     except Exception as error:  # a description that makes no sense ends in any of a dozen kinds
         if "Cannot allocate memory" in str(error):
             raise MemoryError(f"could not map {path}") from None
@@ -364,21 +356,14 @@ def check_listed(path: Path) -> None:
     files = read_json(config).get("files") if config.is_file() else None
     expected = files.get(path.name) if isinstance(files, dict) else None
     if expected and expected != (fingerprint(path) if path.suffix == ".pth" else digest(path)):
-        raise UserError(
-            f"{path} is not the file that {config} was written with; copy both again, or remove its "
-            '"files" if you have exchanged the file'
-        )
+        remedy = 'copy both again, or remove its "files" if you have exchanged the file'
+        raise UserError(f"{path} is not the file that {config} was written with; {remedy}")
 
 
 def is_plain(value: Any) -> bool:
     """Whether a value is a tensor whose numbers all lie in memory or in its file, one by one."""
-    return (
-        isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and not value.is_quantized
-        and value.nbytes <= value.untyped_storage().nbytes()
-    )
+    is_dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+    return is_dense and value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()
 
 
 def page_out(tensor: Tensor) -> None:

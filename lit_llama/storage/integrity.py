@@ -22,8 +22,7 @@ THREADS = 8  # that compute checksums, faster than disks are
 def check_archive(path: Path, tensors: bool = True) -> None:
     """Raise a UserError unless a file of torch.save is intact, and opening it takes no more memory than its size.
 
-    Args:
-        tensors: check the bytes of the tensors, too, not only what describes them.
+    Without `tensors`, only what describes them is checked.
     """
     try:
         with ZipFile(path) as archive:
@@ -36,9 +35,8 @@ def check_archive(path: Path, tensors: bool = True) -> None:
             found = pool.map(partial(first_damaged, path), [names[i::THREADS] for i in range(THREADS)])
         damaged = next(filter(None, found), None)
     except Exception:  # the standard library's parser raises a dozen kinds
-        raise UserError(
-            f"{path} is truncated, or not a checkpoint of PyTorch 1.6 or later; copy or convert it again"
-        ) from None
+        problem = "is truncated, or not a checkpoint of PyTorch 1.6 or later"
+        raise UserError(f"{path} {problem}; copy or convert it again") from None
     if excessive:
         raise UserError(f"{path} would take far more memory than its size, and was not opened; get it from elsewhere")
     if damaged:
@@ -81,16 +79,12 @@ def identity(path: Path) -> dict[str, str]:
 def check_base(path: Path, trained_on: Mapping[str, Any], given: Mapping[str, Any], remedy: str) -> None:
     """Raise a UserError if what `path` holds was trained on another base model than the one that is given.
 
-    Args:
-        trained_on: what `identity` said of the one, among other things; files of earlier versions do not tell.
-        given: what it says of the other.
+    `trained_on` and `given` are what `identity` says of each, among other things; imported files do not tell.
     """
     theirs, ours = trained_on.get("base"), given.get("base")
     if theirs and ours and theirs != ours:
-        raise UserError(
-            f"{path} was trained on {trained_on.get('base_path')} (fingerprint {theirs}), not on {given['base_path']} "
-            f"({ours}); {remedy}"
-        )
+        base = f"{trained_on.get('base_path')} (fingerprint {theirs}), not on {given['base_path']} ({ours})"
+        raise UserError(f"{path} was trained on {base}; {remedy}")
 
 
 def digest(path: Path) -> str:

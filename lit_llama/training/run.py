@@ -1,4 +1,8 @@
-"""What is around a training loop: launching, loading, validation, stopping on a signal."""
+"""What is around a training loop: launching, loading, validation, stopping on a signal.
+
+With FSDP2 (fully_shard) a model is spread over several devices. A sharded parameter is a DTensor: each device stores a
+slice of its rows. A block's parameters are gathered just before it is computed, and dropped after it.
+"""
 
 import os
 import signal
@@ -59,8 +63,7 @@ def launch(
         fabric.launch()
     except (ValueError, RuntimeError, MisconfigurationException) as error:  # what it says of settings is clear enough
         raise UserError(f"could not launch {n} processes: {str(error).splitlines()[0]}") from None
-    if fabric.world_size != n:
-        launched = fabric.world_size
+    if (launched := fabric.world_size) != n:
         raise UserError(f"expected {n} processes (devices x nodes), but {launched} were launched; change --devices")
     return fabric
 

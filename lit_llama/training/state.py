@@ -31,6 +31,7 @@ from lit_llama.storage.files import (
     write_tensors,
 )
 from lit_llama.storage.integrity import check_base
+from lit_llama.training.optimizer import whole_tensor
 from lit_llama.training.run import fill
 
 import torch
@@ -247,7 +248,7 @@ def write_gathered(
 ) -> None:
     """Have the first process write the tensors in `content`, in `dtype` if that is given; called by all processes.
 
-    Sharded ones are gathered one by one: no process holds more than the largest of them.
+    Sharded ones are gathered one by one, so that no process holds more than the largest of them twice.
     """
     is_first = fabric.is_global_zero
     tensors = ((name, gathered(t, dtype)) for name, t in named_tensors(content) if is_first or isinstance(t, DTensor))
@@ -264,20 +265,8 @@ def write_gathered(
 
 @torch.no_grad()
 def gathered(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor in one piece, on the CPU, and in `dtype` if that is given; called by all processes if it is sharded.
-
-    It takes memory for one piece, where `full_tensor` takes two.
-    """
-    if not isinstance(tensor, DTensor):
-        return tensor.to("cpu", dtype)
-    dtype = dtype or tensor.dtype
-    own, mesh = tensor.to_local().to(dtype), tensor.device_mesh
-    whole = torch.empty(tensor.shape, dtype=dtype, device=own.device)
-    for i, rows in enumerate(whole.chunk(mesh.size())):
-        if i == mesh.get_local_rank():
-            rows.copy_(own)
-        dist.broadcast(rows, i)
-    return whole.cpu()
+    """A tensor in one piece, on the CPU, and in `dtype` if that is given; called by all processes if it is sharded."""
+    return whole_tensor(tensor).to("cpu", dtype)
 
 
 def on_all_processes(fabric: Fabric, action: Callable[..., Any], *args: Any) -> None:
