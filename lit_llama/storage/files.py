@@ -241,7 +241,7 @@ def write_tensors(path: Path, content: Mapping[str, Any], tensors: Iterable[tupl
                 padding = -(archive.start_dir + header) % 64  # as torch aligns numbers
                 member.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
                 with archive.open(member, "w", force_zip64=True) as file:
-                    file.write(descriptions[name] if name in descriptions else numbers(path, *next(tensors)))
+                    file.write(descriptions[name] if name in descriptions else bytes_of(path, *next(tensors)))
         with ZipFile(part) as archive:
             if damaged := archive.testzip():
                 raise UserError(f"{path} was not written: {damaged} is not read back as it was written; try again")
@@ -259,7 +259,7 @@ def named_tensors(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tupl
     yield from found.values()
 
 
-def numbers(path: Path, name: str, tensor: Tensor) -> memoryview:
+def bytes_of(path: Path, name: str, tensor: Tensor) -> memoryview:
     """The bytes of a tensor to be written to `path`."""
     check_finite(path, {name: tensor})
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

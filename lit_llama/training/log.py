@@ -39,8 +39,8 @@ def make_logger(name: str | None, out_dir: Path) -> Logger | None:
             from lightning.fabric.loggers import TensorBoardLogger
 
             return TensorBoardLogger(out_dir, name="tensorboard", version="")  # a resumed run goes on in this folder
-        module, _, kind = name.rpartition(".")
-        return getattr(import_module(module), kind)(save_dir=out_dir)
+        module, _, class_name = name.rpartition(".")
+        return getattr(import_module(module), class_name)(save_dir=out_dir)
     except (ImportError, ValueError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         remedy = "run: pip install -e '.[tensorboard]'" if name == "tensorboard" else "name its class, module and all"

@@ -81,21 +81,21 @@ class StepCheck:
         self.log, self.model, self.scaler = log, model, getattr(precision, "scaler", None)
         self.mean: float | None = None  # of the latest losses
 
-    def __call__(self, step: Step, number: int, loss: float, norm: float) -> None:
+    def __call__(self, data: Step, step: int, loss: float, norm: float) -> None:
         """Report a loss that has shot up; raise a UserError if it or the norm of the gradients is inf or nan."""
-        records = ", ".join(map(str, sorted(step.dataset.index[step.records])[:8]))
-        records = f"records {records}{' and others' if step.n_records > 8 else ''} (counted from 0, as prepared)"
+        records = ", ".join(map(str, sorted(data.dataset.index[data.records])[:8]))
+        records = f"records {records}{' and others' if data.n_records > 8 else ''} (counted from 0, as prepared)"
         if math.isfinite(loss) and not math.isfinite(norm) and self.scaler and self.scaler.get_scale() > 1:
-            self.log.say(f"step {number + 1} is skipped: its gradient is too large for float16, so it is scaled down")
+            self.log.say(f"step {step + 1} is skipped: its gradient is too large for float16, so it is scaled down")
         elif not math.isfinite(loss + norm):
-            what = f"the loss of step {number + 1} is {loss:.4g}, its gradient's norm {norm:.4g}, so it was not taken"
+            what = f"the loss of step {step + 1} is {loss:.4g}, its gradient's norm {norm:.4g}, so it was not taken"
             remedy = f"what was saved stays: resume with a lower --learning_rate, or look at {records}"
             for name, tensor in self.model.named_parameters():
                 if not whole_tensor(tensor).isfinite().all():
                     remedy = f"{name} is not finite either: the weights were damaged before this step"
             raise UserError(f"{what}; {remedy}")
         if self.mean is not None and loss > 10 * self.mean:
-            found = f"the loss of step {number + 1} is {loss:.4g}, after {self.mean:.4g} on average"
+            found = f"the loss of step {step + 1} is {loss:.4g}, after {self.mean:.4g} on average"
             self.log.say(f"warning: {found}: {records}")
         self.mean = loss if self.mean is None else 0.9 * self.mean + 0.1 * loss
 

@@ -22,7 +22,6 @@ from lit_llama.model_folder import check_state, save_model_folder
 from lit_llama.storage.checks import check_types, from_fields
 from lit_llama.storage.files import (
     check_room,
-    exclusive_lock,
     is_plain,
     lock_of,
     lock_output_folder,
@@ -117,8 +116,7 @@ class TrainingState:
             line = f"nothing left to do: the run is complete after step {step}, and {results[0]} is written"
             print(f"{line}; to train on, raise {flags}", file=sys.stderr)
             for path in results:
-                with exclusive_lock(lock_of(path), path):  # which removes what a killed run has left of it
-                    pass
+                lock_of(path).unlink(missing_ok=True)  # a killed run may have left it; this one has the folder
         return complete
 
     def recommend(self, last: Path, best: Path) -> tuple[Path, str]:
@@ -238,8 +236,7 @@ def save_model(
 ) -> None:
     """Write a model in `dtype` with its `files`, the tokenizer's; called by all processes."""
     config, style = from_fields(LLaMAConfig, metadata["base"]), metadata["prompt_style"]
-    shapes = {id(tensor): torch.empty(tensor.shape, dtype=dtype, device="meta") for tensor in weights.values()}
-    layout = {name: shapes[id(tensor)] for name, tensor in weights.items()}
+    layout = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in weights.items()}
     write_gathered(fabric, partial(save_model_folder, folder, layout, config, files, style), weights, dtype)
 
 

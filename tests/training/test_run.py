@@ -209,7 +209,7 @@ def test_a_damaged_state_and_an_edited_metrics_file_are_named(tmp_path: Path, ca
     for change, message in (
         ({"optimizer": {"state": {0: {}}, "param_groups": [{}]}}, "does not have exp_avg"),
         ({"optimizer": {"state": {99: {}}, "param_groups": [{}]}}, "is of 99"),
-        ({"optimizer": {"state": {}, "param_groups": [{"step": "x"}]}}, "step of the optimizer is 'x'"),
+        ({"optimizer": {"state": {}, "param_groups": [{"step": "x"}]}}, "step is 'x', expected a whole number"),
         ({"step": 0}, "of step 0, expected 1 or more"),
     ):
         progress = {"step": 1, "optimizer": {"state": {}, "param_groups": []}, **change}
