@@ -88,24 +88,11 @@ def load_base(fabric: Fabric, path: Path, dtype: torch.dtype, quantize: Quantize
     return load_model(path)
 
 
-def store_as(module: nn.Module, frozen_dtype: torch.dtype, room_on: torch.device | None = None) -> None:
-    """Store frozen parameters in `frozen_dtype` and trained ones in float32, in which small updates are not lost.
-
-    With `room_on`, only make room for what is not sharded yet, on that device. Until it is written to, it takes no
-    memory on a CPU, so that `fully_shard` can cut it into shares.
-    """
-    for parameter in module.parameters():
-        dtype = torch.float32 if parameter.requires_grad else frozen_dtype
-        if room_on is None or isinstance(parameter, DTensor):
-            parameter.data = parameter.data.to(dtype)
-        else:
-            parameter.data = torch.empty_like(parameter, dtype=dtype, device=room_on)
-
-
 def shard(model: LLaMA, mesh: DeviceMesh, compute_dtype: torch.dtype) -> LLaMA:
     """Spread a model over the devices, block by block, so that none of them ever holds all of it.
 
     `mesh` is Fabric's, which also has a dimension for tensor parallelism; given whole, it would mean replication.
+    Frozen parameters are stored in `compute_dtype`, trained ones in float32, in which small updates are not lost.
     Parameters are gathered in `compute_dtype`; gradients are summed in float32. The head belongs to the model's own
     group, which stays gathered during a step: its gradient is computed together with the loss, chunk by chunk.
     """
@@ -113,7 +100,10 @@ def shard(model: LLaMA, mesh: DeviceMesh, compute_dtype: torch.dtype) -> LLaMA:
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     untied = [] if model.config.tie_embeddings else [model.transformer.wte]  # a tied one stays with the head
     for module in (*model.transformer.h, *untied, model):
-        store_as(module, compute_dtype, torch.device(mesh.device_type))
+        for parameter in module.parameters():
+            if not isinstance(parameter, DTensor):  # make room, which takes no memory on a CPU until it is written to
+                dtype = torch.float32 if parameter.requires_grad else compute_dtype
+                parameter.data = torch.empty_like(parameter, dtype=dtype, device=mesh.device_type)
         fully_shard(module, mesh=mesh["data_parallel"], mp_policy=policy)
     for name, parameter in model.named_parameters():
         fill(parameter, whole[name])

@@ -25,12 +25,12 @@ from lit_llama.training import memory
 from lit_llama.training import plan as preview
 from lit_llama.training.memory import peak_of_step
 from lit_llama.training.optimizer import AdamW
-from lit_llama.training.run import store_as
 
 import numpy as np
 import pytest
 import torch
 from builders import ROOT, TINY, Lengths, random_model, run_script
+from estimate_memory import store_as
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 from memory_parts import Ledger, estimate_step
 from torch import Tensor, nn

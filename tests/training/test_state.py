@@ -11,28 +11,12 @@ from pathlib import Path
 
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.model_folder import save_model_folder
-from lit_llama.storage.files import read_file, write_tensors
-from lit_llama.storage.integrity import fingerprint
 from lit_llama.training.log import read_metrics
 
 import pytest
 import torch
 from builders import ROOT, run_script, state_tensors
 from test_distributed import arguments, on_two_processes
-
-
-def test_a_file_written_tensor_by_tensor_is_that_of_torch(tmp_path: Path) -> None:
-    state = {"a": torch.randn(5, 3), "empty": torch.empty(0, 3), "b": torch.randn(7).bfloat16(), "c": torch.tensor(3.0)}
-    state["twin"] = state["a"]
-    write_tensors(tmp_path / "ours.pth", state)
-    torch.save(state, tmp_path / "torch.pth")
-    for mmap in (True, False):
-        read = torch.load(tmp_path / "ours.pth", weights_only=True, mmap=mmap)
-        assert list(read) == list(state)
-        assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
-        assert read["twin"].data_ptr() == read["a"].data_ptr()
-    assert fingerprint(tmp_path / "ours.pth") == fingerprint(tmp_path / "torch.pth")
-    read_file(tmp_path / "ours.pth")  # compares the CRC32s
 
 
 def test_resume_auto_begins_and_continues(checkpoint: Path, data_dir: Path, tmp_path: Path) -> None:
