@@ -18,18 +18,9 @@ from lit_llama.model_folder import WEIGHTS, find_model
 from lit_llama.storage.files import check_apart
 from lit_llama.storage.integrity import identity
 from lit_llama.training.log import TrainingLog, make_logger
-from lit_llama.training.optimizer import AdamW, LearningRate, LRSchedule, clip_gradients
+from lit_llama.training.optimizer import AdamW, LearningRate, LRSchedule, StepCheck, clip_gradients, sum_over_devices
 from lit_llama.training.plan import expected_memory, plan, show_records
-from lit_llama.training.run import (
-    StepCheck,
-    StopSignal,
-    Strategy,
-    compile_blocks,
-    launch,
-    load_base,
-    sum_over_devices,
-    validation_loss,
-)
+from lit_llama.training.run import StopSignal, Strategy, compile_blocks, launch, load_base, validation_loss
 from lit_llama.training.state import Resume, TrainingState, save_model
 
 import torch
@@ -109,9 +100,9 @@ def main(
     moments = getattr(torch, moments_dtype)
     adamw = AdamW(trained, lr=learning_rate, weight_decay=weight_decay, moments_dtype=moments)
     optimizer: Any = fabric.setup_optimizers(adamw)
-    model_files = (llama.config, tokenizer.files(), train_data.prompt_style)
     metadata = describe(None, llama.config, train_data.prompt_style, settings)
-    first_step = state.restore(llama.state_dict(), optimizer)
+    weights = llama.state_dict(keep_vars=True)  # a tied head is the embedding itself, and saved once
+    first_step = state.restore(weights, optimizer)
     limits = {"--max_steps": max_steps or sys.maxsize, "--num_epochs": num_epochs * schedule.steps_per_epoch}
     n_steps = min(limits.values())
     rate = LearningRate(learning_rate, warmup_steps, lr_schedule, n_steps)
@@ -161,15 +152,15 @@ def main(
             val_loss = validation_loss(fabric, model, val_data, micro_batch_size)
             log.validation(done, val_loss)
             if state.is_best(done, val_loss):
-                save_model(fabric, out_dir / BEST_FOLDER, llama.state_dict(), dtype, *model_files)
+                save_model(fabric, out_dir / BEST_FOLDER, metadata, weights, dtype, tokenizer.files())
         stopping = fabric.strategy.reduce_boolean_decision(stop.requested, all=False)
         if done % save_interval == 0 or done == n_steps or stopping or state.is_patience_over(patience):
-            state.save(done, metadata, llama.state_dict(), optimizer)
+            state.save(done, metadata, weights, optimizer)
         if stopping:
             raise Stopped(f"stopped after step {done} as requested; continue with --resume true", stop.status)
 
     log.close(f"{pretrained_path.parent.name}, all weights")
-    save_model(fabric, out_dir, llama.state_dict(), dtype, *model_files)
+    save_model(fabric, out_dir, metadata, weights, dtype, tokenizer.files())
     path = out_dir / WEIGHTS
     if fabric.is_global_zero:
         recommended, verdict = state.recommend(path, out_dir / BEST_FOLDER / WEIGHTS)

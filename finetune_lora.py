@@ -17,19 +17,9 @@ from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, mark_only_lora
 from lit_llama.model_folder import find_model
 from lit_llama.storage.integrity import identity
 from lit_llama.training.log import TrainingLog, make_logger
-from lit_llama.training.optimizer import LearningRate, LRSchedule, clip_gradients
+from lit_llama.training.optimizer import LearningRate, LRSchedule, StepCheck, clip_gradients, sum_over_devices
 from lit_llama.training.plan import expected_memory, plan, show_records
-from lit_llama.training.run import (
-    Quantize,
-    StepCheck,
-    StopSignal,
-    Strategy,
-    compile_blocks,
-    launch,
-    load_base,
-    sum_over_devices,
-    validation_loss,
-)
+from lit_llama.training.run import Quantize, StopSignal, Strategy, compile_blocks, launch, load_base, validation_loss
 from lit_llama.training.state import Resume, TrainingState, save_weights
 
 import torch
@@ -113,7 +103,8 @@ def main(
     trained = [parameter for parameter in llama.parameters() if parameter.requires_grad]
     optimizer: Any = fabric.setup_optimizers(torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay))
     metadata = describe(config, llama.config, train_data.prompt_style, settings)
-    first_step = state.restore(lora_state_dict(llama), optimizer)
+    weights = lora_state_dict(llama)
+    first_step = state.restore(weights, optimizer)
     limits = {"--max_steps": max_steps or sys.maxsize, "--num_epochs": num_epochs * schedule.steps_per_epoch}
     n_steps = min(limits.values())
     rate = LearningRate(learning_rate, warmup_steps, lr_schedule, n_steps)
@@ -165,16 +156,16 @@ def main(
             val_loss = validation_loss(fabric, model, val_data, micro_batch_size)
             log.validation(done, val_loss)
             if state.is_best(done, val_loss):
-                save_weights(fabric, out_dir / BEST_FILE, metadata, lora_state_dict(llama), dtype)
+                save_weights(fabric, out_dir / BEST_FILE, metadata, weights, dtype)
         stopping = fabric.strategy.reduce_boolean_decision(stop.requested, all=False)
         if done % save_interval == 0 or done == n_steps or stopping or state.is_patience_over(patience):
-            state.save(done, metadata, lora_state_dict(llama), optimizer)
+            state.save(done, metadata, weights, optimizer)
         if stopping:
             raise Stopped(f"stopped after step {done} as requested; continue with --resume true", stop.status)
 
     path = out_dir / LORA_FILE
     log.close(f"{pretrained_path.parent.name}, LoRA with r = {lora_r}")
-    save_weights(fabric, path, metadata, lora_state_dict(llama), dtype)  # last: where this is, a run is complete
+    save_weights(fabric, path, metadata, weights, dtype)  # last: where this is, a run is complete
     if fabric.is_global_zero:
         recommended, verdict = state.recommend(path, out_dir / BEST_FILE)
         log.say(f"{verdict}Saved {path} ({path.stat().st_size / 1e6:.1f} MB). Ask it something:")

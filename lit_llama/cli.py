@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 from lit_llama.errors import Stopped, UserError, imports_are_done
 from lit_llama.storage import files
-from lit_llama.storage.locks import release
 
 import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
@@ -107,7 +106,7 @@ def run(main: Callable[..., None]) -> None:
             sys.exit(status)  # the first of several processes says it
         end(message, status)
     finally:
-        release()
+        files.release()
 
 
 def to_builtin(value: Any) -> Any:

@@ -19,7 +19,7 @@ from lit_llama.model_folder import check_state, file_in, suggest_flag
 from lit_llama.progress import say
 from lit_llama.prompt import TEMPLATES, PromptStyle
 from lit_llama.storage.checks import check_types, from_fields
-from lit_llama.storage.files import check_finite, is_plain, read_file, write_file
+from lit_llama.storage.files import is_plain, read_file, write_tensors
 from lit_llama.storage.integrity import check_base, identity
 
 import torch
@@ -31,7 +31,6 @@ FIELDS = {"base": Mapping, "prompt_style": str, "hyperparameters": Mapping, "sta
 Setting = int | float | str | bool | None
 PROGRESS = {  # what a training state has in addition
     "step": int, "best": Mapping, "optimizer": Mapping, "metrics": str, "precision": Mapping,
-    "folder": str, "shards": Mapping,
 }  # fmt: skip
 ARCHIVED_STYLE: PromptStyle = "alpaca-stanford"
 
@@ -44,26 +43,23 @@ def describe(
 ) -> dict[str, Any]:
     """What a file says about its weights; `method` is None if all weights are finetuned."""
     kind = {LoRAConfig: "lora", AdapterConfig: "adapter"}[type(method)] if method else "full"
-    about = {"kind": kind, kind: asdict(method) if method else {}, "base": asdict(base)}
-    return {**about, "prompt_style": prompt_style, "hyperparameters": dict(hyperparameters)}
+    metadata = {"kind": kind, kind: asdict(method) if method else {}, "base": asdict(base)}
+    return {**metadata, "prompt_style": prompt_style, "hyperparameters": dict(hyperparameters)}
 
 
-def save_finetuned(path: Path, about: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+def save_finetuned(path: Path, metadata: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Write finite weights with what `describe` says of them."""
-    check_finite(path, state)
     grown = [tensor for name, tensor in state.items() if name.endswith(("lora_B", "gating_factor"))]  # from zero
     if grown and not any(tensor.any() for tensor in grown):
         raise UserError(f"{path} was not written: all of its updates are zero, so nothing was learned")
-    write_file(path, {**about, "state_dict": dict(state)})
+    write_tensors(path, {**metadata, "state_dict": dict(state)})
 
 
-def read_described(path: Path) -> dict[str, Any]:
+def read_described(path: Path, check_tensors: bool = True) -> dict[str, Any]:
     """What `save_finetuned` wrote, checked to be just that; or what the archived Lit-LLaMA wrote."""
-    content = read_file(path)
+    content = read_file(path, check_tensors)
     if "kind" not in content:
         return content
-    for name in ("checksum", "version"):  # of earlier files
-        content.pop(name, None)
     with error_context(path, "it may be damaged: copy or write it again"):
         method = {content["kind"]: Mapping} if content["kind"] in ("lora", "adapter", "full") else {}
         check_types(content, {"kind": str, **method, **FIELDS}, PROGRESS)
@@ -78,16 +74,13 @@ def read_described(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FinetunedFile:
-    """What a file of LoRA or adapter weights holds.
+    """What a file of LoRA or adapter weights holds: `tensors` has the trained parameters under Lit-LLaMA's names.
 
-    Attributes:
-        config: a LoRAConfig or an AdapterConfig.
-        tensors: the trained parameters, under Lit-LLaMA's names.
-        base: the base model's config; like the hyperparameters, the archived Lit-LLaMA did not store it.
+    The archived Lit-LLaMA stored neither the base model's config nor hyperparameters.
     """
 
     path: Path
-    config: Any
+    config: Any  # a LoRAConfig or an AdapterConfig
     tensors: Mapping[str, Tensor]
     prompt_style: PromptStyle = ARCHIVED_STYLE
     base: LLaMAConfig | None = None
@@ -140,8 +133,11 @@ def read_finetuned(
     path = file_in(path, FILE_NAMES[kind])
     content = read_described(path)
     if "kind" not in content and any(f"{kind}_" in name for name in content):
-        archived = archived_lora(path, content, alpha) if kind == "lora" else archived_adapter(path, content)
-        return FinetunedFile(path, archived, content)
+        if kind == "lora" and alpha is None:
+            remedy = "pass --lora_alpha (its default was 16)"
+            raise UserError(f"{path} was written by the archived Lit-LLaMA, which did not store alpha; {remedy}")
+        with error_context(path):
+            return FinetunedFile(path, archived_config(kind, content, alpha), content)
     if content.get("kind") != kind:
         raise UserError(f"{path} is not a file that finetune_{kind}.py wrote{suggest_flag(content)}")
     if kind == "lora" and alpha not in (None, content["lora"].get("alpha")):
@@ -156,32 +152,21 @@ def read_finetuned(
     return FinetunedFile(path, config, content["state_dict"], content["prompt_style"], base, hyperparameters)
 
 
+def archived_config(kind: Kind, state: Mapping[str, Tensor], alpha: float | None) -> LoRAConfig | AdapterConfig:
+    """The config of a file of the archived Lit-LLaMA, as its tensors imply it."""
+    matrices = {name: tensor for name, tensor in state.items() if is_plain(tensor) and tensor.dim() == 2}
+    if kind == "lora":
+        r = next((tensor.size(1) for name, tensor in matrices.items() if name.endswith("lora_B")), 0)
+        return LoRAConfig(r, alpha, dropout=0.0, targets=("query", "value"))  # pyrefly: ignore
+    pattern = re.compile(r"transformer\.h\.(\d{1,4})\.attn\.adapter_wte\.weight")
+    lengths = {int(match[1]): len(matrices[name]) for name in matrices if (match := pattern.fullmatch(name))}
+    first = min(lengths, default=0)
+    return AdapterConfig(lengths.get(first, 0), first)
+
+
 def base_is_nf4(*files: FinetunedFile | None) -> bool:
     """Whether LoRA or adapter weights were learned on a base in 4 bits, so that it is to be rounded as it was then."""
     answers = {file.hyperparameters.get("quantize") == "nf4" for file in files if file}
     if len(answers) > 1:
         raise UserError("some of the files were trained on a 4-bit base and some were not; give one kind at a time")
     return True in answers
-
-
-def archived_lora(path: Path, state: Mapping[str, Tensor], alpha: float | None) -> LoRAConfig:
-    if alpha is None:
-        raise UserError(
-            f"{path} was written by the archived Lit-LLaMA, which did not store alpha; pass --lora_alpha (its default "
-            "was 16)"
-        )
-    r = next((tensor.size(1) for name, tensor in state.items() if name.endswith("lora_B") and is_matrix(tensor)), 0)
-    with error_context(path):
-        return LoRAConfig(r, alpha, dropout=0.0, targets=("query", "value"))
-
-
-def archived_adapter(path: Path, state: Mapping[str, Tensor]) -> AdapterConfig:
-    matches = [(re.fullmatch(r"transformer\.h\.(\d{1,4})\.attn\.adapter_wte\.weight", name), name) for name in state]
-    prefixes = {int(match[1]): len(state[name]) for match, name in matches if match and is_matrix(state[name])}
-    first = min(prefixes, default=0)
-    with error_context(path):
-        return AdapterConfig(prefixes.get(first, 0), first)
-
-
-def is_matrix(value: Any) -> bool:
-    return is_plain(value) and value.dim() == 2

@@ -5,7 +5,8 @@
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,19 @@ from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
 from lit_llama.progress import say
 from lit_llama.prompt import TEMPLATES, PromptStyle
 from lit_llama.quantization import Quantization, quantize_blocks, quantize_int8
-from lit_llama.storage.archive import write_tensors
 from lit_llama.storage.checks import from_fields
 from lit_llama.storage.files import (
     CONFIG,
-    check_finite,
     check_listed,
     is_plain,
     page_out,
     read_file,
     read_json,
-    replacing,
     replacing_folder,
     write_file,
+    write_tensors,
 )
-from lit_llama.storage.integrity import check_archive, digest, fingerprint
+from lit_llama.storage.integrity import digest, fingerprint
 
 import torch
 from torch import Tensor
@@ -46,56 +45,27 @@ def save_model_folder(
     config: LLaMAConfig,
     files: Mapping[str, bytes | str],
     prompt_style: PromptStyle | None = None,
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
     """Write a model folder, in place of an older one as a whole.
 
     Args:
         files: the tokenizer's.
         prompt_style: the template that the model was trained with, if any.
+        tensors: of a training run, those of `state`, which then tells only their shapes and dtypes. Its folder holds
+            other things, so the files are written one by one, the weights last.
     """
-    with replacing_folder(folder, MODEL_FILES) as part:
-        write_model(part, state, config, files, prompt_style)
-
-
-def write_model(
-    folder: Path,
-    state: Mapping[str, Tensor],
-    config: LLaMAConfig,
-    files: Mapping[str, bytes | str],
-    prompt_style: PromptStyle | None = None,
-    tensors: Iterable[tuple[str, Tensor]] | None = None,
-) -> None:
-    """Write the files of a model one by one, the weights last, into a folder that holds no other model.
-
-    Args:
-        tensors: those of `untied(state)`, one by one, if `state` tells only their shapes and dtypes.
-    """
-    fields = {**asdict(config), "prompt_style": prompt_style}
-    for name, content in files.items():
-        write_file(folder / name, content)
-    write_file(folder / CONFIG, json.dumps(fields, indent=2))
-    layout = untied(state, config.tie_embeddings)
-    tensors = finite(folder / WEIGHTS, [*layout.items()] if tensors is None else tensors)
-    if config.tie_embeddings:
-        layout["lm_head.weight"] = layout["transformer.wte.weight"]
-    with replacing(folder / WEIGHTS) as part:
-        write_tensors(part, layout, tensors)
-        check_archive(part)
-    prints = {WEIGHTS: fingerprint(folder / WEIGHTS), **{name: digest(folder / name) for name in files}}
-    write_file(folder / CONFIG, json.dumps({**fields, "files": prints}, indent=2))
-
-
-def untied(state: Mapping[str, Tensor], tied: bool) -> dict[str, Tensor]:
-    """A model's tensors without the head's weight, if that is `tied` to the embedding's."""
-    return {name: tensor for name, tensor in state.items() if not (tied and name == "lm_head.weight")}
-
-
-def finite(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors; a UserError at the first that has a number that is inf or nan."""
-    for name, tensor in tensors:
-        check_finite(path, {name: tensor})
-        yield name, tensor
-        del tensor  # before the next one is made
+    with replacing_folder(folder, MODEL_FILES) if tensors is None else nullcontext(folder) as part:
+        fields = {**asdict(config), "prompt_style": prompt_style}
+        for name, content in files.items():
+            write_file(part / name, content)
+        write_file(part / CONFIG, json.dumps(fields, indent=2))
+        layout = dict(state)
+        if config.tie_embeddings:
+            layout["lm_head.weight"] = layout["transformer.wte.weight"]  # stored once
+        write_tensors(part / WEIGHTS, layout, tensors)
+        prints = {WEIGHTS: fingerprint(part / WEIGHTS), **{name: digest(part / name) for name in files}}
+        write_file(part / CONFIG, json.dumps({**fields, "files": prints}, indent=2))
 
 
 def load_model(
@@ -151,8 +121,18 @@ def finish_loading(model: LLaMA, quantize: Quantization | None, dtype: torch.dty
 
 
 def find_model(path: Path | None, default: Path = DEFAULT_MODEL) -> Path:
-    """The weights of a model that is named by its folder or its file, or if none is named those of the default one."""
-    return default_model(default) if path is None else file_in(path)
+    """The weights of a model that is named by its folder or its file.
+
+    If none is named, the default one, or if that does not exist the one written last among the folders beside its own.
+    """
+    if path:
+        return file_in(path)
+    models = [] if default.exists() else list(default.parents[1].glob(f"[!.]*/{WEIGHTS}"))
+    if not models:
+        return default
+    last = max(models, key=lambda model: model.stat().st_mtime)
+    say(f"{default} does not exist; the model is {last}")
+    return last
 
 
 def file_in(path: Path, name: str = WEIGHTS) -> Path:
@@ -162,22 +142,12 @@ def file_in(path: Path, name: str = WEIGHTS) -> Path:
     return path / name if path.is_dir() else path
 
 
-def default_model(path: Path) -> Path:
-    """`path`, or if it does not exist the model that was written last among the folders of models there."""
-    models = [] if path.exists() else list(path.parents[1].glob(f"[!.]*/{WEIGHTS}"))
-    if not models:
-        return path
-    last = max(models, key=lambda model: model.stat().st_mtime)
-    say(f"{path} does not exist; the model is {last}")
-    return last
-
-
 def read_config(path: Path, state: Mapping[str, Any]) -> LLaMAConfig:
     """The config.json next to the checkpoint, or the LLaMA size that the shapes of its tensors imply."""
     file = path.with_name(CONFIG)
     if file.is_file():
         fields = read_json(file)
-        for name in ("files", "prompt_style", "checksum"):  # see check_listed, own_prompt_style; of old files
+        for name in ("files", "prompt_style"):  # see check_listed and own_prompt_style
             fields.pop(name, None)
         with error_context(file, "get it again"):
             return from_fields(LLaMAConfig, fields)
@@ -190,7 +160,7 @@ def read_config(path: Path, state: Mapping[str, Any]) -> LLaMAConfig:
 
 def own_prompt_style(path: Path) -> PromptStyle | None:
     """The template that the model of a checkpoint was trained with, as the config.json next to it says."""
-    file = path.with_name("config.json")
+    file = path.with_name(CONFIG)
     style = read_json(file).get("prompt_style") if file.is_file() else None
     return style if style in TEMPLATES else None
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 Item = TypeVar("Item")
+INTERVAL = 10.0  # seconds between two lines
 
 
 def say(line: str) -> None:
@@ -22,34 +23,21 @@ def on_terminal() -> bool:
     return sys.stderr.isatty() and min(os.get_terminal_size(sys.stderr.fileno())) > 0
 
 
-def progress(
-    items: Iterable[Item],
-    what: str,
-    unit: str,
-    interval: float = 10,
-    n: int | None = None,
-    count: Callable[[Item], int] = lambda _: 1,
-) -> Iterator[Item]:
-    """The same items, counted on their way; where there is no bar, in a line each `interval` seconds and at the end.
+def progress(items: Iterable[Item], what: str, unit: str, count: Callable[[Item], int] = lambda _: 1) -> Iterator[Item]:
+    """The same items, counted on their way: with a bar, or without a terminal in a line each INTERVAL and at the end.
 
-    Args:
-        n: of how many units, if the items have no length, or are of several units each.
-        count: how many an item is of.
+    `count` says how many units an item is; by default it is one.
     """
-    n = len(items) if n is None and isinstance(items, Sized) else n
-    if on_terminal():
-        with tqdm(total=n, desc=what, unit=unit, dynamic_ncols=True) as bar:
-            for item in items:
-                yield item
-                bar.update(count(item))
-        return
-    start = last = time.perf_counter()
-    done = 0
-    for item in items:
-        yield item
-        done += count(item)
-        now = time.perf_counter()
-        if now - last >= interval and done != n:
-            say(f"{what}: {unit} {done:,}{'' if n is None else f' of {n:,}'}")
-            last = now
-    say(f"{what}: {unit} {done:,} of {done if n is None else n:,}, {time.perf_counter() - start:.1f} s")
+    n = len(items) if isinstance(items, Sized) else None
+    start, terminal = time.perf_counter(), on_terminal()
+    last, done = start, 0
+    with tqdm(total=n, desc=what, unit=unit, dynamic_ncols=True, disable=not terminal) as bar:
+        for item in items:
+            yield item
+            done += count(item)
+            bar.update(count(item))
+            if not terminal and time.perf_counter() - last >= INTERVAL and done != n:
+                say(f"{what}: {unit} {done:,}{'' if n is None else f' of {n:,}'}")
+                last = time.perf_counter()
+    if not terminal:
+        say(f"{what}: {unit} {done:,} of {done:,}, {time.perf_counter() - start:.1f} s")

@@ -16,7 +16,6 @@ from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
 from lit_llama.model_folder import WEIGHTS, file_in, read_config
 from lit_llama.quantization import quantize_blocks
 from lit_llama.storage.files import CONFIG, read_file, read_json
-from lit_llama.training.distributed import store_as
 from lit_llama.training.optimizer import AdamW
 from lit_llama.training.run import Quantize
 
@@ -153,6 +152,12 @@ def make_model(config: LLaMAConfig, method: Method, lora: LoRAConfig, dtype: tor
             mark_only_adapter_as_trainable(llama)
     store_as(llama, dtype)
     return llama
+
+
+def store_as(llama: LLaMA, dtype: torch.dtype) -> None:
+    """Store frozen parameters in `dtype` and trained ones in float32, as training does."""
+    for parameter in llama.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 
 if __name__ == "__main__":

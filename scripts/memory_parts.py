@@ -10,9 +10,16 @@ from unittest import mock
 
 from lit_llama.model import LLaMA
 from lit_llama.quantization import NF4Weight
-from lit_llama.training.distributed import fill, shard
-from lit_llama.training.gpu_operations import gpu_operations
-from lit_llama.training.memory import Count, after_a_step, compute_gradients, for_all_blocks, shapes_of, take_step
+from lit_llama.training.memory import (
+    Count,
+    after_a_step,
+    compute_gradients,
+    for_all_blocks,
+    gpu_operations,
+    shapes_of,
+    take_step,
+)
+from lit_llama.training.run import fill, shard
 from lit_llama.training.state import room_for
 
 import torch

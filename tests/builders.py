@@ -23,10 +23,9 @@ from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.lora import LoRAConfig
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prompt import PromptStyle
-from lit_llama.storage.files import is_plain
+from lit_llama.storage.files import is_plain, named_tensors
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.training.shards import describe_shards, read_shards
-from lit_llama.training.state import STATE_FILE, named_tensors
+from lit_llama.training.state import STATE_FILE
 
 import numpy as np
 import pytest
@@ -142,14 +141,8 @@ def content_digest(content: Any) -> str:
 
 
 def state_tensors(out: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the training state in a folder, in one piece, whoever wrote them."""
-    content = torch.load(out / STATE_FILE, weights_only=True)
-    if "shards" not in content:
-        return named_tensors(content["state_dict"], content["optimizer"]["state"])
-    folder = out / f"training-state-{content['step']}"
-    tensors = {name: torch.empty(like.shape, dtype=like.dtype) for name, like in describe_shards(folder).items()}
-    read_shards(folder, tensors)
-    return tensors
+    """All tensors of the training state in a folder."""
+    return dict(named_tensors(torch.load(out / STATE_FILE, weights_only=True)))
 
 
 def command(script: str, *arguments: object) -> list[str]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import UserError
-from lit_llama.storage import locks
+from lit_llama.storage import files
 
 import torch
 from builders import content_digest
@@ -81,7 +81,7 @@ def trial(number: int, target: Target, worlds: Path, work: Path, watch: Watch, r
     except BaseException as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         outcome, what = "TRACEBACK", f"{type(error).__name__}: {error} in {place.filename}:{place.lineno}"
-    locks.release()
+    files.release()
     if memory("VmHWM") - before > 2 * size + SPARE:
         outcome, what = "MEMORY", f"{(memory('VmHWM') - before) / 1e6:.0f} MB"
     if watch.elsewhere:

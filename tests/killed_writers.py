@@ -27,8 +27,7 @@ from lit_llama.errors import UserError
 from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model_folder import save_model_folder
-from lit_llama.storage.files import write_file
-from lit_llama.storage.locks import release
+from lit_llama.storage.files import release, write_file, write_tensors
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training.log import TrainingLog, plot_losses
 from lit_llama.training.state import TrainingState
@@ -110,7 +109,7 @@ def write_json(out: Path, number: int) -> None:
 
 
 def write_mapping(out: Path, number: int) -> None:
-    write_file(out / "result.pth", {"weight": torch.full((1000,), float(number))})
+    write_tensors(out / "result.pth", {"weight": torch.full((1000,), float(number))})
 
 
 def write_model_folder(out: Path, number: int) -> None:

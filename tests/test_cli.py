@@ -281,8 +281,11 @@ def test_an_empty_prompt_is_refused(project: Path) -> None:
     assert project.is_dir()
 
 
-def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture) -> None:
-    assert list(progress([5, 6, 7], "Counting", "number", interval=0)) == [5, 6, 7]
+def test_progress_is_plain_lines_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_llama.progress.INTERVAL", 0)
+    assert list(progress([5, 6, 7], "Counting", "number")) == [5, 6, 7]
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == ["Counting: number 1 of 3", "Counting: number 2 of 3"]
     assert lines[2].startswith("Counting: number 3 of 3, ")

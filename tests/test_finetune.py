@@ -11,8 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lit_llama.storage.files import read_file
-from lit_llama.storage.locks import lock_of
+from lit_llama.storage.files import lock_of, read_file
 from lit_llama.training import run as training
 from lit_llama.training.log import read_metrics
 
@@ -45,11 +44,10 @@ def finetune_arguments(method: str, checkpoint: Path, data_dir: Path, out_dir: P
     return [*paths, *steps, *SETTINGS[method], "--block_size", 128]
 
 
-STATES = {"lora": "lora_state_dict(llama)", "adapter": "adapter_state_dict(llama)", "full": "llama.state_dict()"}
 BEST = {method: name.replace(".pth", "-best.pth") for method, name in RESULTS.items()} | {"full": "best/lit-llama.pth"}
 SAVE_BEST = {
     "lora": "save_weights(fabric, out_dir / BEST_FILE, metadata, weights, dtype)",
-    "full": "save_model(fabric, out_dir / BEST_FOLDER, weights, dtype, *model_files)",
+    "full": "save_model(fabric, out_dir / BEST_FOLDER, metadata, weights, dtype, tokenizer.files())",
 }
 DROPOUT = "torch.manual_seed(seed + step * fabric.world_size + fabric.global_rank)  # for the dropout"
 
@@ -480,8 +478,7 @@ def test_the_loops_are_the_same_text() -> None:
         main = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "main")
         assert main.end_lineno - main.lineno < 110
         loop = next(node for node in main.body if isinstance(node, ast.For))
-        text = ast.get_source_segment(source, loop).replace(STATES[method], "weights")
-        text = text.replace(SAVE_BEST["full"], SAVE_BEST["lora"])
+        text = ast.get_source_segment(source, loop).replace(SAVE_BEST["full"], SAVE_BEST["lora"])
         loops[method] = [line.strip() for line in text.splitlines()]
     assert loops["lora"] == [*loops["adapter"][:4], DROPOUT, *loops["adapter"][4:]]
     head, rest = "for i, batch in enumerate(batches, 1):", "step_loss += loss.detach()"

@@ -18,7 +18,7 @@ from lit_llama.model_folder import (
     save_model_folder,
 )
 from lit_llama.storage import files
-from lit_llama.storage.files import read_file, write_file
+from lit_llama.storage.files import read_file, write_file, write_tensors
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_a_folder_stands_for_the_file_in_it(checkpoint: Path, tmp_path: Path) ->
     assert load_model(checkpoint.parent).config == load_model(checkpoint).config
     with pytest.raises(UserError, match=r"has no lit-llama\.pth"):
         load_model(tmp_path)
-    write_file(tmp_path / FILE_NAMES["lora"], {**describe(LoRAConfig(), TINY, "plain", {}), "state_dict": {}})
+    write_tensors(tmp_path / FILE_NAMES["lora"], {**describe(LoRAConfig(), TINY, "plain", {}), "state_dict": {}})
     assert read_finetuned(tmp_path, "lora").path == tmp_path / FILE_NAMES["lora"]
     with pytest.raises(UserError, match=r"has no lit-llama-adapter-finetuned\.pth"):
         read_finetuned(tmp_path, "adapter")
@@ -172,14 +172,14 @@ def test_a_broken_config_is_named(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.pth"
-    write_file(path, {"x": torch.ones(3)})
+    write_tensors(path, {"x": torch.ones(3)})
 
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full_disk)
     with pytest.raises(UserError, match="No space left"):
-        write_file(path, {"x": torch.zeros(3)})
+        write_tensors(path, {"x": torch.zeros(3)})
     assert torch.equal(read_file(path)["x"], torch.ones(3))
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
 
@@ -202,7 +202,7 @@ def test_nothing_is_written_through_a_link_or_into_what_is_no_file(tmp_path: Pat
 
 def test_finetuned_files_are_checked_for_kind_and_base(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
-    write_file(path, {**describe(AdapterConfig(), TINY, "plain", {}), "state_dict": {}})
+    write_tensors(path, {**describe(AdapterConfig(), TINY, "plain", {}), "state_dict": {}})
     with pytest.raises(UserError, match="adapter"):
         read_finetuned(path, "lora")
     file = read_finetuned(path, "adapter")

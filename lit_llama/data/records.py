@@ -129,7 +129,8 @@ def history(turns: Any) -> Iterator[Message]:
     for pair in turns or ():
         if not (isinstance(pair, list | tuple) and len(pair) == 2):
             raise ValueError("has a 'history' that is not a list of pairs of question and answer")
-        for role, text in zip(("user", "assistant"), pair, strict=True):
+        roles: tuple[Role, Role] = ("user", "assistant")
+        for role, text in zip(roles, pair, strict=True):
             yield Message(role, as_text(text, "history"))
 
 

@@ -1,35 +1,105 @@
-"""Files and folders that are written whole or not at all, and what is read from them.
+"""Files and folders that are written whole or not at all, by one process at a time, and what is read from them.
 
-A writer fills a file or folder of another name next to its target, flushes it to the disk and renames it. If the
-process is killed or the disk is full, the target is still the old one. While it is at work, nobody else can write the
-same target.
+A writer locks its target, fills a file or folder of another name next to it, flushes that to the disk and renames it.
+If the process is killed or the disk is full, the target is still the old one.
 """
 
 import ctypes
+import errno
 import json
 import os
 import pickle
 import re
+import resource
 import shutil
+import struct
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile, ZipInfo
 
 from lit_llama.errors import UserError
 from lit_llama.storage.integrity import check_archive, digest, fingerprint
-from lit_llama.storage.locks import LOCK, exclusive_lock, lock_of
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.serialization import skip_data
+from torch.utils._pytree import tree_map_only
 
 check_all = True  # --check_files of every script
 MADV_PAGEOUT = 21  # of Linux's mman.h
 CONFIG = "config.json"  # of a model folder: says under "files" which others belong to it
+LOCK = ".lock"  # in a folder that is locked
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without them answers
+output_folders = ExitStack()  # that this process has locked
+
+
+@contextmanager
+def exclusive_lock(path: Path, target: Path) -> Iterator[None]:
+    """Lock `path`, a file that is there meanwhile; a UserError if another process is writing `target`.
+
+    This process may lock it again. The lock is the system's: it ends with the process, however that ends.
+    """
+    lock = FileLock(path, timeout=0, thread_local=False, is_singleton=True, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        remedy = "wait until it ends, or write elsewhere"
+        raise UserError(f"{target} is being written by another process; {remedy}") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        warn_of_no_locks()
+    try:
+        yield
+    finally:
+        if lock.lock_counter < 2:
+            with suppress(OSError):
+                path.unlink()  # before it is let go, while it cannot be another's
+        lock.release()
+
+
+def lock_of(target: Path) -> Path:
+    """The hidden file beside a target that is locked while that is written; a killed process may leave it behind."""
+    return target.with_name(f".{target.name}{LOCK}")
+
+
+@cache
+def warn_of_no_locks() -> None:
+    print("warning: this file system has no locks; let no other process write to the same place", file=sys.stderr)
+
+
+def lock_output_folder(folder: Path) -> None:
+    """Make a folder, if need be, and lock it until the script ends; a UserError if it is locked or not writable."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        output_folders.enter_context(exclusive_lock(folder / LOCK, folder))
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def release() -> None:
+    """Let go of all output folders."""
+    output_folders.close()
+
+
+def check_room(folder: Path, n_bytes: int) -> None:
+    """Raise a UserError if a file of this size cannot be written to a folder."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and n_bytes > limit:
+        raise UserError(f"a file of {n_bytes / 1e9:.2g} GB is to be written, but ulimit -f allows {limit} bytes")
+    free = shutil.disk_usage(folder).free
+    if n_bytes > free:
+        there = f"{folder}, where only {free / 1e9:.2g} GB are free; make room or write elsewhere"
+        raise UserError(f"a file of {n_bytes / 1e9:.2g} GB is to be written to {there}")
 
 
 @contextmanager
@@ -65,19 +135,27 @@ def replacing_folder(folder: Path, owned: str) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(folder))
     part = target.with_name(f".{target.name}.part")
-    check_replaceable(folder, target)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{folder} is a file, expected a folder to write; give another --out_dir")
+    if target == Path.cwd() or target.is_mount():
+        raise UserError(f"{folder} cannot be replaced as a whole; give a folder inside it")
+    if inner := [entry.name for entry in (target.iterdir() if target.exists() else ()) if entry.is_dir()]:
+        raise UserError(f"{folder} holds a folder, {inner[0]}, which is not part of a result; give another one")
     with as_user_error(folder), ExitStack() as locks:
         target.parent.mkdir(parents=True, exist_ok=True)
         locks.enter_context(exclusive_lock(lock_of(target), folder))
         if target.exists():
             locks.enter_context(exclusive_lock(target / LOCK, folder))  # a run may be writing to it
         try:
-            remove_folder(part)  # of a run that was killed
+            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
             part.mkdir()
             yield part
             for file in target.iterdir() if target.exists() else ():
                 if not re.fullmatch(owned, file.name):
-                    link_or_copy(file, part / file.name)
+                    try:
+                        os.link(file, part / file.name, follow_symlinks=False)
+                    except OSError:  # a file system without hard links
+                        shutil.copy2(file, part / file.name, follow_symlinks=False)
             for file in part.iterdir():
                 flush(file)
             flush(part)
@@ -89,32 +167,7 @@ def replacing_folder(folder: Path, owned: str) -> Iterator[Path]:
         except UserError as error:  # it names a file in the folder of another name
             raise UserError(str(error).replace(str(part), str(folder))) from None
         finally:
-            remove_folder(part)
-
-
-def check_replaceable(folder: Path, target: Path) -> None:
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{folder} is a file, expected a folder to write; give another --out_dir")
-    if target == Path.cwd() or target.is_mount():
-        raise UserError(f"{folder} cannot be replaced as a whole; give a folder inside it")
-    for entry in target.iterdir() if target.exists() else ():
-        if entry.is_dir():
-            raise UserError(f"{folder} holds a folder, {entry.name}, which is not part of a result; give another one")
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder of our own making, with all that is in it."""
-    if folder.is_symlink() or folder.is_file():
-        folder.unlink()
-    elif folder.exists():
-        shutil.rmtree(folder)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target, follow_symlinks=False)
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def swap(one: Path, other: Path) -> None:
@@ -154,16 +207,62 @@ def as_user_error(path: Path) -> Iterator[None]:
         raise UserError(f"could not write {path}: {reason}{where}") from None
 
 
-def write_file(path: Path, content: bytes | str | Mapping[str, Any]) -> None:
-    """Write bytes, text or (by torch.save) a mapping, whole or not at all; what is written is read back first."""
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write bytes or text, whole or not at all."""
     with replacing(path) as part:
-        with open(part, "wb") as file:
-            if isinstance(content, Mapping):
-                torch.save(content, file)
-            else:
-                file.write(content.encode() if isinstance(content, str) else content)
-        if isinstance(content, Mapping):
-            check_archive(part)
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_tensors(path: Path, content: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]] | None = None) -> None:
+    """Write what torch.save would, but tensor by tensor, whole or not at all; it is read back first.
+
+    Args:
+        content: nested mappings. What is one tensor under several names is stored once.
+        tensors: those that `named_tensors` finds in the content, in its order; if they are given, those in the content
+            tell only shapes and dtypes. Each is let go before the next one is asked for, so that a process can write a
+            model that it could not hold.
+
+    Raises:
+        UserError: if a number is inf or nan, before an older file is replaced.
+    """
+    tensors = iter(named_tensors(content) if tensors is None else tensors)
+    with FakeTensorMode():
+        shapes = {id(like): torch.empty(like.shape, dtype=like.dtype) for _, like in named_tensors(content)}
+    with replacing(path) as part:
+        with skip_data(materialize_fake_tensors=True):  # all but the numbers
+            torch.save(tree_map_only(Tensor, lambda like: shapes[id(like)], dict(content)), part)
+        with ZipFile(part) as layout:
+            names = layout.namelist()
+            descriptions = {name: layout.read(name) for name in names if "/data/" not in name}
+        with ZipFile(part, "w") as archive:
+            for name in names:
+                member = ZipInfo(name)
+                header = 30 + len(name.encode()) + 4 + 20  # of which 4 for the padding's and 20 for 64-bit sizes
+                padding = -(archive.start_dir + header) % 64  # as torch aligns numbers
+                member.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
+                with archive.open(member, "w", force_zip64=True) as file:
+                    file.write(descriptions[name] if name in descriptions else bytes_of(path, *next(tensors)))
+        with ZipFile(part) as archive:
+            if damaged := archive.testzip():
+                raise UserError(f"{path} was not written: {damaged} is not read back as it was written; try again")
+
+
+def named_tensors(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested mappings with their names, such as optimizer.state.0.exp_avg; each tensor once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            for inner, tensor in named_tensors(value, f"{prefix}{name}."):
+                found.setdefault(id(tensor), (inner, tensor))
+        elif isinstance(value, Tensor):
+            found.setdefault(id(value), (f"{prefix}{name}", value))
+    yield from found.values()
+
+
+def bytes_of(path: Path, name: str, tensor: Tensor) -> memoryview:
+    """The bytes of a tensor to be written to `path`."""
+    check_finite(path, {name: tensor})
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -183,7 +282,7 @@ def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_apart(source: Path, target: Path) -> None:
-    """Raise a UserError if writing `target`, a file or a folder, would replace `source`, which is read."""
+    """Raise a UserError if writing `target` would replace `source`, which is read."""
     if source.resolve() == target.resolve():
         raise UserError(f"{target} is read by this command; choose another place to write to")
 
@@ -191,8 +290,7 @@ def check_apart(source: Path, target: Path) -> None:
 def read_file(path: Path, check_tensors: bool = True) -> dict[str, Any]:
     """The mapping that torch.save wrote to `path`, after a check that it is intact. Tensors stay on the disk.
 
-    Args:
-        check_tensors: whether the check is of the tensors' bytes, too; for a file of which only the shapes matter, no.
+    `check_tensors` is whether their bytes are checked, too; not needed if only their shapes matter.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")
@@ -202,9 +300,8 @@ def read_file(path: Path, check_tensors: bool = True) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} holds more than weights (code, perhaps) and was not opened; get it elsewhere"
-        ) from None
+        what = "holds more than weights (code, perhaps) and was not opened"
+        raise UserError(f"{path} {what}; get it elsewhere") from None
     except Exception as error:  # a description that makes no sense ends in any of a dozen kinds
         if "Cannot allocate memory" in str(error):
             raise MemoryError(f"could not map {path}") from None
@@ -259,21 +356,14 @@ def check_listed(path: Path) -> None:
     files = read_json(config).get("files") if config.is_file() else None
     expected = files.get(path.name) if isinstance(files, dict) else None
     if expected and expected != (fingerprint(path) if path.suffix == ".pth" else digest(path)):
-        raise UserError(
-            f"{path} is not the file that {config} was written with; copy both again, or remove its "
-            '"files" if you have exchanged the file'
-        )
+        remedy = 'copy both again, or remove its "files" if you have exchanged the file'
+        raise UserError(f"{path} is not the file that {config} was written with; {remedy}")
 
 
 def is_plain(value: Any) -> bool:
     """Whether a value is a tensor whose numbers all lie in memory or in its file, one by one."""
-    return (
-        isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and not value.is_quantized
-        and value.nbytes <= value.untyped_storage().nbytes()
-    )
+    is_dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+    return is_dense and value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()
 
 
 def page_out(tensor: Tensor) -> None:

@@ -39,8 +39,8 @@ def make_logger(name: str | None, out_dir: Path) -> Logger | None:
             from lightning.fabric.loggers import TensorBoardLogger
 
             return TensorBoardLogger(out_dir, name="tensorboard", version="")  # a resumed run goes on in this folder
-        module, _, kind = name.rpartition(".")
-        return getattr(import_module(module), kind)(save_dir=out_dir)
+        module, _, class_name = name.rpartition(".")
+        return getattr(import_module(module), class_name)(save_dir=out_dir)
     except (ImportError, ValueError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         remedy = "run: pip install -e '.[tensorboard]'" if name == "tensorboard" else "name its class, module and all"
@@ -91,18 +91,15 @@ class TrainingLog:
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s, {memory:.1f} GB", refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and (step % self.interval == 0 or step == self.n_steps):
-            self.say(
-                f"step {step}/{self.n_steps}: loss {loss:.4f}, {speed:.0f} tokens/s, {memory:.2f} GB, "
-                f"{format_seconds(left)} left"
-            )
+            rates = f"{speed:.0f} tokens/s, {memory:.2f} GB, {tqdm.format_interval(left)} left"
+            self.say(f"step {step}/{self.n_steps}: loss {loss:.4f}, {rates}")
 
     def validation(self, step: int, loss: float | None) -> None:
         """Report the validation loss after `step` steps, if there is one. The time it took is not training time."""
         if loss is not None:
             self._row(step, validation_loss=loss)
-            self.say(
-                f"step {step}/{self.n_steps}: validation loss {loss:.4f} (perplexity {math.exp(min(loss, 99)):.2f})"
-            )
+            perplexity = math.exp(min(loss, 99))
+            self.say(f"step {step}/{self.n_steps}: validation loss {loss:.4f} (perplexity {perplexity:.2f})")
         self.last = time.perf_counter()
 
     def close(self, title: str) -> None:
@@ -138,30 +135,17 @@ def to_csv(rows: Iterable[dict[str, Any]], header: bool = False) -> str:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.csv, without the values that a row does not have. Damaged rows are left out."""
-    if not path.is_file():
-        return []
-    rows = []
-    text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
-    header, *lines = csv.reader(text.splitlines() or [""])
-    for cells in lines:
-        with suppress(ValueError, OverflowError):
-            row: dict[str, Any] = {name: float(cell) for name, cell in zip(header, cells, strict=True) if cell}
-            if {*COLUMNS[:3], "seconds"} <= row.keys() <= {*COLUMNS} and not goes_back(row, rows):
-                rows.append({**row, **{name: int(row[name]) for name in COLUMNS[:3]}})
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    rows: list[dict[str, Any]] = []
+    for cells in csv.DictReader(text.replace("\0", "").splitlines()):
+        with suppress(ValueError, OverflowError, TypeError):
+            row: dict[str, Any] = {name: float(cell) for name, cell in cells.items() if cell}
+            if {*COLUMNS[:3], "seconds"} <= row.keys() <= {*COLUMNS}:
+                row |= {name: int(row[name]) for name in COLUMNS[:3]}
+                step, said = row["step"], {(other["step"], *other.keys()) for other in rows[-2:]}
+                if (step, *row.keys()) not in said and not (rows and step < rows[-1]["step"]):
+                    rows.append(row)
     return rows
-
-
-def goes_back(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
-    """Whether a row is of a step before the last one, or says once more what was said of that."""
-    return any(
-        row["step"] < other["step"] or (row["step"], row.keys()) == (other["step"], other.keys()) for other in rows[-2:]
-    )
-
-
-def format_seconds(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def plot_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -174,8 +158,9 @@ def plot_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure = Figure(figsize=(8, 5.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    train, validation = (
-        [(row["step"], row[name]) for row in rows if name in row] for name in ("train_loss", "validation_loss")
+    train, validation, norms = (
+        [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+        for name in ("train_loss", "validation_loss", "gradient_norm")
     )
     if train:
         steps, losses = zip(*train, strict=True)
@@ -188,15 +173,13 @@ def plot_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         for point in {validation[0], validation[-1]}:
             axes.annotate(f"{point[1]:.2f}", point, (0, 9), textcoords="offset points", ha="center", bbox=box)
-    norms = [(row["step"], row.get("gradient_norm", math.nan)) for row in rows]
-    norms = [(step, norm) for step, norm in norms if math.isfinite(norm)]
     below.plot(*zip(*norms or [(0, 0)], strict=True), color="#7a7a7a", linewidth=1)
     axes.set(title=title, ylabel="cross-entropy per response token (nats)")
     below.set(xlabel="optimizer step", ylabel="gradient norm", ylim=(0, None))
     axes.margins(y=0.1)
-    for each in (axes, below):
-        each.spines[["top", "right"]].set_visible(False)
-        each.grid(alpha=0.3)
+    for plot in (axes, below):
+        plot.spines[["top", "right"]].set_visible(False)
+        plot.grid(alpha=0.3)
     axes.legend(frameon=False)
     with replacing(path) as part:
         figure.savefig(part, format="png")

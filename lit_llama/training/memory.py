@@ -1,6 +1,6 @@
 """The most memory that the tensors of a training step take, found without it: they have shapes but no data.
 
-The step runs on the CPU, for a GPU with gpu_operations.py. Few blocks are run, since all of a kind add the same.
+The step runs on the CPU, for a GPU with what that computes otherwise. Few blocks are run: all of a kind add the same.
 """
 
 import copy
@@ -9,15 +9,16 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 from lit_llama.data.batches import Batch, loss_sum
 from lit_llama.model import LLaMA
 from lit_llama.quantization import NF4Weight, quantize_blocks
-from lit_llama.training.gpu_operations import gpu_operations
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -140,3 +141,44 @@ def compute_gradients(llama: LLaMA, lengths: list[int], dtype: torch.dtype) -> N
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         loss = loss_sum(llama, batch)
     loss.backward()
+
+
+def gpu_operations() -> Any:
+    """A context in which operations of torch.nn.functional keep and move what a GPU's do, not what a CPU's do."""
+    return mock.patch.multiple(
+        F, dropout=dropout, rms_norm=FusedRMSNorm.rms_norm, scaled_dot_product_attention=attention
+    )
+
+
+def dropout(x: Tensor, p: float, training: bool, *_: Any) -> Tensor:
+    """On a GPU: it keeps a mask of booleans, a CPU one of numbers."""
+    return torch.native_dropout(x, p, training)[0] if training and p else x
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False, enable_gqa: bool = False
+) -> Tensor:
+    """On a GPU: FlashAttention, or for float32 the memory-efficient kernel, which takes no grouped queries."""
+    if mask is None and q.dtype != torch.float32:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+    if enable_gqa:
+        return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, mask, 0.0, is_causal, enable_gqa=True)[0]
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, 0.0, is_causal)[0]
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """On a GPU: it keeps the norm of each row, a CPU all of x in float32. One kernel forward, one or two backward."""
+
+    @staticmethod
+    def rms_norm(x: Tensor, _shape: list[int], scale: Tensor, _eps: float) -> Tensor:
+        return FusedRMSNorm.apply(x, scale)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return x * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, _, _ = ctx.saved_tensors
+        return grad + x, grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None

@@ -1,15 +1,19 @@
-"""The learning rate over a run, the norm of gradients, and AdamW whose moments take half the memory."""
+"""An optimizer step: its learning rate, loss and gradients, and AdamW whose moments take half the memory."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lit_llama.training.distributed import whole_tensor
+from lit_llama.data.batches import Step
+from lit_llama.errors import UserError
+from lit_llama.model import LLaMA
+from lit_llama.training.log import TrainingLog
 
 import torch
 from lightning import Fabric
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 LRSchedule = Literal["constant", "linear", "cosine"]
@@ -55,6 +59,45 @@ def clip_gradients(fabric: Fabric, model: nn.Module, optimizer: Any, max_norm: f
     norm = fabric.clip_gradients(model, optimizer, max_norm=max_norm or math.inf, error_if_nonfinite=False)
     assert norm is not None
     return float(whole_tensor(norm))
+
+
+def sum_over_devices(fabric: Fabric, value: torch.Tensor) -> float:
+    """The sum of a number that each device has."""
+    total = fabric.all_reduce(value, reduce_op="sum")
+    assert isinstance(total, torch.Tensor)
+    return float(total)
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A tensor in one piece; called by all processes if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class StepCheck:
+    """Looks at each step before it is taken: at its loss and at the gradients, which are the same on all devices."""
+
+    def __init__(self, log: TrainingLog, model: LLaMA, precision: Any = None) -> None:
+        """`precision` is Fabric's, which in float16 scales the loss, and skips steps until the scale is right."""
+        self.log, self.model, self.scaler = log, model, getattr(precision, "scaler", None)
+        self.mean: float | None = None  # of the latest losses
+
+    def __call__(self, data: Step, step: int, loss: float, norm: float) -> None:
+        """Report a loss that has shot up; raise a UserError if it or the norm of the gradients is inf or nan."""
+        records = ", ".join(map(str, sorted(data.dataset.index[data.records])[:8]))
+        records = f"records {records}{' and others' if data.n_records > 8 else ''} (counted from 0, as prepared)"
+        if math.isfinite(loss) and not math.isfinite(norm) and self.scaler and self.scaler.get_scale() > 1:
+            self.log.say(f"step {step + 1} is skipped: its gradient is too large for float16, so it is scaled down")
+        elif not math.isfinite(loss + norm):
+            what = f"the loss of step {step + 1} is {loss:.4g}, its gradient's norm {norm:.4g}, so it was not taken"
+            remedy = f"what was saved stays: resume with a lower --learning_rate, or look at {records}"
+            for name, tensor in self.model.named_parameters():
+                if not whole_tensor(tensor).isfinite().all():
+                    remedy = f"{name} is not finite either: the weights were damaged before this step"
+            raise UserError(f"{what}; {remedy}")
+        if self.mean is not None and loss > 10 * self.mean:
+            found = f"the loss of step {step + 1} is {loss:.4g}, after {self.mean:.4g} on average"
+            self.log.say(f"warning: {found}: {records}")
+        self.mean = loss if self.mean is None else 0.9 * self.mean + 0.1 * loss
 
 
 class AdamW(Optimizer):

@@ -64,9 +64,9 @@ def show_records(dataset: Dataset, tokenizer: Tokenizer, n: int = 2) -> str:
     begin, end = COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else PLAIN
     texts = []
     for i in range(min(n, len(dataset))):
-        tokens, place, text = dataset.record(i).tolist(), 0, ""
+        tokens, end_of_last, text = dataset.record(i).tolist(), 0, ""
         for start, stop in dataset.spans(i):
-            text += tokenizer.show(tokens[place:start]) + begin + tokenizer.show(tokens[start:stop]) + end
-            place = stop
-        texts.append(text + tokenizer.show(tokens[place:]))
+            text += tokenizer.show(tokens[end_of_last:start]) + begin + tokenizer.show(tokens[start:stop]) + end
+            end_of_last = stop
+        texts.append(text + tokenizer.show(tokens[end_of_last:]))
     return "\n\n".join(texts)

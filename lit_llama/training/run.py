@@ -1,6 +1,9 @@
-"""What is around a training loop: launching, loading, validation, stopping on a signal."""
+"""What is around a training loop: launching, loading, validation, stopping on a signal.
 
-import math
+With FSDP2 (fully_shard) a model is spread over several devices. A sharded parameter is a DTensor: each device stores a
+slice of its rows. A block's parameters are gathered just before it is computed, and dropped after it.
+"""
+
 import os
 import signal
 from functools import partial
@@ -8,14 +11,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from lit_llama.data.batches import Dataset, Step, loss_sum, single_step
+from lit_llama.data.batches import Dataset, loss_sum, single_step
 from lit_llama.device import TrainingPrecision, storage_dtype
 from lit_llama.errors import UserError
 from lit_llama.model import LLaMA
 from lit_llama.model_folder import load_model
 from lit_llama.quantization import check_compilable
-from lit_llama.training.distributed import shard, whole_tensor
-from lit_llama.training.log import TrainingLog
+from lit_llama.training.optimizer import sum_over_devices
 
 import torch
 import torch.distributed as dist
@@ -23,7 +25,10 @@ from lightning import Fabric
 from lightning.fabric.loggers import Logger
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 Strategy = Literal["auto", "ddp", "fsdp"]
 Quantize = Literal["nf4"]
@@ -58,8 +63,7 @@ def launch(
         fabric.launch()
     except (ValueError, RuntimeError, MisconfigurationException) as error:  # what it says of settings is clear enough
         raise UserError(f"could not launch {n} processes: {str(error).splitlines()[0]}") from None
-    if fabric.world_size != n:
-        launched = fabric.world_size
+    if (launched := fabric.world_size) != n:
         raise UserError(f"expected {n} processes (devices x nodes), but {launched} were launched; change --devices")
     return fabric
 
@@ -84,6 +88,40 @@ def load_base(fabric: Fabric, path: Path, dtype: torch.dtype, quantize: Quantize
     return load_model(path)
 
 
+def shard(model: LLaMA, mesh: DeviceMesh, compute_dtype: torch.dtype) -> LLaMA:
+    """Spread a model over the devices, block by block, so that none of them ever holds all of it.
+
+    `mesh` is Fabric's, which also has a dimension for tensor parallelism; given whole, it would mean replication.
+    Frozen parameters are stored in `compute_dtype`, trained ones in float32, in which small updates are not lost.
+    Parameters are gathered in `compute_dtype`; gradients are summed in float32. The head belongs to the model's own
+    group, which stays gathered during a step: its gradient is computed together with the loss, chunk by chunk.
+    """
+    whole = {name: parameter.data for name, parameter in model.named_parameters()}  # most of it mapped from a file
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    untied = [] if model.config.tie_embeddings else [model.transformer.wte]  # a tied one stays with the head
+    for module in (*model.transformer.h, *untied, model):
+        for parameter in module.parameters():
+            if not isinstance(parameter, DTensor):  # make room, which takes no memory on a CPU until it is written to
+                dtype = torch.float32 if parameter.requires_grad else compute_dtype
+                parameter.data = torch.empty_like(parameter, dtype=dtype, device=mesh.device_type)
+        fully_shard(module, mesh=mesh["data_parallel"], mp_policy=policy)
+    for name, parameter in model.named_parameters():
+        fill(parameter, whole[name])
+    return model
+
+
+@torch.no_grad()
+def fill(target: Tensor, whole: Tensor) -> None:
+    """Copy `whole`, or if `target` is sharded the rows of it that this process stores; no others are read."""
+    if not isinstance(target, DTensor):
+        target.copy_(whole)
+        return
+    mesh = target.device_mesh
+    rows = dict(enumerate(whole.chunk(mesh.size())))  # fewer than devices if there are few rows
+    if mesh.get_local_rank() in rows:
+        target.to_local().copy_(rows[mesh.get_local_rank()])
+
+
 def compile_blocks(llama: LLaMA) -> None:
     """Have torch.compile fuse the operations of each kind of block, once for batches of all sizes."""
     check_compilable(llama)
@@ -103,42 +141,6 @@ def validation_loss(fabric: Fabric, model: nn.Module, dataset: Dataset, micro_ba
         total += loss_sum(model, fabric.to_device(batch))
     model.train()
     return sum_over_devices(fabric, total) / step.n_targets
-
-
-def sum_over_devices(fabric: Fabric, value: torch.Tensor) -> float:
-    """The sum of a number that each device has."""
-    total = fabric.all_reduce(value, reduce_op="sum")
-    assert isinstance(total, torch.Tensor)
-    return float(total)
-
-
-class StepCheck:
-    """Looks at each step before it is taken: at its loss and at the gradients, which are the same on all devices."""
-
-    def __init__(self, log: TrainingLog, model: LLaMA, precision: Any = None) -> None:
-        """`precision` is Fabric's, which in float16 scales the loss, and skips steps until the scale is right."""
-        self.log, self.model, self.scaler = log, model, getattr(precision, "scaler", None)
-        self.mean: float | None = None  # of the latest losses
-
-    def __call__(self, step: Step, number: int, loss: float, norm: float) -> None:
-        """Report a loss that has shot up; raise a UserError if it or the norm of the gradients is inf or nan."""
-        records = ", ".join(map(str, sorted(step.dataset.index[step.records])[:8]))
-        records = f"records {records}{' and others' if step.n_records > 8 else ''} (counted from 0, as prepared)"
-        if math.isfinite(loss) and not math.isfinite(norm) and self.scaler and self.scaler.get_scale() > 1:
-            self.log.say(f"step {number + 1} is skipped: its gradient is too large for float16, so it is scaled down")
-        elif not math.isfinite(loss + norm):
-            damaged = [
-                name for name, tensor in self.model.named_parameters() if not whole_tensor(tensor).isfinite().all()
-            ]
-            what = f"the loss of step {number + 1} is {loss:.4g}, its gradient's norm {norm:.4g}, so it was not taken"
-            if damaged:
-                raise UserError(f"{what}; {damaged[0]} is not finite either: the weights were damaged before this step")
-            raise UserError(f"{what}; what was saved stays: resume with a lower --learning_rate, or look at {records}")
-        if self.mean is not None and loss > 10 * self.mean:
-            self.log.say(
-                f"warning: the loss of step {number + 1} is {loss:.4g}, after {self.mean:.4g} on average: {records}"
-            )
-        self.mean = loss if self.mean is None else 0.9 * self.mean + 0.1 * loss
 
 
 class StopSignal:

@@ -9,7 +9,7 @@ from lit_llama.errors import UserError
 from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model_folder import load_model, own_prompt_style, save_model_folder
-from lit_llama.storage.files import read_file, write_file
+from lit_llama.storage.files import read_file, write_tensors
 from lit_llama.storage.integrity import MAX_PICKLE, check_archive, fingerprint, identity
 from lit_llama.tokenizer import Tokenizer
 
@@ -23,7 +23,7 @@ STATE = {"a": torch.arange(6.0), "b": torch.ones(3, dtype=torch.bfloat16), "c": 
 def test_no_flipped_bit_changes_what_is_read(tmp_path: Path) -> None:
     """Some bits mean nothing, such as those of padding: then the content is right."""
     path = tmp_path / "x.pth"
-    write_file(path, STATE)
+    write_tensors(path, STATE)
     whole, right, refused = path.read_bytes(), content_digest(STATE), 0
     for place in range(0, len(whole), 5):
         damaged = bytearray(whole)
@@ -75,7 +75,7 @@ def test_a_good_file_is_read_on_every_python(version: str, tmp_path: Path) -> No
 
 def test_a_bomb_is_not_opened(tmp_path: Path) -> None:
     path, bomb = tmp_path / "x.pth", tmp_path / "bomb.pth"
-    write_file(path, STATE)
+    write_tensors(path, STATE)
     for name, compression in (("x/data/0", zipfile.ZIP_DEFLATED), ("x/data.pkl", zipfile.ZIP_STORED)):
         with zipfile.ZipFile(path) as old, zipfile.ZipFile(bomb, "w", compression) as new:
             for member in old.namelist():
@@ -88,7 +88,7 @@ def test_a_bomb_is_not_opened(tmp_path: Path) -> None:
 def test_a_fingerprint_is_of_the_tensors_in_any_order(tmp_path: Path) -> None:
     prints = []
     for i, state in enumerate((STATE, dict(reversed(STATE.items())), {**STATE, "c": torch.tensor(3.0)})):
-        write_file(tmp_path / f"{i}.pth", state)
+        write_tensors(tmp_path / f"{i}.pth", state)
         prints.append(fingerprint(tmp_path / f"{i}.pth"))
     assert prints[0] == prints[1] != prints[2]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lit_llama.data.batches import Step
 from lit_llama.errors import UserError
-from lit_llama.training.log import COLUMNS, TrainingLog, format_seconds, make_logger, read_metrics
+from lit_llama.training.log import COLUMNS, TrainingLog, make_logger, read_metrics
 
 import numpy as np
 import pytest
@@ -62,10 +62,6 @@ def test_a_row_that_was_cut_off_is_no_trouble(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text(path.read_text() + "3,24,30")
     assert read_metrics(path)[-1]["step"] == 2
-
-
-def test_durations() -> None:
-    assert [format_seconds(s) for s in (5, 65.4, 3600, 45296)] == ["0:05", "1:05", "1:00:00", "12:34:56"]
 
 
 PROGRAM = """

@@ -23,7 +23,6 @@ from lit_llama.lora import TARGETS, LoRAConfig, add_lora, mark_only_lora_as_trai
 from lit_llama.model import Block, LLaMA, RMSNorm
 from lit_llama.training import memory
 from lit_llama.training import plan as preview
-from lit_llama.training.distributed import store_as
 from lit_llama.training.memory import peak_of_step
 from lit_llama.training.optimizer import AdamW
 
@@ -31,6 +30,7 @@ import numpy as np
 import pytest
 import torch
 from builders import ROOT, TINY, Lengths, random_model, run_script
+from estimate_memory import store_as
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 from memory_parts import Ledger, estimate_step
 from torch import Tensor, nn

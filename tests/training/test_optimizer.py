@@ -1,7 +1,7 @@
 import copy
 
-from lit_llama.training.distributed import fill
 from lit_llama.training.optimizer import AdamW, LearningRate, clip_gradients
+from lit_llama.training.run import fill
 from lit_llama.training.state import room_for
 
 import pytest

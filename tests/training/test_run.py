@@ -8,8 +8,8 @@ from typing import Any
 from lit_llama.data.batches import BatchSchedule, Dataset, loss_sum, matching_tokenizer
 from lit_llama.errors import UserError
 from lit_llama.finetuned import describe, save_finetuned
-from lit_llama.training.optimizer import AdamW
-from lit_llama.training.run import StepCheck, StopSignal, validation_loss
+from lit_llama.training.optimizer import AdamW, StepCheck
+from lit_llama.training.run import StopSignal, validation_loss
 from lit_llama.training.state import STATE_FILE, TrainingState
 
 import pytest
@@ -209,7 +209,7 @@ def test_a_damaged_state_and_an_edited_metrics_file_are_named(tmp_path: Path, ca
     for change, message in (
         ({"optimizer": {"state": {0: {}}, "param_groups": [{}]}}, "does not have exp_avg"),
         ({"optimizer": {"state": {99: {}}, "param_groups": [{}]}}, "is of 99"),
-        ({"optimizer": {"state": {}, "param_groups": [{"step": "x"}]}}, "step of the optimizer is 'x'"),
+        ({"optimizer": {"state": {}, "param_groups": [{"step": "x"}]}}, "step is 'x', expected a whole number"),
         ({"step": 0}, "of step 0, expected 1 or more"),
     ):
         progress = {"step": 1, "optimizer": {"state": {}, "param_groups": []}, **change}

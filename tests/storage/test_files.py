@@ -5,10 +5,37 @@ import signal
 from pathlib import Path
 
 from lit_llama.errors import UserError
-from lit_llama.storage.files import replacing, replacing_folder, write_file
-from lit_llama.storage.locks import LOCK, check_room, exclusive_lock, lock_output_folder, release, warn_of_no_locks
+from lit_llama.storage.files import (
+    LOCK,
+    check_room,
+    exclusive_lock,
+    lock_output_folder,
+    read_file,
+    release,
+    replacing,
+    replacing_folder,
+    warn_of_no_locks,
+    write_file,
+    write_tensors,
+)
+from lit_llama.storage.integrity import fingerprint
 
 import pytest
+import torch
+
+
+def test_a_file_written_tensor_by_tensor_is_that_of_torch(tmp_path: Path) -> None:
+    state = {"a": torch.randn(5, 3), "empty": torch.empty(0, 3), "b": torch.randn(7).bfloat16(), "c": torch.tensor(3.0)}
+    state["twin"] = state["a"]
+    write_tensors(tmp_path / "ours.pth", state)
+    torch.save(state, tmp_path / "torch.pth")
+    for mmap in (True, False):
+        read = torch.load(tmp_path / "ours.pth", weights_only=True, mmap=mmap)
+        assert list(read) == list(state)
+        assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
+        assert read["twin"].data_ptr() == read["a"].data_ptr()
+    assert fingerprint(tmp_path / "ours.pth") == fingerprint(tmp_path / "torch.pth")
+    read_file(tmp_path / "ours.pth")  # compares the CRC32s
 
 
 @pytest.fixture
