@@ -37,7 +37,10 @@ from torch import Tensor
 WEIGHTS = "lit-llama.pth"
 DEFAULT_MODEL = Path("checkpoints/lit-llama/7B/lit-llama.pth")
 QUICKSTART_MODEL = Path("checkpoints/lit-llama/SmolLM2-135M-Instruct/lit-llama.pth")  # of what compares or measures
-MODEL_FILES = r"(lit-llama\.pth|config\.json|tokenizer\.model|tokenizer\.json|tokenizer_config\.json)(\.part)?"
+MODEL_FILES = (
+    r"(lit-llama\.pth|config\.json|generation_config\.json|tokenizer\.model|tokenizer\.json|tokenizer_config\.json"
+    r"|special_tokens_map\.json|added_tokens\.json)(\.part)?"
+)
 
 
 def save_model_folder(
