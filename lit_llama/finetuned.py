@@ -172,6 +172,10 @@ def archived_lora(path: Path, state: Mapping[str, Tensor], alpha: float | None) 
 
 
 def archived_adapter(path: Path, state: Mapping[str, Tensor]) -> AdapterConfig:
+    if any(name.endswith("adapter_bias") for name in state):
+        raise UserError(
+            f"{path} is an adapter v2 of the archived Lit-LLaMA, which is not read; train: finetune_lora.py"
+        )
     matches = [(re.fullmatch(r"transformer\.h\.(\d{1,4})\.attn\.adapter_wte\.weight", name), name) for name in state]
     prefixes = {int(match[1]): len(state[name]) for match, name in matches if match and is_matrix(state[name])}
     first = min(prefixes, default=0)

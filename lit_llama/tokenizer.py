@@ -2,6 +2,7 @@
 
 import json
 import struct
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -209,6 +210,13 @@ class Tokenizer:
         missing = range(n_rows, self.vocab_size)
         if not self.control.issuperset(missing) or self.eos_id in missing or self.bos_id in missing:
             raise UserError(f"{self.path} has {self.vocab_size} tokens, the model {n_rows}; give its own tokenizer")
+
+    def report_missing(self, n_rows: int) -> None:
+        """Say which tokens a model of so many rows lacks, where that is no harm."""
+        if self.vocab_size > n_rows:
+            self.check_fits(n_rows)
+            names = ", ".join(map(self.token, range(n_rows, self.vocab_size)))
+            print(f"The model has no row for {short(names)}, which no text becomes", file=sys.stderr)
 
     def fingerprint(self) -> str:
         """sha256 of the tokenizer's file, by which prepared data is matched to a model."""

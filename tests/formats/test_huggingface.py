@@ -129,8 +129,8 @@ def test_a_config_that_describes_no_llama_ends_in_one_line(hf_folder: Path, tmp_
     file = hf_folder / "config.json"
     fields = json.loads(file.read_text())
     for change, word in (
-        ({"hidden_size": None}, "width of None"),
-        ({"num_key_value_heads": 3}, "config.json"),
+        ({"hidden_size": None}, "hidden_size is None"),
+        ({"num_key_value_heads": 3}, "n_kv_head=3"),
         ({"num_key_value_heads": 4}, "layer 0"),
         ({"vocab_size": 7}, "lm_head.weight"),
         ({"model_type": "gpt2"}, "'gpt2'"),

@@ -109,9 +109,9 @@ def test_what_is_no_plain_lora_is_refused_in_one_line(tmp_path: Path) -> None:
         ({"use_dora": True}, "use_dora"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"peft_type": "IA3"}, "IA3"),
-        ({"bias": "all"}, "bias all"),
+        ({"bias": "all"}, "bias is 'all'"),
         ({"init_lora_weights": "pissa"}, "pissa"),
-        ({"r": None}, "adapter_config.json"),
+        ({"r": None}, "r is None"),
         ({"r": 8}, "another model"),
     ):
         file.write_text(json.dumps(fields | change))

@@ -99,8 +99,11 @@ def test_an_unknown_scaling_is_refused(tmp_path: Path, byte_tokenizer: HFTokeniz
     [
         ("llama.expert_count", 8, "mixture of 8 experts"),
         ("llama.rope.scaling.type", "yarn", "in the yarn way"),
-        ("llama.rope.scaling.type", "linear", "in the linear way"),
-        ("llama.rope.scale_linear", 4.0, "in the linear way"),
+        ("llama.attention.sliding_window", 64, "llama.attention.sliding_window is 64"),
+        ("llama.logit_scale", 0.5, "llama.logit_scale is 0.5"),
+        ("llama.attention.causal", False, "attention.causal"),
+        ("llama.attention.key_length", 32, "attention.key_length of 32"),
+        ("general.type", "adapter", "holds a LoRA"),
         ("llama.rope.dimension_count", 8, "rotates 8 channels"),
         ("llama.attention.head_count", 3, "n_head=3"),
     ],
