@@ -58,7 +58,11 @@ def main(
         raise UserError(f"could not convert {source}: {error}") from None
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{checkpoint_dir}/config.json does not describe a LLaMA ({error!r}); get it again") from None
-    check_complete(checkpoint_dir, state, config)
+    try:
+        check_complete(checkpoint_dir, state, config)
+    except UserError as error:
+        fields = "vocab_size, num_hidden_layers and intermediate_size"
+        raise UserError(f"{error}; is its config.json ({fields}) that of its weights?") from None
     if config.tie_embeddings and not torch.equal(state["lm_head.weight"], state["transformer.wte.weight"]):
         print(
             "The head differs from the embedding, though tie_word_embeddings is true: they are untied", file=sys.stderr
@@ -130,7 +134,8 @@ def compare(theirs_dir: Path, ours_dir: Path, has_tokenizer: bool) -> None:
         raise UserError(
             "the result was saved, but --verify needs transformers; run: pip install transformers"
         ) from None
-    ours, theirs = load_model(ours_dir, torch.float32), AutoModelForCausalLM.from_pretrained(theirs_dir).float().eval()
+    ours = load_model(ours_dir, torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(theirs_dir, torch_dtype=torch.float32).eval()
     idx = torch.arange(64)[None] % ours.config.vocab_size  # (1, T)
     logits = theirs(idx).logits
     difference = (ours(idx) - logits).abs().max()
