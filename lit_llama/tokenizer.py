@@ -189,7 +189,8 @@ class Tokenizer:
             if piece and not piece.endswith("\ufffd"):
                 yield piece
                 before, pending, piece = pending, [], ""
-        if pending and self.encode(piece, bos=False)[-len(pending) :] == pending:  # it is U+FFFD, not a part of another
+        last = pending[-3:]  # U+FFFD has three bytes
+        if last and self.encode(piece, bos=False)[-len(last) :] == last:  # it is meant, not a part of another
             yield piece
 
     def files(self) -> dict[str, bytes]:
