@@ -213,11 +213,9 @@ class Tokenizer:
             raise UserError(f"{self.path} has {self.vocab_size} tokens, the model {n_rows}; give its own tokenizer")
 
     def report_missing(self, n_rows: int) -> None:
-        """Say which tokens a model of so many rows lacks, where that is no harm."""
-        if self.vocab_size > n_rows:
-            self.check_fits(n_rows)
-            names = ", ".join(map(self.token, range(n_rows, self.vocab_size)))
-            print(f"The model has no row for {short(names)}, which no text becomes", file=sys.stderr)
+        """Say which tokens a model of so many rows lacks, if any."""
+        if names := ", ".join(map(self.token, range(n_rows, self.vocab_size))):
+            print(f"The model has no row for {short(names)}: no harm if no text becomes that", file=sys.stderr)
 
     def fingerprint(self) -> str:
         """sha256 of the tokenizer's file, by which prepared data is matched to a model."""

@@ -20,6 +20,7 @@ VARIANTS = {
     "gqa": TINY,
     "tied": replace(TINY, tie_embeddings=True),
     "llama3": replace(TINY, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32)),
+    "linear": replace(TINY, rope_scaling=RopeScaling(4.0)),
 }
 
 
