@@ -25,16 +25,19 @@ Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see `KVCache.appen
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How Llama 3.1 and later stretch the rotary frequencies beyond the pretrained length (Meta's `apply_scaling`)."""
+    """How rotary frequencies are stretched beyond the pretrained length: all alike (linear, arXiv 2306.15595).
+
+    With the other three, only the slow ones, as Llama 3.1 and later were trained (Meta's `apply_scaling`).
+    """
 
     factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_block_size: int
+    low_freq_factor: float = 0.0
+    high_freq_factor: float = 0.0
+    original_block_size: int = 0
 
     def __post_init__(self) -> None:
-        check_fields(self, factor=(1, 1e6), original_block_size=(1, 2**24), low_freq_factor=(0, 1e6))
-        if not self.low_freq_factor < self.high_freq_factor <= 1e6:
+        check_fields(self, factor=(1, 1e6), original_block_size=(0, 2**24), low_freq_factor=(0, 1e6))
+        if self.original_block_size and not self.low_freq_factor < self.high_freq_factor <= 1e6:
             raise UserError(f"high_freq_factor is {self.high_freq_factor}, expected {self.low_freq_factor} to 1e6")
 
 
@@ -288,7 +291,9 @@ def rotary_table(config: LLaMAConfig, positions: Tensor) -> Tensor:
 
 
 def stretch_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
-    """Divide slow rotations by `factor`, leave fast ones, blend in between (as Llama 3.1 was trained)."""
+    """Divide slow rotations by `factor`, leave fast ones, blend in between; or, in the linear way, divide all."""
+    if not scaling.original_block_size:
+        return freqs / scaling.factor
     turns = scaling.original_block_size * freqs / (2 * math.pi)  # within the original length
     keep = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
     return keep * freqs + (1 - keep) * freqs / scaling.factor

@@ -5,6 +5,8 @@
 """
 
 import json
+import os
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -36,7 +38,20 @@ from torch import Tensor
 WEIGHTS = "lit-llama.pth"
 DEFAULT_MODEL = Path("checkpoints/lit-llama/7B/lit-llama.pth")
 QUICKSTART_MODEL = Path("checkpoints/lit-llama/SmolLM2-135M-Instruct/lit-llama.pth")  # of what compares or measures
-MODEL_FILES = r"(lit-llama\.pth|config\.json|tokenizer\.model|tokenizer\.json|tokenizer_config\.json)(\.part)?"
+MODEL_FILES = (
+    r"(lit-llama\.pth|config\.json|generation_config\.json|tokenizer\.model|tokenizer\.json|tokenizer_config\.json"
+    r"|special_tokens_map\.json|added_tokens\.json)(\.part)?"
+)
+
+FOREIGN = {  # names by which files of others are known
+    r"adapter_(config|model)\.(json|safetensors|bin)": "a PEFT adapter: run scripts/import_peft.py --peft_dir {folder}",
+    r"lit_model\.pth": "LitGPT's: run litgpt convert_from_litgpt, save its model.pth as pytorch_model.bin beside the "
+    "config.json, and run scripts/convert_hf_checkpoint.py",
+    r"(model|pytorch_model).*\.(safetensors|bin|index\.json)": "in Hugging Face's format: run "
+    "scripts/convert_hf_checkpoint.py --checkpoint_dir {folder}",
+    r"consolidated\.\d+\.pth": "in Meta's format: run scripts/convert_meta_checkpoint.py --checkpoint_dir {folder}",
+    r".+\.gguf": "a GGUF: run scripts/convert_gguf_checkpoint.py --gguf_path {file}",
+}
 
 
 def save_model_folder(
@@ -138,8 +153,18 @@ def find_model(path: Path | None, default: Path = DEFAULT_MODEL) -> Path:
 def file_in(path: Path, name: str = WEIGHTS) -> Path:
     """The file that is meant by a path: that of this name if it is a folder."""
     if path.is_dir() and not (path / name).is_file():
-        raise UserError(f"{path} has no {name}; give the folder that has it, or a file")
+        raise UserError(f"{path} has no {name}{suggest_script(path) or '; give the folder that has it, or a file'}")
+    if path.is_file() and (suggestion := suggest_script(path)):
+        raise UserError(f"{path} is not a file of ours{suggestion}")
     return path / name if path.is_dir() else path
+
+
+def suggest_script(path: Path) -> str:
+    """The end of a message about a file or folder of another program: what it is, and what takes it."""
+    folder, names = (path, sorted(os.listdir(path))) if path.is_dir() else (path.parent, [path.name])
+    found = ((what, name) for pattern, what in FOREIGN.items() for name in names if re.fullmatch(pattern, name))
+    what, name = next(found, ("", ""))
+    return what and f"; it is {what.format(folder=folder, file=folder / name)}"
 
 
 def read_config(path: Path, state: Mapping[str, Any]) -> LLaMAConfig:

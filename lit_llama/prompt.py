@@ -196,7 +196,7 @@ def encode_prompt(style: PromptStyle, prompt: str, context: str, tokenizer: Toke
 def stop_ids(style: PromptStyle, tokenizer: Tokenizer) -> set[int]:
     """The tokens that end an answer."""
     turn_end = tokenizer.control_id(TURN_ENDS.get(style, "eos"))
-    return {tokenizer.eos_id} | ({turn_end} if turn_end is not None else set())
+    return {*tokenizer.end_ids} | ({turn_end} if turn_end is not None else set())
 
 
 def template(style: PromptStyle) -> Callable[[Sequence[Message]], Parts]:

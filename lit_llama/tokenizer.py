@@ -1,68 +1,135 @@
 """One class for SentencePiece (`tokenizer.model`) and Hugging Face (`tokenizer.json`) tokenizers."""
 
+import json
+import struct
+import sys
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-from lit_llama.errors import UserError, short
-from lit_llama.storage.files import check_listed, read_json
+from lit_llama.errors import UserError, error_context, short
+from lit_llama.storage.files import CONFIG, check_listed, read_json
 from lit_llama.storage.integrity import digest
 
 from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
 FILE_NAMES = ("tokenizer.model", "tokenizer.json")
-CONFIG_NAME = "tokenizer_config.json"  # says which token is the eos of a tokenizer.json
-EOS_TOKENS = ("</s>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")  # if tokenizer_config.json does not say
+CONFIG_NAME, ENDS_NAME = "tokenizer_config.json", "generation_config.json"
+BESIDE = (CONFIG_NAME, "special_tokens_map.json", "added_tokens.json", ENDS_NAME)  # in Hugging Face's folders
+SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))
+EOS_TOKENS = ("</s>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")  # of a tokenizer.json, if no file says
+FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")  # of an added token
+CONTROL, USER_DEFINED = 3, 4  # SentencePiece's types: no text becomes the one, the other is found before anything else
 
 
 class Tokenizer:
     """Text to token ids and back, with the beginning and end of sequence as the model itself uses them.
 
     Attributes:
-        vocab_size: number of token ids.
-        bos_id: the id that starts every sequence, or None for a model that was trained without one.
+        vocab_size: one more than the largest token id.
+        bos_id: the id that begins plain text, or None for a model that was trained without one.
         eos_id: the id that ends a response.
+        end_ids: all ids that end a response: the eos, and every eos_token_id that the model's own files name.
+        control: the ids of the tokens that no text becomes.
+        special_tokens: texts by the names that chat templates have for them: "eos_token", "bos_token" (which plain
+            text may begin without) and others.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        for file in (path, path.with_name(CONFIG_NAME)):
+        for file in (path, *map(path.with_name, BESIDE)):
             if file.is_file():
                 check_listed(file)
-        try:
-            if path.suffix == ".json":
-                self._hf = HFTokenizer.from_file(str(path))
-                self._hf.no_truncation()
-                self._hf.no_padding()
-                self._hf.encode_special_tokens = True  # text is text: what users write never becomes a control token
-                self._sp = None
-            else:
-                self._sp = SentencePieceProcessor(model_file=str(path))
-        except Exception:  # both libraries raise bare exceptions
-            raise UserError(f"{path} is not a tokenizer, or is truncated; copy it again") from None
+        self._sp, self._hf = load(path)
+        with error_context(path.with_name(CONFIG_NAME), "copy it again"):
+            fields = self._read_fields()
+            self.special_tokens = {name: text_of(name, fields[name]) for name in SPECIAL if fields.get(name)}
+            self.has_more = self._add(fields.get("added_tokens_decoder") or {})
         if self._sp:
-            self.vocab_size, self.eos_id = self._sp.vocab_size(), self._sp.eos_id()
-            self.bos_id = self._sp.bos_id() if self._sp.bos_id() >= 0 else None
+            self._set_up_sentencepiece(begins=fields.get("add_bos_token") is not False)
         else:
-            self.vocab_size = self._hf.get_vocab_size()
-            self.bos_id = next(iter(self._hf.encode("").ids), None)  # what its own post-processor adds
-            self.eos_id = self._find_eos()
+            self._set_up_hf()
+        eos = self.special_tokens.get("eos_token")
+        names = (eos,) if eos else EOS_TOKENS
+        found = [token_id for token_id in map(self._id, names) if token_id is not None]
+        if not found:
+            raise UserError(f"{path} has no end-of-sequence token (looked for {', '.join(names)})")
+        self.eos_id = found[0]
+        self.special_tokens = {name: text for name, text in self.special_tokens.items() if self._id(text) is not None}
+        for name, token_id in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
+            if token_id is not None:
+                self.special_tokens.setdefault(name, self.token(token_id))
+        ends = [self._read(name).get("eos_token_id") for name in (ENDS_NAME, CONFIG)]
+        ends = [i for end in ends for i in (end if isinstance(end, list) else [end]) if type(i) is int]
+        self.end_ids = frozenset({self.eos_id, *(i for i in ends if 0 <= i < self.vocab_size)})
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         """How another process gets the same: what the libraries pickle lacks some of the settings above."""
         return type(self), (self.path,)
 
-    def _find_eos(self) -> int:
-        config = self.path.with_name(CONFIG_NAME)
-        token = read_json(config).get("eos_token") if config.is_file() else None
-        token = token.get("content", token) if isinstance(token, dict) else token
-        if not isinstance(token, str | None):
-            raise UserError(f"{config} is not valid: eos_token is {short(token)}, expected text; copy it again")
-        names = (token,) if token else EOS_TOKENS
-        for name in names:
-            if (token_id := self._hf.token_to_id(name)) is not None:
-                return token_id
-        raise UserError(f"{self.path} has no end-of-sequence token (looked for {', '.join(names)})")
+    def _read(self, name: str) -> dict[str, Any]:
+        file = self.path.with_name(name)
+        return read_json(file) if file.is_file() else {}
+
+    def _read_fields(self) -> dict[str, Any]:
+        """tokenizer_config.json; where it does not list the added tokens, two older files go before, as elsewhere."""
+        fields, older, numbers, _ = map(self._read, BESIDE)
+        if "added_tokens_decoder" not in fields:
+            fields |= {name: value for name, value in older.items() if value}  # the very first are empty
+            texts = [fields.get(name) for name in SPECIAL] + list(fields.get("additional_special_tokens") or ())
+            controls = [text.get("content") if isinstance(text, dict) else text for text in texts]
+            flags = {text: {"special": text in controls, "normalized": text not in controls} for text in numbers}
+            fields["added_tokens_decoder"] = {i: {"content": text, **flags[text]} for text, i in numbers.items()}
+        return fields
+
+    def _add(self, listed: dict[str, Any]) -> bool:
+        """Add tokens, by their ids, that the file itself lacks; returns whether there were any."""
+        try:
+            numbered = {
+                int(i): AddedToken(token["content"], **{flag: bool(token.get(flag)) for flag in FLAGS})
+                for i, token in listed.items()
+            }
+        except (AttributeError, LookupError, TypeError, ValueError):
+            raise UserError(f"added_tokens_decoder is {short(listed)}, expected tokens by their numbers") from None
+        tokens = [numbered[i] for i in sorted(numbered)]
+        new = [token for token in tokens if self._id(token.content) is None]
+        if self._sp and new:
+            pieces = [piece(token.content, CONTROL if token.special else USER_DEFINED) for token in new]
+            self._sp = SentencePieceProcessor(model_proto=b"".join([self._sp.serialized_model_proto(), *pieces]))
+        elif self._hf:
+            self._hf.add_tokens(tokens)  # of those that it has, a flag may differ
+        for i, token in numbered.items():
+            if (ours := self._id(token.content)) != i:
+                raise UserError(f"{short(token.content)} is number {i} there, and {ours} in {self.path.name}")
+        return bool(new)
+
+    def _set_up_sentencepiece(self, begins: bool) -> None:
+        self.vocab_size = self._sp.vocab_size()
+        self.control = frozenset(filter(self._sp.is_control, range(self.vocab_size)))
+        for name, token_id in (("bos_token", self._sp.bos_id()), ("eos_token", self._sp.eos_id())):
+            if token_id >= 0:
+                self.special_tokens.setdefault(name, self.token(token_id))
+        self.bos_id = self._id(self.special_tokens.get("bos_token", "")) if begins else None
+
+    def _set_up_hf(self) -> None:
+        self._hf.no_truncation()
+        self._hf.no_padding()
+        self._hf.encode_special_tokens = True  # text is text: what users write never becomes a control token
+        added = self._hf.get_added_tokens_decoder()
+        self.vocab_size = max([self._hf.get_vocab_size(), *(i + 1 for i in added)])  # there may be gaps
+        self.control = frozenset(i for i, token in added.items() if token.special)
+        text, whole = (self._hf.encode("a", add_special_tokens=special).ids for special in (False, True))
+        self.bos_id = None if whole[: len(text)] == text else whole[0]  # what its own post-processor puts in front
+
+    def _id(self, text: str) -> int | None:
+        """The id of a token by its name, if there is one."""
+        if self._sp is None:
+            return self._hf.token_to_id(text)
+        token_id = self._sp.piece_to_id(text)
+        return token_id if self._sp.id_to_piece(token_id) == text else None
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of `text`; `bos` puts the model's bos in front, if it has one, `eos` its eos at the end."""
@@ -78,8 +145,8 @@ class Tokenizer:
         """The id of a control token, which no text is encoded to. None for "bos" if the model has none."""
         if name in ("bos", "eos"):
             return self.bos_id if name == "bos" else self.eos_id
-        token_id = self._sp.piece_to_id(name) if self._sp else self._hf.token_to_id(name)
-        if token_id is None or (self._sp and token_id == self._sp.unk_id()):
+        token_id = self._id(name)
+        if token_id is None:
             raise UserError(
                 f"{self.path} has no token {name}; choose the --prompt_style that its model was trained with"
             )
@@ -98,7 +165,16 @@ class Tokenizer:
         """The text of token ids, control tokens included."""
         if self._sp is None:
             return self._hf.decode(ids, skip_special_tokens=False)
-        return "".join(self._sp.id_to_piece(i) if self._sp.is_control(i) else self._sp.decode([i]) for i in ids)
+        text = ""
+        for control, run in groupby((i for i in ids if i < self.vocab_size), self._sp.is_control):
+            if control:
+                text += "".join(map(self._sp.id_to_piece, run))
+            elif text:
+                text += self._sp.decode(list(run))
+            else:  # in the middle of a text, perhaps: its first token keeps its space
+                anchor = self._sp.encode("a")
+                text += self._sp.decode([*anchor, *run])[1:]
+        return text
 
     def stream(self, ids: Iterable[int], after: list[int] | None = None) -> Iterator[str]:
         """The text of token ids as they come, in pieces of whole characters; `after` are ids whose text they continue.
@@ -106,39 +182,95 @@ class Tokenizer:
         A character of several bytes may be split over tokens; it is held back until it is whole. Each piece is decoded
         with the piece before it, since the first token of a text loses its leading space.
         """
-        before, pending = list(after or []), []
+        before, pending, piece = list(after or []), [], ""
         for token_id in ids:
             pending.append(token_id)
             piece = self.decode(before + pending)[len(self.decode(before)) :]
             if piece and not piece.endswith("\ufffd"):
                 yield piece
-                before, pending = pending, []
+                before, pending, piece = pending, [], ""
+        last = pending[-3:]  # U+FFFD has three bytes
+        if last and self.encode(piece, bos=False)[-len(last) :] == last:  # it is meant, not a part of another
+            yield piece
 
     def files(self) -> dict[str, bytes]:
-        """The files that it was read from, under the names by which they are found next to a model."""
-        own_name = "tokenizer.model" if self._sp else "tokenizer.json"
-        paths = {own_name: self.path, CONFIG_NAME: self.path.with_name(CONFIG_NAME)}
-        return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
+        """The files by which it is read again, under the names by which they are found next to a model."""
+        own = self.path.read_bytes()
+        if self.has_more:
+            own = self._sp.serialized_model_proto() if self._sp else self._hf.to_str().encode()
+        paths = {name: self.path.with_name(name) for name in BESIDE[:3]}
+        files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
+        ends = {ENDS_NAME: json.dumps({"eos_token_id": sorted(self.end_ids)}).encode()} if len(self.end_ids) > 1 else {}
+        return {"tokenizer.model" if self._sp else "tokenizer.json": own, **files, **ends}
 
-    def check_fits(self, vocab_size: int) -> None:
-        """Raise a UserError if a model of `vocab_size` rows does not know all of its tokens."""
-        if self.vocab_size > vocab_size:
-            raise UserError(f"{self.path} has {self.vocab_size} tokens, the model {vocab_size}; give its own tokenizer")
+    def check_fits(self, n_rows: int) -> None:
+        """Raise a UserError if a model of so many rows lacks a token that is used.
+
+        A pad token, or another that no text becomes, may be missing there.
+        """
+        missing = range(n_rows, self.vocab_size)
+        if not self.control.issuperset(missing) or self.eos_id in missing or self.bos_id in missing:
+            raise UserError(f"{self.path} has {self.vocab_size} tokens, the model {n_rows}; give its own tokenizer")
+
+    def report_missing(self, n_rows: int) -> None:
+        """Say which tokens a model of so many rows lacks, if any."""
+        if names := ", ".join(map(self.token, range(n_rows, self.vocab_size))):
+            print(f"The model has no row for {short(names)}: no harm if no text becomes that", file=sys.stderr)
 
     def fingerprint(self) -> str:
         """sha256 of the tokenizer's file, by which prepared data is matched to a model."""
         return digest(self.path)
 
 
+def load(path: Path) -> tuple[Any, Any]:
+    """SentencePiece's object, or that of Hugging Face's library."""
+    try:
+        if path.suffix == ".json":
+            return None, HFTokenizer.from_file(str(path))
+        return SentencePieceProcessor(model_file=str(path)), None
+    except Exception:  # both libraries raise bare exceptions
+        raise UserError(f"{path} is not a tokenizer, or is truncated; copy it again") from None
+
+
+def text_of(name: str, token: Any) -> str:
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise UserError(f"{name} is {short(token)}, expected text")
+    return text
+
+
+def piece(text: str, kind: int) -> bytes:
+    """A piece that is appended to a SentencePiece model, whose parts may follow each other as protobuf's always may."""
+
+    def field(content: bytes) -> bytes:
+        n, size = len(content), b""
+        while n > 127:
+            n, size = n >> 7, size + bytes([n & 127 | 128])
+        return b"\n" + size + bytes([n]) + content
+
+    return field(field(text.encode()) + b"\x15" + struct.pack("<f", 0.0) + b"\x18" + bytes([kind]))
+
+
+def tokenizer_in(folder: Path) -> Path | None:
+    """The tokenizer of a folder. Of two files it is the one with more tokens: the other lacks those that were added."""
+    found = [folder / name for name in FILE_NAMES if (folder / name).is_file()]
+    return max(found, key=n_tokens) if len(found) > 1 else next(iter(found), None)
+
+
+def n_tokens(path: Path) -> int:
+    try:
+        sp, hf = load(path)
+    except UserError:  # Llama 3's tokenizer.model, in tiktoken's format
+        return 0
+    return sp.vocab_size() if sp else hf.get_vocab_size()
+
+
 def find_tokenizer(checkpoint_path: Path, tokenizer_path: Path | None = None) -> Tokenizer:
     """The tokenizer at `tokenizer_path` (a file or a folder), else next to the checkpoint, else one folder up."""
-    if tokenizer_path is None:
-        places = [folder / name for folder in checkpoint_path.absolute().parents[:2] for name in FILE_NAMES]
-    else:
-        places = [tokenizer_path, *(tokenizer_path / name for name in FILE_NAMES)]
-    for place in places:
-        if place.is_file():
-            return Tokenizer(place)
+    folders = [tokenizer_path] if tokenizer_path else checkpoint_path.absolute().parents[:2]
+    for place in folders:
+        if path := place if place.is_file() else tokenizer_in(place):
+            return Tokenizer(path)
     if tokenizer_path is None and not checkpoint_path.exists():
         raise UserError(f"{checkpoint_path} does not exist; name a model, or get one: see howto/download_weights.md")
     where = tokenizer_path or checkpoint_path.parent

@@ -1,6 +1,7 @@
 """Convert a GGUF file of the llama architecture (quantised ones are dequantised) into a model folder."""
 
 import os
+import re
 import struct
 import sys
 from dataclasses import replace
@@ -11,11 +12,13 @@ from lit_llama.cli import run
 from lit_llama.errors import UserError, error_context
 from lit_llama.formats.chat_templates import style_of
 from lit_llama.formats.gguf import CHAT_TEMPLATE, ROPE_FREQS, TENSOR_NAMES, rope_divisors
+from lit_llama.formats.huggingface import check_known
 from lit_llama.formats.tokenizers import from_gguf
 from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling
 from lit_llama.model_folder import check_complete, save_model_folder
 from lit_llama.progress import progress
 from lit_llama.storage.checks import from_fields
+from lit_llama.tokenizer import find_tokenizer
 
 import torch
 from torch import Tensor
@@ -28,6 +31,10 @@ except ImportError:
 MOST_TENSORS, MOST_FIELDS, MOST_VALUES = 2**16, 2**12, 2**20  # the largest vocabularies have a quarter of a million
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number, by GGUF's type
 STRING, ARRAY = 8, 9
+KNOWN = """context_length vocab_size block_count embedding_length feed_forward_length tensor_data_layout
+    attention.head_count attention.head_count_kv attention.layer_norm_rms_epsilon attention.key_length
+    attention.value_length attention.causal rope.dimension_count rope.freq_base rope.scale_linear rope.scaling.type
+    rope.scaling.factor rope.scaling.original_context_length rope.scaling.finetuned"""
 ROWS = 1024  # dequantised at a time; a whole tensor at once takes several times its size
 
 
@@ -62,10 +69,26 @@ def main(gguf_path: Path, out_dir: Path) -> None:
     check_complete(gguf_path, state, config)
     prompt_style = style_of(gguf_path, metadata.get(CHAT_TEMPLATE))
     save_model_folder(out_dir, state, config, tokenizer, prompt_style)
+    find_tokenizer(out_dir, out_dir).report_missing(config.vocab_size)
     print(f"Saved {out_dir}", file=sys.stderr)
 
 
 def read_gguf(path: Path) -> tuple[Metadata, dict[str, ReaderTensor]]:
+    """What the file holds, or, if it is one of the parts that llama-gguf-split makes, all of them together."""
+    metadata, tensors = read_part(path)
+    n, stem = metadata.get("split.count", 1), re.sub(r"-\d{5}-of-\d{5}\.gguf$", "", path.name)
+    parts = [path.with_name(f"{stem}-{i + 1:05}-of-{n:05}.gguf") for i in range(n)] if n > 1 else []
+    if missing := [part for part in parts if not part.is_file()]:
+        raise UserError(f"{path} is one of {n} parts, and {missing[0]} is missing; download it")
+    if parts:
+        read = [read_part(part) for part in parts]
+        metadata, tensors = read[0][0], {name: tensor for _, part in read for name, tensor in part.items()}
+        if len(tensors) < sum(len(part) for _, part in read):
+            raise UserError(f"{path} is one of {n} parts that have the same tensors; download them again")
+    return metadata, tensors
+
+
+def read_part(path: Path) -> tuple[Metadata, dict[str, ReaderTensor]]:
     """Metadata, and tensors as they are stored and by llama.cpp's names; they stay on the disk until they are used."""
     try:
         check_sizes(path)
@@ -117,16 +140,22 @@ def read_number(file: BinaryIO, form: str) -> int:
 def check_supported(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> None:
     """Raise a UserError for what LLaMA does not have."""
     path, architecture = metadata.path, metadata["general.architecture"]
+    if metadata.get("general.type") == "adapter":
+        raise UserError(f"{path} holds a LoRA, which is not imported from this format; get PEFT's for import_peft.py")
     if architecture != "llama":
         raise UserError(f"{path} holds a model of architecture {architecture!r}, expected 'llama'")
     if "token_embd.weight" not in tensors:
         raise UserError(f"{path} has no weights, only a vocabulary; get the model itself")
+    if not metadata.get("llama.attention.causal", True):
+        raise UserError(f"{path} has attention.causal false: it is not a language model; get another model")
     if experts := metadata.get("llama.expert_count", 0):
         raise UserError(f"{path} holds a mixture of {experts} experts, which is not supported; get a dense model")
-    scaling = "linear" if metadata.get("llama.rope.scale_linear", 1.0) != 1 else "none"  # as older files name it
-    scaling = metadata.get("llama.rope.scaling.type", scaling)
-    if scaling != "none":
-        raise UserError(f"{path} stretches its rotary frequencies in the {scaling} way; only Llama 3.1's is supported")
+    scaling = metadata.get("llama.rope.scaling.type", "none")
+    if scaling not in ("none", "linear"):
+        raise UserError(f"{path} stretches its rotary frequencies in the {scaling} way; expected linear or Llama 3.1's")
+    with error_context(path, "get another model"):
+        known = [f"llama.{name}" for name in KNOWN.split()]
+        check_known({name: value for name, value in metadata.items() if name.startswith("llama.")}, known)
 
 
 def read_config(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> LLaMAConfig:
@@ -148,9 +177,12 @@ def read_config(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> LLaMACo
         raise UserError(f"{metadata.path} does not describe a LLaMA ({error}); get another model") from None
     with error_context(metadata.path, "get another model"):
         config = from_fields(LLaMAConfig, values)
-    rotated = metadata.get("llama.rope.dimension_count", config.head_size)
-    if rotated != config.head_size:
-        raise UserError(f"{metadata.path} rotates {rotated} channels of a head, LLaMA all {config.head_size} of them")
+    for name in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
+        if (size := metadata.get(f"llama.{name}", config.head_size)) != config.head_size:
+            raise UserError(f"{metadata.path} has a {name} of {size}, LLaMA all {config.head_size} channels of a head")
+    factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear", 1.0))  # older files
+    if factor != 1 and metadata.get("llama.rope.scaling.type", "linear") == "linear":
+        config = replace(config, rope_scaling=RopeScaling(shortest(factor)))
     if ROPE_FREQS in tensors:
         config = replace(config, rope_scaling=read_rope_scaling(metadata.path, tensors[ROPE_FREQS], config))
     return config

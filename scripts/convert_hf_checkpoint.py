@@ -1,70 +1,157 @@
 """Convert a Hugging Face model folder (config.json and .safetensors or .bin shards) into a model folder."""
 
 import sys
+import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from lit_llama.cli import run
-from lit_llama.errors import UserError, error_context, short
+from lit_llama.errors import UserError, short
 from lit_llama.formats.chat_templates import read_chat_template, style_of
 from lit_llama.formats.huggingface import config_from_hf, from_hf
-from lit_llama.model_folder import check_complete, save_model_folder
+from lit_llama.formats.tokenizers import read_tokenizer
+from lit_llama.model_folder import check_complete, load_model, own_prompt_style, save_model_folder, suggest_script
 from lit_llama.progress import progress
+from lit_llama.prompt import Message, encode
 from lit_llama.storage.files import check_apart, read_file, read_json, read_safetensors
-from lit_llama.tokenizer import FILE_NAMES, find_tokenizer
+from lit_llama.tokenizer import find_tokenizer
 
 import torch
 from torch import Tensor
 
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each may be one file or have an index; in transformers' order
+TEXTS = [
+    "Hello, my name is",
+    "  two  spaces\n\tand a tab",
+    "1234567 is 7 digits",
+    "naïve café, 東京 and 🙂",
+    "<s>[INST]</s>",
+]
 
-def main(checkpoint_dir: Path, out_dir: Path, dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> None:
+
+def main(
+    checkpoint_dir: Path,
+    out_dir: Path,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    verify: bool = False,
+) -> None:
     """Convert one model of the llama architecture.
 
     Args:
         checkpoint_dir: The folder that was downloaded.
         out_dir: The model folder to write: lit-llama.pth, config.json (with the prompt style) and the tokenizer.
         dtype: The type to store the weights in. By default as they are.
+        verify: Compare the result with what transformers, if it is installed, makes of the same folder.
     """
     check_apart(checkpoint_dir, out_dir)
-    fields = read_json(checkpoint_dir / "config.json")
-    name = dtype or fields.get("dtype") or fields.get("torch_dtype") or "float32"
-    if name not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"{checkpoint_dir}/config.json has weights of {short(name)}; choose their type by --dtype")
+    source = checkpoint_dir / "config.json"
+    if not source.is_file():
+        what = suggest_script(checkpoint_dir) or "; give a folder in Hugging Face's format"
+        raise UserError(f"{checkpoint_dir} has no config.json{what}")
     try:
-        with error_context(checkpoint_dir / "config.json"):
-            config = config_from_hf(fields)
-        state = from_hf(read_shards(checkpoint_dir), config, getattr(torch, name))
+        config = config_from_hf(read_json(source))
+        source = checkpoint_dir
+        state = from_hf(read_shards(checkpoint_dir), config, dtype and getattr(torch, dtype))
     except UserError as error:
-        raise UserError(f"could not convert {checkpoint_dir}: {error}") from None
+        raise UserError(f"could not convert {source}: {error}") from None
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{checkpoint_dir}/config.json does not describe a LLaMA ({error!r}); get it again") from None
-    check_complete(checkpoint_dir, state, config)
-    files = {}
-    if any((checkpoint_dir / name).is_file() for name in FILE_NAMES):
-        files = find_tokenizer(checkpoint_dir, checkpoint_dir).files()
-    else:
+    try:
+        check_complete(checkpoint_dir, state, config)
+    except UserError as error:
+        fields = "vocab_size, num_hidden_layers and intermediate_size"
+        raise UserError(f"{error}; is its config.json ({fields}) that of its weights?") from None
+    if config.tie_embeddings and not torch.equal(state["lm_head.weight"], state["transformer.wte.weight"]):
+        print(
+            "The head differs from the embedding, though tie_word_embeddings is true: they are untied", file=sys.stderr
+        )
+        config = replace(config, tie_embeddings=False)
+    files = read_tokenizer(checkpoint_dir)
+    if not files:
         print(f"No tokenizer in {checkpoint_dir}: put one next to the converted weights", file=sys.stderr)
     prompt_style = style_of(checkpoint_dir, read_chat_template(checkpoint_dir))
     save_model_folder(out_dir, state, config, files, prompt_style)
     print(f"Saved {out_dir}", file=sys.stderr)
+    if files:
+        find_tokenizer(out_dir, out_dir).report_missing(config.vocab_size)
+    if verify:
+        compare(checkpoint_dir, out_dir, bool(files))
 
 
 def read_shards(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The named tensors of all shards, one shard at a time."""
-    shards = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not shards:
-        raise UserError("there are no .safetensors or pytorch_model*.bin files; download them")
-    for index in folder.glob(f"*{shards[0].suffix}.index.json"):  # files that it does not name are of another download
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        if outside := [name for name in names if Path(name).name != name]:
-            raise UserError(f"{index} names a file that is not in its folder, {short(outside[0])}; get it again")
-        shards = [folder / name for name in names]
+    shards = find_shards(folder)
     for shard in shards:
         if not shard.is_file():
             raise UserError(f"{shard} is missing; download it")
+    seen: dict[str, Path] = {}
     for shard in progress(shards, "Converting", "shard"):
-        yield from read_file(shard).items() if shard.suffix == ".bin" else read_safetensors(shard)
+        for name, tensor in read_bin(shard).items() if shard.suffix == ".bin" else read_safetensors(shard):
+            if name in seen:
+                raise UserError(f"{seen[name]} and {shard.name} both have {name}; move one of them away")
+            seen[name] = shard
+            yield name, tensor
+
+
+def read_bin(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that torch.save wrote, also before PyTorch 1.6."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception:  # of many kinds, if it is neither
+        pass
+    return read_file(path)
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """The files of weights that transformers takes, or, where it finds none, those that look like shards."""
+    for name in WEIGHTS:
+        file, index = folder / name, folder / f"{name}.index.json"
+        if file.is_file():
+            return [file]
+        if index.is_file():
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            if outside := [name for name in names if Path(name).name != name]:
+                raise UserError(f"{index} names a file that is not in its folder, {short(outside[0])}; get it again")
+            return [folder / name for name in names]
+    others = ("adapter_", "consolidated")
+    shards = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith(others)]
+    shards = shards or sorted(folder.glob("pytorch_model*.bin"))
+    if not shards:
+        what = suggest_script(folder) or "; download them"
+        raise UserError(f"there are no .safetensors or pytorch_model*.bin files{what}")
+    return shards
+
+
+@torch.inference_mode()
+def compare(theirs_dir: Path, ours_dir: Path, has_tokenizer: bool) -> None:
+    """Print how far logits and token ids are from those that transformers computes, in float32."""
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise UserError(
+            "the result was saved, but --verify needs transformers; run: pip install transformers"
+        ) from None
+    ours = load_model(ours_dir, torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(theirs_dir, torch_dtype=torch.float32).eval()
+    idx = torch.arange(64)[None] % ours.config.vocab_size  # (1, T)
+    logits = theirs(idx).logits
+    difference = (ours(idx) - logits).abs().max()
+    print(f"Logits differ from transformers' by at most {difference:.1e} of {logits.abs().max():.1e}", file=sys.stderr)
+    if not has_tokenizer:
+        return
+    tokenizer, other = find_tokenizer(ours_dir, ours_dir), AutoTokenizer.from_pretrained(theirs_dir)
+    plain = {"add_special_tokens": False, "split_special_tokens": True}
+    wrong = [text for text in TEXTS if tokenizer.encode(text, bos=False) != other(text, **plain)["input_ids"]]
+    print(f"Token ids differ for {len(wrong)} of {len(TEXTS)} texts", *wrong, sep="\n  ", file=sys.stderr)
+    style = own_prompt_style(ours_dir / "lit-llama.pth")
+    if style and other.chat_template:
+        question = {"role": "user", "content": "Why is the sky blue?"}
+        text = other.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+        same = encode(style, [Message(**question)], tokenizer).ids == other(text, add_special_tokens=False)["input_ids"]
+        print(f"A question in the template has {'the same ids' if same else 'other ids'} as there", file=sys.stderr)
 
 
 if __name__ == "__main__":

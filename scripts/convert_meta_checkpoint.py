@@ -2,21 +2,20 @@
 
 import math
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from lit_llama.cli import run
 from lit_llama.errors import UserError, error_context, short
-from lit_llama.formats.tokenizers import from_tiktoken, is_tiktoken
+from lit_llama.formats.huggingface import check_known
+from lit_llama.formats.tokenizers import read_tokenizer
 from lit_llama.model import CONFIGS, LLAMA_3_SCALING, LLaMA, LLaMAConfig
 from lit_llama.model_folder import check_complete, save_model_folder
 from lit_llama.progress import progress
 from lit_llama.prompt import PromptStyle
 from lit_llama.storage.checks import from_fields
 from lit_llama.storage.files import check_apart, is_plain, read_file, read_json
-from lit_llama.tokenizer import FILE_NAMES, Tokenizer
 
 import torch
 from torch import Tensor
@@ -36,6 +35,8 @@ NAMES = {
     "feed_forward.w2.weight": "mlp.c_proj.weight",
 }
 QKV = ("attention.wq.weight", "attention.wk.weight", "attention.wv.weight")  # one c_attn here
+PARAMS = """dim n_layers n_heads n_kv_heads multiple_of ffn_dim_multiplier norm_eps rope_theta use_scaled_rope
+vocab_size max_batch_size max_seq_len"""
 
 
 def main(
@@ -59,7 +60,11 @@ def main(
     tied = torch.equal(head, state["transformer.wte.weight"])
     config = replace(config, tie_embeddings=tied, block_size=block_size or published_length(config))
     check_complete(checkpoint_dir, state, config)
-    save_model_folder(out_dir, state, config, read_tokenizer(checkpoint_dir), prompt_style)
+    files = read_tokenizer(checkpoint_dir, checkpoint_dir.parent)
+    if not files:
+        where = f"in {checkpoint_dir} or above"
+        print(f"No tokenizer.model {where}: put one next to the converted weights", file=sys.stderr)
+    save_model_folder(out_dir, state, config, files, prompt_style)
     print(f"Saved {out_dir}", file=sys.stderr)
 
 
@@ -96,6 +101,7 @@ def read_config(folder: Path, shard: dict[str, Any], n_shards: int) -> LLaMAConf
             "rope_scaling": scaling and asdict(scaling),
         }
         with error_context(folder / "params.json", "download it again"):
+            check_known(params, PARAMS.split())
             return from_fields(LLaMAConfig, values)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{folder} does not describe a LLaMA ({error!r}); download it again") from None
@@ -158,15 +164,6 @@ def place(path: Path, name: str, part: Tensor, whole: Tensor, rank: int, n_shard
             )
         whole = whole.narrow(dim, rank * size // n_shards // n * n, n)
     whole.copy_(part)
-
-
-def read_tokenizer(folder: Path) -> Mapping[str, bytes | str]:
-    """The tokenizer's files; Llama 3's are converted, since Meta's is in a format of its own."""
-    for path in (folder / FILE_NAMES[0], folder.parent / FILE_NAMES[0]):
-        if path.is_file():
-            return from_tiktoken(path) if is_tiktoken(path) else Tokenizer(path).files()
-    print(f"No {FILE_NAMES[0]} in {folder} or above: put one next to the converted weights", file=sys.stderr)
-    return {}
 
 
 if __name__ == "__main__":

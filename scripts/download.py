@@ -9,7 +9,7 @@ from lit_llama.errors import UserError
 
 from convert_hf_checkpoint import main as convert
 
-OTHERS = ["config.json", "tokenizer*", "chat_template.jinja"]
+OTHERS = ["config.json", "generation_config.json", "tokenizer*", "*tokens*.json", "chat_template.jinja"]
 PATTERNS = ["*.safetensors", "*.safetensors.index.json", *OTHERS]
 OLD_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json", *OTHERS]
 

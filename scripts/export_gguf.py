@@ -94,7 +94,8 @@ def read_model(path: Path, tokenizer: Tokenizer, style: PromptStyle | None) -> C
     style, model = style or own_prompt_style(path), load_model(path)
     tokenizer.check_fits(model.config.vocab_size)
     name = {"general.name": path.absolute().parent.name}
-    metadata = name | model_metadata(model.config) | tokenizer_metadata(tokenizer, model.config.vocab_size)
+    stops = stop_ids(style, tokenizer) if style else ()
+    metadata = name | model_metadata(model.config) | tokenizer_metadata(tokenizer, model.config.vocab_size, stops)
     if style:
         metadata |= template_metadata(style, tokenizer)
     return Content(metadata, dict(to_gguf(model.state_dict(), model.config)), style)
@@ -102,8 +103,6 @@ def read_model(path: Path, tokenizer: Tokenizer, style: PromptStyle | None) -> C
 
 def template_metadata(style: PromptStyle, tokenizer: Tokenizer) -> dict[str, Any]:
     metadata: dict[str, Any] = {CHAT_TEMPLATE: chat_template(style, tokenizer)}
-    for turn_end in stop_ids(style, tokenizer) - {tokenizer.eos_id}:
-        metadata["tokenizer.ggml.eot_token_id"] = turn_end
     if not begins_with_bos(style):  # llama.cpp would put one before the template
         metadata["tokenizer.ggml.add_bos_token"] = False
     return metadata

@@ -50,9 +50,10 @@ def main(
     if model.config.tie_embeddings:
         del state["lm_head.weight"]
     fields = hf_config(model.config, model.lm_head.weight.dtype)
-    turn_ends = stop_ids(style, tokenizer) - {tokenizer.eos_id} if style else set()
-    eos = [tokenizer.eos_id, *turn_ends] if turn_ends else tokenizer.eos_id
-    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos}
+    stops = stop_ids(style, tokenizer) if style else tokenizer.end_ids
+    eos = [tokenizer.eos_id, *sorted(stops - {tokenizer.eos_id})] if len(stops) > 1 else tokenizer.eos_id
+    bos = tokenizer.special_tokens.get("bos_token")
+    ends = {"bos_token_id": tokenizer.control_id(bos) if bos else None, "eos_token_id": eos}
     with replacing_folder(out_dir, HF_FILES) as part:
         for name, content in tokenizer_files(tokenizer, style).items():
             write_file(part / name, content)

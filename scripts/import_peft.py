@@ -4,11 +4,11 @@ import sys
 from pathlib import Path
 
 from lit_llama.cli import run
-from lit_llama.errors import UserError, error_context
+from lit_llama.errors import UserError
 from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.formats.chat_templates import read_chat_template, style_of
 from lit_llama.formats.peft import config_from_peft, from_peft
-from lit_llama.model_folder import find_model, read_config
+from lit_llama.model_folder import find_model, read_config, suggest_script
 from lit_llama.prompt import PromptStyle
 from lit_llama.storage.files import check_apart, read_file, read_json, read_safetensors
 from lit_llama.storage.integrity import identity
@@ -35,12 +35,14 @@ def main(
     pretrained_path = find_model(pretrained_path)
     for source in (pretrained_path, pretrained_path.with_name("config.json"), *peft_dir.glob("adapter_*")):
         check_apart(source, out_path)
-    base = read_config(pretrained_path, read_file(pretrained_path, check_tensors=False))
+    weights = read_file(pretrained_path, check_tensors=False)
+    base = read_config(pretrained_path, weights)
+    if not (peft_dir / "adapter_config.json").is_file():
+        raise UserError(f"{peft_dir} has no adapter_config.json{suggest_script(peft_dir) or '; give a folder of PEFT'}")
     fields, tensors = read_json(peft_dir / "adapter_config.json"), read_tensors(peft_dir)
     try:
-        with error_context(peft_dir / "adapter_config.json"):
-            config = config_from_peft(fields, iter(tensors))
-        state = from_peft(tensors, base, config)
+        config = config_from_peft(fields, iter(tensors))
+        state = from_peft(tensors, base, config, weights)
     except UserError as error:
         raise UserError(f"could not import {peft_dir}: {error}") from None
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:

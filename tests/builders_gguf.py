@@ -51,12 +51,14 @@ def write_gguf(
     architecture: str = "llama",
     without: str = "",
     extra: dict[str, np.ndarray] | None = None,
+    split_max_tensors: int = 0,
 ) -> dict[str, Tensor]:
     """A GGUF as llama.cpp writes it, with quantised matrices; returns its weights under llama.cpp's names.
 
-    `metadata` is the tokenizer's and whatever else there shall be; vectors of `extra` are stored as they are.
+    `metadata` is the tokenizer's and whatever else there shall be; vectors of `extra` are stored as they are. With
+    `split_max_tensors` there are several files, -00001-of-0000N and so on.
     """
-    c, writer = GGUF_CONFIG, GGUFWriter(path, architecture)
+    c, writer = GGUF_CONFIG, GGUFWriter(path, architecture, split_max_tensors=split_max_tensors)
     shape = {
         "llama.context_length": c.block_size,
         "llama.embedding_length": c.n_embd,

@@ -221,3 +221,30 @@ def test_loading_takes_at_most_1_2_times_the_file_in_ram(checkpoint: Path, tmp_p
     before = f"from lit_llama.model_folder import load_model\n{use.format(str(checkpoint))}"
     peak = peak_of(before, use.format(str(tmp_path / "lit-llama.pth")))
     assert 0.9 * size < peak < 1.2 * size
+
+
+@pytest.mark.parametrize(
+    ("name", "script"),
+    [
+        ("model.safetensors", "convert_hf_checkpoint.py --checkpoint_dir"),
+        ("pytorch_model-00001-of-00002.bin", "convert_hf_checkpoint.py --checkpoint_dir"),
+        ("lit_model.pth", "litgpt convert_from_litgpt"),
+        ("consolidated.00.pth", "convert_meta_checkpoint.py --checkpoint_dir"),
+        ("llama.Q4_0.gguf", "convert_gguf_checkpoint.py --gguf_path"),
+        ("adapter_model.safetensors", "import_peft.py --peft_dir"),
+    ],
+)
+def test_files_of_others_end_in_the_command_that_takes_them(name: str, script: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(UserError, match=script):
+            find_model(path)
+        with pytest.raises(UserError, match=script):
+            read_finetuned(path, "lora")
+
+
+def test_an_adapter_v2_of_the_archived_lit_llama_is_named(tmp_path: Path) -> None:
+    state = {"transformer.h.2.attn.adapter_wte.weight": torch.ones(10, 8), "lm_head.adapter_bias": torch.ones(4)}
+    torch.save(state, tmp_path / "old.pth")
+    with pytest.raises(UserError, match="adapter v2"):
+        read_finetuned(tmp_path / "old.pth", "adapter")

@@ -1,8 +1,11 @@
 import io
+import json
 import pickle
+import shutil
 from pathlib import Path
 
 from lit_llama.errors import UserError
+from lit_llama.formats.tokenizers import from_sentencepiece
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 
 import pytest
@@ -122,3 +125,166 @@ def test_a_truncated_file_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"version": "1.0", "trunc')
     with pytest.raises(UserError, match=name):
         Tokenizer(tmp_path / name)
+
+
+def write(folder: Path, **files: dict) -> None:
+    for name, fields in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(fields))
+
+
+def with_template(tokenizer: HFTokenizer, template: str) -> str:
+    """A tokenizer.json whose post-processor puts control tokens around a text."""
+    copy = HFTokenizer.from_str(tokenizer.to_str())
+    special = [(token, copy.token_to_id(token)) for token in template.split() if token != "$A"]
+    copy.post_processor = processors.TemplateProcessing(template, special_tokens=special)
+    return copy.to_str()
+
+
+def test_the_bos_of_a_template_is_known_though_plain_text_has_none(tmp_path: Path, byte_tokenizer: HFTokenizer) -> None:
+    (tmp_path / "tokenizer.json").write_text(byte_tokenizer.to_str())
+    write(tmp_path, tokenizer_config={"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "[PAD]"})
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.bos_id is None
+    assert tokenizer.special_tokens == {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}  # there is no [PAD]
+
+
+def test_a_bos_is_what_comes_before_the_text(tmp_path: Path, byte_tokenizer: HFTokenizer) -> None:
+    path = tmp_path / "tokenizer.json"
+    for template, bos_id in (("$A <|im_end|>", None), ("<|endoftext|> $A <|im_end|>", 0)):
+        path.write_text(with_template(byte_tokenizer, template))
+        assert Tokenizer(path).bos_id == bos_id
+
+
+def test_add_bos_token_is_read_for_sentencepiece(tmp_path: Path, sentencepiece_file: Path) -> None:
+    shutil.copy(sentencepiece_file, tmp_path)
+    write(tmp_path, tokenizer_config={"add_bos_token": False})
+    tokenizer = Tokenizer(tmp_path / "tokenizer.model")
+    assert tokenizer.bos_id is None
+    assert tokenizer.special_tokens["bos_token"] == "<s>"
+
+
+@pytest.mark.parametrize("kind", ["tokenizer_config", "special_tokens_map"])
+@pytest.mark.parametrize(
+    "value", ["<|endoftext|>", {"content": "<|endoftext|>", "special": True}], ids=["text", "dict"]
+)
+def test_the_eos_is_read_from_either_file(
+    tmp_path: Path, byte_tokenizer: HFTokenizer, kind: str, value: str | dict
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(byte_tokenizer.to_str())
+    write(tmp_path, **{kind: {"eos_token": value}})
+    assert Tokenizer(tmp_path / "tokenizer.json").eos_id == 0
+
+
+def test_the_older_map_goes_before_unless_the_config_lists_the_added_tokens(
+    tmp_path: Path, byte_tokenizer: HFTokenizer
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(byte_tokenizer.to_str())
+    config = {"eos_token": "<|im_end|>"}
+    write(tmp_path, special_tokens_map={"eos_token": "<|endoftext|>"}, tokenizer_config=config)
+    assert Tokenizer(tmp_path / "tokenizer.json").eos_id == 0
+    config["added_tokens_decoder"] = {"1": {"content": "<|im_end|>", "special": True}}
+    write(tmp_path, tokenizer_config=config)
+    assert Tokenizer(tmp_path / "tokenizer.json").eos_id == 1
+
+
+def test_every_end_that_the_model_names_ends_an_answer(tmp_path: Path, byte_tokenizer: HFTokenizer) -> None:
+    (tmp_path / "tokenizer.json").write_text(byte_tokenizer.to_str())
+    write(tmp_path, config={"eos_token_id": 7}, generation_config={"eos_token_id": [0, 5, 10**6]})
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    assert (tokenizer.eos_id, tokenizer.end_ids) == (1, {0, 1, 5, 7})
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name, content in tokenizer.files().items():
+        (copy / name).write_bytes(content)
+    assert Tokenizer(copy / "tokenizer.json").end_ids == {0, 1, 5, 7}
+
+
+ADDED = ("<|im_start|>", "[call]")
+
+
+def added_files(n: int) -> list[dict[str, dict]]:
+    """The two ways in which a folder lists tokens that were added, the first of them special."""
+    decoder = {str(n + i): {"content": text, "special": not i} for i, text in enumerate(ADDED)}
+    older = {"added_tokens": {text: n + i for i, text in enumerate(ADDED)}}
+    return [
+        {"tokenizer_config": {"added_tokens_decoder": decoder, "eos_token": ADDED[0]}},
+        {**older, "special_tokens_map": {"eos_token": ADDED[0]}},
+    ]
+
+
+@pytest.mark.parametrize("way", [0, 1], ids=["decoder", "added_tokens.json"])
+def test_added_tokens_come_with_both_kinds(tokenizer: Tokenizer, tmp_path: Path, way: int) -> None:
+    n = tokenizer.vocab_size
+    shutil.copy(tokenizer.path, tmp_path)
+    write(tmp_path, **added_files(n)[way])
+    ours = Tokenizer(tmp_path / tokenizer.path.name)
+    assert (ours.vocab_size, ours.eos_id, ours.control_id("[call]")) == (n + 2, n, n + 1)
+    assert n in ours.control
+    assert n + 1 not in ours.control
+    for text in (*TEXTS, ADDED[0]):  # a control token's name in a text stays text
+        assert ours.encode(text, bos=False) == tokenizer.encode(text, bos=False)
+    assert ours.encode("say[call]", bos=False)[-1] == n + 1
+    assert ours.decode([*tokenizer.encode("say", bos=False), n + 1, n]) == "say[call]"
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name, content in ours.files().items():
+        (copy / name).write_bytes(content)
+    again = Tokenizer(copy / tokenizer.path.name)
+    assert (again.vocab_size, again.eos_id) == (n + 2, n)
+    assert pickle.loads(pickle.dumps(ours)).vocab_size == n + 2
+
+
+def test_an_added_token_with_a_number_that_it_cannot_have_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    shutil.copy(tokenizer.path, tmp_path)
+    for number in (tokenizer.vocab_size + 5, 3):
+        write(tmp_path, tokenizer_config={"added_tokens_decoder": {str(number): {"content": "<new>"}}})
+        with pytest.raises(UserError, match=rf"<new>.* is number {number}"):
+            Tokenizer(tmp_path / tokenizer.path.name)
+    for wrong in ({"x": {"content": "a"}}, {"5": 7}, [1]):
+        write(tmp_path, tokenizer_config={"added_tokens_decoder": wrong})
+        with pytest.raises(UserError, match=r"tokenizer_config\.json"):
+            Tokenizer(tmp_path / tokenizer.path.name)
+
+
+def test_of_two_files_the_one_with_the_added_tokens_is_taken(tmp_path: Path, sentencepiece_file: Path) -> None:
+    for name, content in from_sentencepiece(sentencepiece_file).items():
+        (tmp_path / name).write_text(content)
+    shutil.copy(sentencepiece_file, tmp_path)
+    assert find_tokenizer(tmp_path, tmp_path).path.name == "tokenizer.model"  # they are the same
+    more = HFTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    more.add_special_tokens(["<|im_start|>"])
+    more.save(str(tmp_path / "tokenizer.json"))
+    assert find_tokenizer(tmp_path, tmp_path).control_id("<|im_start|>") == more.get_vocab_size() - 1
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # tiktoken's format, as Llama 3 has it
+    assert find_tokenizer(tmp_path, tmp_path).path.name == "tokenizer.json"
+
+
+def test_a_pad_token_without_a_row_is_no_harm_and_others_are(
+    tmp_path: Path, byte_tokenizer: HFTokenizer, capsys: pytest.CaptureFixture
+) -> None:
+    more = HFTokenizer.from_str(byte_tokenizer.to_str())
+    n = more.get_vocab_size()
+    more.add_special_tokens(["[PAD]"])
+    more.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    tokenizer.check_fits(n)
+    tokenizer.report_missing(n)
+    assert "[PAD]" in capsys.readouterr().err
+    with pytest.raises(UserError, match="its own tokenizer"):
+        tokenizer.check_fits(n - 1)
+    write(tmp_path, tokenizer_config={"eos_token": "[PAD]"})
+    with pytest.raises(UserError, match="its own tokenizer"):
+        Tokenizer(tmp_path / "tokenizer.json").check_fits(n)
+
+
+def test_sentencepiece_shows_spaces_and_whole_characters(sentencepiece_file: Path) -> None:
+    tokenizer = Tokenizer(sentencepiece_file)
+    text = "this is 🍎 a text"
+    ids = tokenizer.encode(text, eos=True)
+    assert tokenizer.show(ids) == f"<s>{text}</s>"
+    assert tokenizer.show(ids[:3]) + tokenizer.show(ids[3:]) == f"<s>{text}</s>"
+
+
+def test_a_replacement_character_that_was_meant_is_printed(tokenizer: Tokenizer) -> None:
+    for text in ("so \ufffd", "\ufffd", "x\ufffd\ufffd"):
+        assert "".join(tokenizer.stream(tokenizer.encode(text))) == text

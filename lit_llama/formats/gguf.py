@@ -51,7 +51,7 @@ def to_gguf(state: Mapping[str, Tensor], config: LLaMAConfig) -> Iterator[tuple[
                 yield f"{block}attn_{letter}.weight", rows
         elif layer != "lm_head.weight" or not config.tie_embeddings:
             yield f"{block}{names[layer]}.weight", tensor
-    if config.rope_scaling:
+    if config.rope_scaling and config.rope_scaling.original_block_size:
         yield ROPE_FREQS, rope_divisors(config)
 
 
@@ -62,7 +62,10 @@ def rope_divisors(config: LLaMAConfig) -> Tensor:
 
 
 def model_metadata(config: LLaMAConfig) -> dict[str, Any]:
+    scaling = config.rope_scaling
+    linear = scaling and not scaling.original_block_size
     return {
+        **({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": scaling.factor} if linear else {}),
         "general.type": "model",
         "llama.context_length": config.block_size,
         "llama.vocab_size": config.vocab_size,

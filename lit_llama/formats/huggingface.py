@@ -1,9 +1,9 @@
 """Hugging Face's names, row order and configuration of the same models, in both directions."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lit_llama.errors import UserError, short
+from lit_llama.errors import UserError, check_type, short
 from lit_llama.model import LLaMAConfig
 from lit_llama.storage.checks import from_fields
 from lit_llama.storage.files import is_plain
@@ -23,6 +23,46 @@ NAMES = {
     "lm_head.weight": "lm_head.weight",
 }
 QKV = {f"self_attn.{letter}_proj.weight": letter for letter in "qkv"}  # one c_attn here
+
+FIELDS = {  # of config.json, with our names and what transformers takes if they are not there
+    "max_position_embeddings": ("block_size", 2048),
+    "vocab_size": ("vocab_size", 32000),
+    "num_hidden_layers": ("n_layer", 32),
+    "num_attention_heads": ("n_head", 32),
+    "hidden_size": ("n_embd", 4096),
+    "intermediate_size": ("n_hidden", 11008),
+    "rms_norm_eps": ("norm_eps", 1e-6),
+    "tie_word_embeddings": ("tie_embeddings", False),
+}
+OTHERS = "max_sequence_length num_key_value_heads head_dim rope_theta rope_scaling rope_parameters dtype torch_dtype"
+EXPECTED: dict[str, tuple[tuple[Any, ...], str]] = {  # the values that LLaMA has, and what others mean
+    "model_type": (("llama",), "it is of another architecture than 'llama'"),
+    "architectures": ((None, [], ["LlamaForCausalLM"], ["LLaMAForCausalLM"]), "it is not a language model with a head"),
+    "quantization_config": ((None, {}), "its weights are quantised; get the model that it was made from"),
+    "hidden_act": ((None, "silu", "swish"), "LLaMA's MLP has silu"),
+    "attention_bias": ((None, False), "LLaMA has no biases"),
+    "mlp_bias": ((None, False), "LLaMA has no biases"),
+    "partial_rotary_factor": ((None, 1), "LLaMA rotates all channels of a head"),
+    "sliding_window": ((None,), "LLaMA attends to all tokens before"),
+}
+HARMLESS = """attention_dropout attn_implementation bad_words_ids begin_suppress_tokens bos_token_id
+chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample early_stopping eos_token_id
+finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_range is_decoder
+is_llama_config label2id length_penalty loss_type max_length min_length num_beam_groups num_beams num_labels
+num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
+problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
+task_specific_params temperature tokenizer_class top_k top_p torchscript transformers.js_config transformers_version
+typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache"""
+SCALING = {  # of the rotary frequencies: the fields of each kind, with our names
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "original_block_size",
+    },
+}
 
 
 def halves_from_pairs(weight: Tensor, n_head: int) -> Tensor:
@@ -57,23 +97,31 @@ def to_hf(state: dict[str, Tensor], config: LLaMAConfig) -> dict[str, Tensor]:
     return result
 
 
-def from_hf(tensors: Iterable[tuple[str, Tensor]], config: LLaMAConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state dict of LLaMA from the named tensors of a LlamaForCausalLM, which may come in any order."""
+def from_hf(
+    tensors: Iterable[tuple[str, Tensor]], config: LLaMAConfig, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The state dict of LLaMA from the named tensors of a LlamaForCausalLM, which may come in any order.
+
+    Args:
+        config: if it ties head and embedding, a head may be missing; one that is there is not compared.
+        dtype: None for the weights' own, which is float32 if they have several.
+    """
     names = {theirs: ours for ours, theirs in NAMES.items()}
     state: dict[str, Tensor] = {}
     qkv: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors:
-        if not is_plain(tensor) or not tensor.is_floating_point():
-            raise UserError(f"{short(name)} is {short(tensor)}, expected floating-point numbers")
+        if not is_plain(tensor) or not tensor.is_floating_point() or tensor.itemsize == 1:
+            raise UserError(f"{short(name)} is {short(tensor)}, expected float32, bfloat16 or float16")
+        tensor = tensor.to(dtype or tensor.dtype, copy=True)  # a mapped file could not be let go
         layer, prefix, number = name, "", ""
         if name.startswith("model.layers.") and name.count(".") > 2:
             number, layer = name.removeprefix("model.layers.").split(".", 1)
             prefix = f"transformer.h.{number}."
         if layer in names:
-            state[prefix + names[layer]] = tensor.to(dtype, copy=True)  # a mapped file could not be let go
+            state[prefix + names[layer]] = tensor
         elif layer in QKV:
             parts = qkv.setdefault(f"{prefix}attn.c_attn.weight", {})
-            parts[QKV[layer]] = tensor.to(dtype, copy=True)
+            parts[QKV[layer]] = tensor
             if len(parts) == 3:
                 del qkv[f"{prefix}attn.c_attn.weight"]
                 if any(parts[x].shape != (n, config.n_embd) for x, n in zip("qkv", config.qkv_sizes, strict=True)):
@@ -82,67 +130,78 @@ def from_hf(tensors: Iterable[tuple[str, Tensor]], config: LLaMAConfig, dtype: t
                 state[f"{prefix}attn.c_attn.weight"] = torch.cat((q, k, parts["v"]))
         elif not layer.endswith("rotary_emb.inv_freq"):  # old files carry these tables
             raise UserError(f"there is a tensor {name}, which a LLaMA does not have")
+    dtypes = {tensor.dtype for tensor in state.values()}
+    if len(dtypes) > 1 or torch.float64 in dtypes:  # a model has one
+        state = {name: tensor.float() for name, tensor in state.items()}
     if config.tie_embeddings and "transformer.wte.weight" in state:
-        state["lm_head.weight"] = state["transformer.wte.weight"]
+        state.setdefault("lm_head.weight", state["transformer.wte.weight"])
     return state
 
 
 def hf_config(config: LLaMAConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The fields of transformers' LlamaConfig."""
-    scaling = config.rope_scaling and {
-        "rope_type": "llama3",
-        "factor": config.rope_scaling.factor,
-        "low_freq_factor": config.rope_scaling.low_freq_factor,
-        "high_freq_factor": config.rope_scaling.high_freq_factor,
-        "original_max_position_embeddings": config.rope_scaling.original_block_size,
-    }
+    scaling = None
+    if ours := config.rope_scaling:
+        kind = "llama3" if ours.original_block_size else "linear"
+        scaling = {"rope_type": kind, **{theirs: getattr(ours, name) for theirs, name in SCALING[kind].items()}}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": str(dtype).removeprefix("torch."),
         "torch_dtype": str(dtype).removeprefix("torch."),  # its name in transformers 4
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.n_embd,
-        "intermediate_size": config.n_hidden,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
+        **{theirs: getattr(config, ours) for theirs, (ours, _) in FIELDS.items()},
         "num_key_value_heads": config.n_kv_head,
-        "max_position_embeddings": config.block_size,
-        "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_base,  # transformers 4 reads these two, transformers 5 the third, vLLM what it finds
         "rope_scaling": scaling,
         "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": config.rope_base},
-        "tie_word_embeddings": config.tie_embeddings,
     }
 
 
-def config_from_hf(fields: dict[str, Any]) -> LLaMAConfig:
-    """The configuration from the fields of a config.json, as transformers 4 or 5 writes them."""
-    if fields.get("model_type") != "llama":
-        raise UserError(f"the model is of type {fields.get('model_type')!r}, expected 'llama'; get another model")
-    head_size = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
-    if head_size * fields["num_attention_heads"] != fields["hidden_size"]:
-        raise UserError(f"heads of {head_size} channels do not add up to the width of {fields['hidden_size']}")
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+def config_from_hf(fields: Mapping[str, Any]) -> LLaMAConfig:
+    """The configuration from the fields of a config.json, as transformers 4 or 5 writes them.
+
+    Raises:
+        UserError: if a field says what LLaMA does not do, or may say so: one that is not known, and set.
+    """
+    for name, (values, meaning) in EXPECTED.items():
+        if fields.get(name) not in values:
+            raise UserError(f"{name} is {said(fields.get(name))}: {meaning}")
+    check_known(fields, {*FIELDS, *OTHERS.split(), *EXPECTED, *HARMLESS.split()})
+    values = {ours: fields.get(theirs, default) for theirs, (ours, default) in FIELDS.items()}
+    for theirs, (ours, default) in FIELDS.items():
+        check_type(theirs, values[ours], type(default))
+    values["block_size"] = fields.get("max_position_embeddings", fields.get("max_sequence_length", 2048))
+    values["n_kv_head"] = fields.get("num_key_value_heads") or values["n_head"]
+    head_size = fields.get("head_dim") or values["n_embd"] // values["n_head"]
+    if head_size * values["n_head"] != values["n_embd"]:
+        raise UserError(
+            f"head_dim is {short(head_size)}, but {values['n_head']} heads must make up {values['n_embd']} channels"
+        )
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    check_type("rope_scaling", rope, Mapping)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise UserError(f"rotary scaling of type {kind!r} is not supported")
-    scaling = None
-    if kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        ours = ("factor", "low_freq_factor", "high_freq_factor", "original_block_size")
-        scaling = {name: rope[theirs] for name, theirs in zip(ours, names, strict=True)}
-    values = {
-        "block_size": fields["max_position_embeddings"],
-        "vocab_size": fields["vocab_size"],
-        "n_layer": fields["num_hidden_layers"],
-        "n_head": fields["num_attention_heads"],
-        "n_embd": fields["hidden_size"],
-        "n_kv_head": fields.get("num_key_value_heads") or fields["num_attention_heads"],
-        "n_hidden": fields["intermediate_size"],
-        "norm_eps": fields["rms_norm_eps"],
-        "rope_base": rope.get("rope_theta", fields.get("rope_theta", 10000.0)),
-        "rope_scaling": scaling,
-        "tie_embeddings": fields.get("tie_word_embeddings", False),
-    }
+    if kind not in SCALING:
+        raise UserError(f"rope_scaling is of type {kind!r}, expected {', '.join(SCALING)}; get another model")
+    names = SCALING[kind]
+    check_known(rope, {"rope_type", "type", "rope_theta", *SCALING["llama3"]}, "rope_scaling's ")
+    if missing := [name for name in names if name not in rope]:
+        raise UserError(f"rope_scaling does not have {missing[0]}")
+    values["rope_scaling"] = {ours: rope[theirs] for theirs, ours in names.items()} or None
+    values["rope_base"] = rope.get("rope_theta") or fields.get("rope_theta") or 10000.0
     return from_fields(LLaMAConfig, values)
+
+
+def check_known(fields: Mapping[str, Any], known: Iterable[str], whose: str = "") -> None:
+    """Raise a UserError at a field that is set and not known, which may change what is computed."""
+    for name in sorted({*fields} - {*known}):
+        if fields[name] and not name.startswith("_"):
+            raise UserError(
+                f"{whose}{name} is {said(fields[name])}, which is not known here and may change what is computed; "
+                "take it out if it does not"
+            )
+
+
+def said(value: Any) -> str:
+    """A value of a JSON file for a message."""
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

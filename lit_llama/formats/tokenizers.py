@@ -3,26 +3,19 @@
 import base64
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_llama.errors import UserError
-from lit_llama.tokenizer import CONFIG_NAME, Tokenizer
+from lit_llama.tokenizer import CONFIG_NAME, CONTROL, ENDS_NAME, USER_DEFINED, Tokenizer, tokenizer_in
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as HFTokenizer
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = (
-    1,
-    3,
-    4,
-    5,
-    6,
-)  # SentencePiece's types of pieces, which GGUF has taken over for all tokenizers
-
+NORMAL, UNUSED, BYTE = 1, 5, 6  # more of SentencePiece's types, which GGUF has taken over for all tokenizers
 SPACE = "\u2581"  # how SentencePiece writes it
 
 BYTES = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -46,6 +39,7 @@ PRE_TOKENIZERS = {  # llama.cpp's names for how text is cut before the byte pair
     "falcon3": LLAMA_3,
 }
 WRITTEN_PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe")  # the name of each way that is written
+GGUF_ENDS = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]  # the ends of an answer
 LLAMA_3_NAMES = (
     *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
     *("finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"),
@@ -58,24 +52,34 @@ PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
 BYTE_TO_CHAR = {byte: 256 + i for i, byte in enumerate(sorted({*range(256)} - PRINTABLE))}
 
 
+def read_tokenizer(*folders: Path) -> dict[str, bytes | str]:
+    """The tokenizer's files in the first folder that has one; none if none has."""
+    for path in filter(None, map(tokenizer_in, folders)):
+        return from_tiktoken(path) if is_tiktoken(path) else dict(Tokenizer(path).files())
+    return {}
+
+
 def from_gguf(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes | str]:
     """The tokenizer that the metadata of the GGUF at `path` describes, as files by their names."""
+    ends = [metadata[name] for name in GGUF_ENDS if name in metadata]
+    files = {ENDS_NAME: json.dumps({"eos_token_id": ends})} if len({*ends}) > 1 else {}
     model, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre", "default")
     if model == "llama":
-        return {"tokenizer.model": sentencepiece_from_gguf(path, metadata)}
+        return {"tokenizer.model": sentencepiece_from_gguf(path, metadata), **files}
     if model != "gpt2" or pre not in PRE_TOKENIZERS:
         known = f"SentencePiece (llama) and byte-level BPE (gpt2: {', '.join(PRE_TOKENIZERS)}) are"
         raise UserError(f"the tokenizer of {path} ({model}, {pre}) is not supported; {known}")
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", PRE_TOKENIZERS[pre] is LLAMA_3)  # older files do not say
     marks = Marks(
-        bos=tokens[metadata["tokenizer.ggml.bos_token_id"]] if add_bos else None,
+        bos=tokens[metadata["tokenizer.ggml.bos_token_id"]] if "tokenizer.ggml.bos_token_id" in metadata else None,
         eos=tokens[metadata["tokenizer.ggml.eos_token_id"]],
         special=[token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL],
         added=[token for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED],
+        begins=add_bos,
     )
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    return byte_level_bpe(tokens, merges, pre, marks)
+    return byte_level_bpe(tokens, merges, pre, marks) | files
 
 
 def sentencepiece_from_gguf(path: Path, metadata: Mapping[str, Any]) -> bytes:
@@ -114,26 +118,26 @@ def model_proto(path: Path) -> Any:
         raise UserError(f"to convert the tokenizer of {path}, install protobuf: pip install protobuf") from None
 
 
-def to_gguf(tokenizer: Tokenizer, n_rows: int) -> dict[str, Any]:
-    """The metadata by which llama.cpp gives the same ids, for a model of so many rows."""
-    path = tokenizer.path
-    fields = bpe_to_gguf(path, n_rows) if path.suffix == ".json" else sentencepiece_to_gguf(path, n_rows)
-    bos = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id  # llama.cpp assumes one if it is not told
+def to_gguf(tokenizer: Tokenizer, n_rows: int, stops: Collection[int] = ()) -> dict[str, Any]:
+    """The metadata by which llama.cpp gives the same ids, for a model of so many rows whose answers end at `stops`."""
+    write = bpe_to_gguf if tokenizer.path.suffix == ".json" else sentencepiece_to_gguf
+    bos = tokenizer.control_id(tokenizer.special_tokens.get("bos_token", "eos"))  # llama.cpp assumes one if not told
+    ends = [tokenizer.eos_id, *sorted({*stops, *tokenizer.end_ids} - {tokenizer.eos_id})]
     return {
-        **fields,
+        **write(tokenizer.path, next(iter(tokenizer.files().values())), n_rows),
+        **dict(zip(GGUF_ENDS, ends, strict=False)),
         "tokenizer.ggml.bos_token_id": bos,
-        "tokenizer.ggml.eos_token_id": tokenizer.eos_id,
         "tokenizer.ggml.add_bos_token": tokenizer.bos_id is not None,
         "tokenizer.ggml.add_eos_token": False,
     }
 
 
-def sentencepiece_to_gguf(path: Path, n_rows: int) -> dict[str, Any]:
-    model = model_proto(path).FromString(path.read_bytes())
+def sentencepiece_to_gguf(path: Path, content: bytes, n_rows: int) -> dict[str, Any]:
+    model = model_proto(path).FromString(content)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type != trainer.BPE or normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
         raise UserError(f"{path} changes text or is not BPE, which llama.cpp does not do; expected one as LLaMA's")
-    pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
+    pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces[:n_rows]]
     pieces += [(f"[PAD{i}]", -1000.0, UNUSED) for i in range(len(pieces), n_rows)]
     tokens, scores, types = zip(*pieces, strict=True)
     return {
@@ -147,8 +151,8 @@ def sentencepiece_to_gguf(path: Path, n_rows: int) -> dict[str, Any]:
     }
 
 
-def bpe_to_gguf(path: Path, n_rows: int) -> dict[str, Any]:
-    fields = json.loads(HFTokenizer.from_file(str(path)).to_str())
+def bpe_to_gguf(path: Path, content: bytes, n_rows: int) -> dict[str, Any]:
+    fields = json.loads(HFTokenizer.from_buffer(content).to_str())
     pre = next((name for name in WRITTEN_PRE_TOKENIZERS if is_cut_as(fields, name)), None)
     if not pre:
         known = f"byte-level BPE as of {', '.join(WRITTEN_PRE_TOKENIZERS)}, or SentencePiece's tokenizer.model"
@@ -223,10 +227,11 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 class Marks(NamedTuple):
     """The tokens that are found in text before anything else; only the special ones are left out in decoding."""
 
-    bos: str | None
+    bos: str | None  # of templates, if there are any
     eos: str
     special: Sequence[str]
     added: Sequence[str] = ()
+    begins: bool = True  # whether plain text begins with the bos, too
 
 
 def byte_level_bpe(
@@ -239,9 +244,13 @@ def byte_level_bpe(
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in marks.special])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in marks.added])
+    names = {"eos_token": marks.eos}
     if bos := marks.bos:
-        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
-    return {"tokenizer.json": tokenizer.to_str(), CONFIG_NAME: json.dumps({"eos_token": marks.eos}, indent=2)}
+        names["bos_token"] = bos
+        if marks.begins:
+            special = [(bos, vocabulary[bos])]
+            tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=special)
+    return {"tokenizer.json": tokenizer.to_str(), CONFIG_NAME: json.dumps(names, indent=2)}
 
 
 def from_sentencepiece(path: Path) -> dict[str, str]:
@@ -250,7 +259,8 @@ def from_sentencepiece(path: Path) -> dict[str, str]:
     SentencePiece merges the pair of neighbours whose union has the highest score: every way to split a piece into two
     others is a merge.
     """
-    sp = SentencePieceProcessor(model_file=str(path))
+    ours = Tokenizer(path)
+    sp = SentencePieceProcessor(model_proto=ours.files()["tokenizer.model"])
     ids = range(sp.vocab_size())
     pieces = [sp.id_to_piece(i) for i in ids]
     special = [pieces[i] for i in ids if sp.is_control(i) or sp.is_unknown(i)]
@@ -267,8 +277,8 @@ def from_sentencepiece(path: Path) -> dict[str, str]:
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    names = {"eos_token": pieces[sp.eos_id()], "unk_token": unk}
-    if sp.bos_id() >= 0:
-        bos = names["bos_token"] = pieces[sp.bos_id()]
-        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, sp.bos_id())])
+    if ours.bos_id is not None:
+        bos = pieces[ours.bos_id]
+        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, ours.bos_id)])
+    names = {"unk_token": unk, **ours.special_tokens}
     return {"tokenizer.json": tokenizer.to_str(), CONFIG_NAME: json.dumps(names, indent=2)}

@@ -1,6 +1,7 @@
 """LoRA files that PEFT itself has written, and ours as PEFT itself reads them."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import pytest
 import torch
 from builders import TINY, random_model, randomize, run_script, save_file
 from builders_tokenizers import train_byte_tokenizer
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_safetensors
 from transformers import LlamaConfig, LlamaForCausalLM
 
 CONFIGS = {"gqa": TINY, "tied": replace(TINY, tie_embeddings=True)}
@@ -68,6 +71,7 @@ def imported(folder: Path, config: LLaMAConfig, work: Path) -> LLaMA:
         {"r": 8, "lora_alpha": 8, "target_modules": [*ALL]},
         {"r": 4, "lora_alpha": 8, "target_modules": ["up_proj", "k_proj"], "layers_to_transform": [1]},
         {"r": 4, "lora_alpha": 8, "target_modules": ["k_proj", "o_proj"], "use_rslora": True},
+        {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head"]},  # PEFT stores the head's own weight, too
     ],
 )
 @torch.no_grad()
@@ -109,10 +113,15 @@ def test_what_is_no_plain_lora_is_refused_in_one_line(tmp_path: Path) -> None:
         ({"use_dora": True}, "use_dora"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"peft_type": "IA3"}, "IA3"),
-        ({"bias": "all"}, "bias all"),
+        ({"bias": "all"}, "bias is 'all'"),
         ({"init_lora_weights": "pissa"}, "pissa"),
-        ({"r": None}, "adapter_config.json"),
+        ({"r": None}, "r is None"),
         ({"r": 8}, "another model"),
+        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
+        ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"use_something_new": True}, "use_something_new"),
     ):
         file.write_text(json.dumps(fields | change))
         text = run_script("import_peft", *arguments, base(TINY, tmp_path / "base"))
@@ -127,3 +136,59 @@ def test_what_is_no_plain_lora_is_refused_in_one_line(tmp_path: Path) -> None:
     assert text is not None
     assert str(weights) in text
     assert not (tmp_path / "x.pth").exists()
+
+
+def rename(how: Callable[[str], str]) -> Callable[[dict], dict]:
+    return lambda tensors: {how(name): tensor for name, tensor in tensors.items()}
+
+
+def changed(folder: Path, how: Callable[[dict], dict]) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_safetensors(how(load_file(file)), file)
+
+
+EMBEDDING = "base_model.model.model.embed_tokens.weight"
+OTHER_NAMES = {
+    "the adapter's name": rename(lambda name: name.replace(".weight", ".default.weight")),
+    "a compiled model": rename(lambda name: name.replace("model.model.", "model._orig_mod.model.")),
+    "DDP": rename(lambda name: f"module.{name}"),
+    "no prefix": rename(lambda name: name.removeprefix("base_model.model.")),
+    "one model. less": rename(lambda name: name.replace("model.model.layers", "model.layers")),
+    "the base's embedding": lambda tensors: {**tensors, EMBEDDING: hf_model(TINY).model.embed_tokens.weight.clone()},
+}
+
+
+@pytest.mark.parametrize("how", OTHER_NAMES.values(), ids=OTHER_NAMES)
+@torch.no_grad()
+def test_names_of_other_programs_are_understood(how: Callable[[dict], dict], tmp_path: Path) -> None:
+    model = peft_folder(tmp_path / "peft", TINY, r=4, target_modules=["q_proj", "v_proj"])
+    changed(tmp_path / "peft", how)
+    idx = torch.randint(TINY.vocab_size, (1, 40))
+    ours = imported(tmp_path / "peft", TINY, tmp_path)
+    torch.testing.assert_close(ours(idx), model(idx).logits, atol=1e-4, rtol=0)
+
+
+SPOILT = {
+    "no tensors": lambda _: {},
+    "vision.layers.0": rename(lambda name: f"vision.{name}"),
+    "embed_tokens.weight": lambda tensors: {**tensors, EMBEDDING: torch.ones(TINY.vocab_size, TINY.n_embd)},
+    "only one of A and B": lambda tensors: dict([*tensors.items()][1:]),
+    "several tensors": lambda tensors: tensors | {f"module.{name}": tensor + 1 for name, tensor in tensors.items()},
+}
+
+
+@pytest.mark.parametrize(("word", "how"), SPOILT.items(), ids=SPOILT)
+def test_what_is_not_the_lora_of_the_base_alone_is_refused(
+    word: str, how: Callable[[dict], dict], tmp_path: Path
+) -> None:
+    peft_folder(tmp_path / "peft", TINY, r=4, target_modules=["q_proj"])
+    changed(tmp_path / "peft", how)
+    flags = ("--out_path", tmp_path / "x.pth", "--pretrained_path", base(TINY, tmp_path / "base"))
+    assert word in str(run_script("import_peft", "--peft_dir", tmp_path / "peft", *flags))
+    assert not (tmp_path / "x.pth").exists()
+
+
+def test_a_model_is_told_from_an_adapter(tmp_path: Path) -> None:
+    hf_model(TINY).save_pretrained(tmp_path / "hf")
+    flags = ("--out_path", tmp_path / "x.pth", "--pretrained_path", base(TINY, tmp_path / "base"))
+    assert "convert_hf_checkpoint.py" in str(run_script("import_peft", "--peft_dir", tmp_path / "hf", *flags))

@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lit_llama.errors import UserError
 from lit_llama.model import RopeScaling
 from lit_llama.model_folder import load_model
-from lit_llama.tokenizer import Tokenizer
+from lit_llama.tokenizer import Tokenizer, find_tokenizer
 
 import convert_gguf_checkpoint
 import numpy as np
@@ -99,9 +100,12 @@ def test_an_unknown_scaling_is_refused(tmp_path: Path, byte_tokenizer: HFTokeniz
     [
         ("llama.expert_count", 8, "mixture of 8 experts"),
         ("llama.rope.scaling.type", "yarn", "in the yarn way"),
-        ("llama.rope.scaling.type", "linear", "in the linear way"),
-        ("llama.rope.scale_linear", 4.0, "in the linear way"),
-        ("llama.rope.dimension_count", 8, "rotates 8 channels"),
+        ("llama.attention.sliding_window", 64, "llama.attention.sliding_window is 64"),
+        ("llama.logit_scale", 0.5, "llama.logit_scale is 0.5"),
+        ("llama.attention.causal", False, "attention.causal"),
+        ("llama.attention.key_length", 32, "attention.key_length of 32"),
+        ("general.type", "adapter", "holds a LoRA"),
+        ("llama.rope.dimension_count", 8, "rope.dimension_count of 8"),
         ("llama.attention.head_count", 3, "n_head=3"),
     ],
 )
@@ -157,3 +161,57 @@ def test_other_ggufs_are_refused_and_leave_nothing(tmp_path: Path, byte_tokenize
         with pytest.raises(UserError, match=r"m\.gguf is not a whole GGUF"):
             convert_gguf_checkpoint.main(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_in_parts_is_read_whichever_is_given(tmp_path: Path, byte_tokenizer: HFTokenizer) -> None:
+    tensors = write_gguf(tmp_path / "m.gguf", bpe_metadata(byte_tokenizer), split_max_tensors=8)
+    parts = sorted(tmp_path.glob("m-*.gguf"))
+    assert len(parts) > 2
+    for i in (0, 2):
+        convert_gguf_checkpoint.main(parts[i], tmp_path / "out")
+        state = load_model(tmp_path / "out").state_dict()
+        assert torch.equal(state["transformer.h.1.mlp.c_fc1.weight"], tensors["blk.1.ffn_gate"])
+    content = parts[1].read_bytes()
+    parts[1].unlink()
+    with pytest.raises(UserError, match=rf"one of {len(parts)} parts, and .*{parts[1].name} is missing"):
+        convert_gguf_checkpoint.main(parts[0], tmp_path / "out")
+    parts[1].write_bytes(parts[2].read_bytes())
+    with pytest.raises(UserError, match="have the same tensors"):
+        convert_gguf_checkpoint.main(parts[0], tmp_path / "out")
+    parts[1].write_bytes(content[:-100])
+    with pytest.raises(UserError, match=parts[1].name):
+        convert_gguf_checkpoint.main(parts[0], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, {"llama.rope.scale_linear": 4.0}],
+    ids=["new", "old"],
+)
+def test_linear_scaling_is_read(fields: dict[str, Any], tmp_path: Path, byte_tokenizer: HFTokenizer) -> None:
+    write_gguf(tmp_path / "m.gguf", bpe_metadata(byte_tokenizer) | fields)
+    convert_gguf_checkpoint.main(tmp_path / "m.gguf", tmp_path / "out")
+    assert load_model(tmp_path / "out").config == replace(GGUF_CONFIG, rope_scaling=RopeScaling(4.0))
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
+def test_all_ends_of_an_answer_come_along(kind: str, tmp_path: Path, byte_tokenizer: HFTokenizer) -> None:
+    metadata = bpe_metadata(byte_tokenizer)
+    if kind == "sentencepiece":
+        sp = train_sentencepiece(tmp_path / "original.model")
+        metadata = sentencepiece_metadata(sp) | {"tokenizer.ggml.eos_token_id": 2}
+    eos = metadata["tokenizer.ggml.eos_token_id"]
+    ends = {"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 9}
+    write_gguf(tmp_path / "m.gguf", metadata | ends)
+    convert_gguf_checkpoint.main(tmp_path / "m.gguf", tmp_path / "out")
+    tokenizer = find_tokenizer(tmp_path / "out", tmp_path / "out")
+    assert (tokenizer.eos_id, tokenizer.end_ids) == (eos, {eos, 7, 9})
+
+
+def test_the_bos_of_templates_comes_along_though_plain_text_has_none(
+    tmp_path: Path, byte_tokenizer: HFTokenizer
+) -> None:
+    write_gguf(tmp_path / "m.gguf", bpe_metadata(byte_tokenizer) | {"tokenizer.ggml.add_bos_token": False})
+    convert_gguf_checkpoint.main(tmp_path / "m.gguf", tmp_path / "out")
+    tokenizer = find_tokenizer(tmp_path / "out", tmp_path / "out")
+    assert (tokenizer.bos_id, tokenizer.special_tokens["bos_token"]) == (None, "<|endoftext|>")

@@ -283,3 +283,40 @@ def test_weights_that_were_not_written_as_they_are_do_not_replace_others(
     monkeypatch.setattr(files, "save_file", wrong)
     assert "what is read back is not the same" in str(run_script("export_hf", *export))
     assert contents(tmp_path / "hf") == before
+
+
+def with_files(base: Path, folder: Path, **files: dict[str, Any]) -> Path:
+    """The model again, its tokenizer with other files beside it."""
+    model = load_model(base)
+    contents = {name: base.with_name(name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    contents |= {f"{name}.json": json.dumps(fields).encode() for name, fields in files.items()}
+    save_model_folder(folder, model.state_dict(), model.config, contents)
+    return folder / "lit-llama.pth"
+
+
+def test_every_end_of_an_answer_is_exported(base: Path, tmp_path: Path) -> None:
+    path = with_files(base, tmp_path / "ends", generation_config={"eos_token_id": [0, 5]})
+    assert run_script("export_hf", "--out_dir", tmp_path / "hf", "--checkpoint_path", path) is None
+    for name in ("generation_config.json", "config.json"):
+        assert json.loads((tmp_path / "hf" / name).read_text())["eos_token_id"] == [1, 0, 5]
+
+
+def test_the_exported_tokenizer_is_read_as_it_is_and_has_all_names(base: Path, tmp_path: Path) -> None:
+    """Other classes build it anew from its vocabulary; files from transformers 5 would not be read by 4."""
+    config = {"tokenizer_class": "LlamaTokenizer", "backend": "tokenizers", "extra_special_tokens": ["<|endoftext|>"]}
+    path = with_files(
+        base,
+        tmp_path / "odd",
+        tokenizer_config={**config, "model_max_length": 77},
+        special_tokens_map={"bos_token": "<|endoftext|>", "eos_token": {"content": "<|im_end|>"}},
+        added_tokens={"<tool>": Tokenizer(base.with_name("tokenizer.json")).vocab_size},
+    )
+    assert run_script("export_hf", "--out_dir", tmp_path / "hf", "--checkpoint_path", path) is None
+    fields = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert (fields["tokenizer_class"], fields["model_max_length"]) == ("PreTrainedTokenizerFast", 77)
+    assert not fields.keys() & {"backend", "extra_special_tokens"}
+    ours, theirs = Tokenizer(path.with_name("tokenizer.json")), AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (theirs.bos_token, theirs.eos_token) == ("<|endoftext|>", "<|im_end|>")
+    for text in ("an instruction <tool> 🙂", "  two"):
+        assert theirs(text, split_special_tokens=True)["input_ids"] == ours.encode(text)
+    assert ours.encode("<tool>") == [ours.vocab_size - 1]

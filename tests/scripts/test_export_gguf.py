@@ -1,5 +1,6 @@
 """GGUF files that are exported: read back, they are the same model, tokenizer, template and LoRA."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from lit_llama.formats.chat_templates import CHAT_TEMPLATES, recognise
 from lit_llama.formats.ollama import TEMPLATES, modelfile
 from lit_llama.formats.tokenizers import PRE_TOKENIZERS, from_gguf, to_gguf
 from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict
-from lit_llama.model import LLAMA_3_SCALING, LLaMA, LLaMAConfig
+from lit_llama.model import LLAMA_3_SCALING, LLaMA, LLaMAConfig, RopeScaling
 from lit_llama.model_folder import load_model, own_prompt_style, save_model_folder
 from lit_llama.tokenizer import Tokenizer
 
@@ -27,6 +28,7 @@ VARIANTS = {
     "mha": replace(TINY, n_kv_head=4, norm_eps=1e-5),
     "gqa": replace(TINY, rope_base=5e5, rope_scaling=LLAMA_3_SCALING),
     "tied": replace(TINY, tie_embeddings=True),
+    "linear": replace(TINY, rope_scaling=RopeScaling(4.0)),
 }
 
 
@@ -189,3 +191,19 @@ def test_every_style_has_a_modelfile(tmp_path: Path) -> None:
     assert TEMPLATES.keys() == CHAT_TEMPLATES.keys()
     assert " </s><s>{{ end }}" in modelfile("x", None, "llama2", tokenizer)
     assert modelfile("x", None, None, tokenizer) == "FROM x\n"
+
+
+def test_every_end_of_an_answer_is_written(tmp_path: Path) -> None:
+    files = write_chat_tokenizer(tmp_path / "tokenizer").files()
+    files["generation_config.json"] = json.dumps({"eos_token_id": [5, 6]}).encode()
+    save_model_folder(tmp_path / "base", random_model(TINY).state_dict(), TINY, files, "llama3")
+    tokenizer = Tokenizer(tmp_path / "base" / "tokenizer.json")
+    turn_end = tokenizer.control_id("<|eot_id|>")
+    export = ("--checkpoint_path", tmp_path / "base", "--out_dir", tmp_path / "gguf", "--dtype", "F32")
+    assert run_script("export_gguf", *export) is None
+    fields = GGUFReader(tmp_path / "gguf" / "model-F32.gguf").fields
+    found = [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot", "eom")]
+    assert found[0] == tokenizer.eos_id
+    assert {*found} < {tokenizer.eos_id, 5, 6, turn_end}  # the format has three
+    stops = [line for line in (tmp_path / "gguf" / "Modelfile").read_text().splitlines() if "stop" in line]
+    assert len(stops) == 4
