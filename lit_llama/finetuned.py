@@ -1,8 +1,9 @@
 """Files of finetuned weights: written so that they describe themselves, and read onto their base model.
 
 A file holds {"kind": "lora" or "adapter", the method's config under that name, "base": the base model's config,
-"prompt_style", "hyperparameters", "state_dict"}; "hyperparameters" name the base model's file and its
-fingerprint. The archived Lit-LLaMA wrote the tensors of "state_dict" alone.
+"prompt_style", "hyperparameters", "state_dict"}. The prompt style is a chat template (in earlier files, the name of one
+of ours); "hyperparameters" name the base model's file and its fingerprint. The archived Lit-LLaMA wrote the tensors of
+"state_dict" alone.
 """
 
 import re
@@ -16,7 +17,7 @@ from lit_llama.errors import UserError, error_context, short
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.model_folder import check_state, file_in, suggest_flag
-from lit_llama.prompt import TEMPLATES, PromptStyle
+from lit_llama.prompt import STYLES, stored_template
 from lit_llama.storage.checks import check_types, from_fields
 from lit_llama.storage.files import check_finite, is_plain, read_file, write_file
 from lit_llama.storage.integrity import check_base, identity
@@ -32,13 +33,13 @@ PROGRESS = {  # what a training state has in addition
     "step": int, "best": Mapping, "optimizer": Mapping, "metrics": str, "precision": Mapping,
     "folder": str, "shards": Mapping,
 }  # fmt: skip
-ARCHIVED_STYLE: PromptStyle = "alpaca-stanford"
+ARCHIVED = STYLES["alpaca-stanford"]
 
 
 def describe(
     method: LoRAConfig | AdapterConfig | None,
     base: LLaMAConfig,
-    prompt_style: PromptStyle,
+    prompt_style: str,
     hyperparameters: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What a file says about its weights; `method` is None if all weights are finetuned."""
@@ -66,8 +67,7 @@ def read_described(path: Path) -> dict[str, Any]:
     with error_context(path, "it may be damaged: copy or write it again"):
         method = {content["kind"]: Mapping} if content["kind"] in ("lora", "adapter", "full") else {}
         check_types(content, {"kind": str, **method, **FIELDS}, PROGRESS)
-        if content["prompt_style"] not in TEMPLATES:
-            raise UserError(f"prompt_style is {short(content['prompt_style'])}, expected one of {', '.join(TEMPLATES)}")
+        content["prompt_style"] = stored_template(content["prompt_style"])
         check_types(content["hyperparameters"], {}, dict.fromkeys(content["hyperparameters"], Setting))
         for name, tensor in content["state_dict"].items():
             if not is_plain(tensor):
@@ -81,6 +81,7 @@ class FinetunedFile:
 
     Attributes:
         config: a LoRAConfig or an AdapterConfig.
+        prompt_style: the template of the training.
         tensors: the trained parameters, under Lit-LLaMA's names.
         base: the base model's config; like the hyperparameters, the archived Lit-LLaMA did not store it.
     """
@@ -88,7 +89,7 @@ class FinetunedFile:
     path: Path
     config: Any
     tensors: Mapping[str, Tensor]
-    prompt_style: PromptStyle = ARCHIVED_STYLE
+    prompt_style: str = ARCHIVED
     base: LLaMAConfig | None = None
     hyperparameters: Mapping[str, Setting] = field(default_factory=dict)
 

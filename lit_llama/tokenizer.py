@@ -1,6 +1,8 @@
 """One class for SentencePiece (`tokenizer.model`) and Hugging Face (`tokenizer.json`) tokenizers."""
 
+import re
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 from lit_llama.errors import UserError, short
@@ -12,6 +14,8 @@ from tokenizers import Tokenizer as HFTokenizer
 
 FILE_NAMES = ("tokenizer.model", "tokenizer.json")
 CONFIG_NAME = "tokenizer_config.json"  # says which token is the eos of a tokenizer.json
+LIKE_CONTROL = re.compile(r"<\|[^<>\s]+\|>|<[a-z_/]+>|\[[A-Z_/]+\]")  # <|eot_id|>, <end_of_turn>, [INST]
+ALWAYS_CONTROL = [f"<|{name}|>" for name in ("im_start", "im_end", "start_header_id", "end_header_id", "eot_id")]
 EOS_TOKENS = ("</s>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")  # if tokenizer_config.json does not say
 
 
@@ -54,8 +58,7 @@ class Tokenizer:
 
     def _find_eos(self) -> int:
         config = self.path.with_name(CONFIG_NAME)
-        token = read_json(config).get("eos_token") if config.is_file() else None
-        token = token.get("content", token) if isinstance(token, dict) else token
+        token = content_of(read_json(config).get("eos_token") if config.is_file() else None)
         if not isinstance(token, str | None):
             raise UserError(f"{config} is not valid: eos_token is {short(token)}, expected text; copy it again")
         names = (token,) if token else EOS_TOKENS
@@ -74,16 +77,45 @@ class Tokenizer:
             ids = [self.bos_id, *ids]
         return [*ids, self.eos_id] if eos else ids
 
-    def control_id(self, name: str) -> int | None:
-        """The id of a control token, which no text is encoded to. None for "bos" if the model has none."""
-        if name in ("bos", "eos"):
-            return self.bos_id if name == "bos" else self.eos_id
-        token_id = self._sp.piece_to_id(name) if self._sp else self._hf.token_to_id(name)
-        if token_id is None or (self._sp and token_id == self._sp.unk_id()):
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """What templates call bos_token, eos_token and the like."""
+        config = self.path.with_name(CONFIG_NAME)
+        fields = read_json(config) if config.is_file() else {}
+        given = {name: content_of(fields[name]) for name in fields if name.endswith("_token")}
+        ours = {
+            "bos_token": "" if self.bos_id is None else self.token(self.bos_id),
+            "eos_token": self.token(self.eos_id),
+        }
+        return ours | {name: token for name, token in given.items() if isinstance(token, str)}
+
+    @cached_property
+    def controls(self) -> dict[str, int]:
+        """The ids of the control tokens, which only a template's own words become, by their names."""
+        if self._sp:
+            pieces = {self._sp.id_to_piece(i): i for i in range(self.vocab_size)}
+            return {name: i for name, i in pieces.items() if self._sp.is_control(i) or LIKE_CONTROL.fullmatch(name)}
+        added = self._hf.get_added_tokens_decoder()
+        return {t.content: i for i, t in added.items() if t.special or LIKE_CONTROL.fullmatch(t.content)}
+
+    @cached_property
+    def control_pattern(self) -> str:
+        """Finds control tokens in a template's own words, with the space that some of them swallow."""
+        added = {} if self._sp else {token.content: token for token in self._hf.get_added_tokens_decoder().values()}
+
+        def pattern(name: str) -> str:
+            left, right = (r"\s*" * getattr(added.get(name), side, False) for side in ("lstrip", "rstrip"))
+            return left + re.escape(name) + right
+
+        names = sorted({*self.controls, *ALWAYS_CONTROL}, key=len, reverse=True)
+        return f"(?:{'|'.join(map(pattern, names))})"
+
+    def control_id(self, name: str) -> int:
+        if name not in self.controls:
             raise UserError(
                 f"{self.path} has no token {name}; choose the --prompt_style that its model was trained with"
             )
-        return token_id
+        return self.controls[name]
 
     def token(self, token_id: int) -> str:
         """The name of a token: for a control token, what a template calls it."""
@@ -128,6 +160,11 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """sha256 of the tokenizer's file, by which prepared data is matched to a model."""
         return digest(self.path)
+
+
+def content_of(token: object) -> object:
+    """What tokenizer_config.json says of a token, which may be an object with more about it."""
+    return token.get("content", token) if isinstance(token, dict) else token
 
 
 def find_tokenizer(checkpoint_path: Path, tokenizer_path: Path | None = None) -> Tokenizer:

@@ -7,10 +7,11 @@ from typing import Literal
 
 from lit_llama.cli import run
 from lit_llama.errors import UserError, error_context, short
-from lit_llama.formats.chat_templates import read_chat_template, style_of
+from lit_llama.formats.hf_tokenizer import read_chat_template
 from lit_llama.formats.huggingface import config_from_hf, from_hf
 from lit_llama.model_folder import check_complete, save_model_folder
 from lit_llama.progress import progress
+from lit_llama.prompt import tried
 from lit_llama.storage.files import check_apart, read_file, read_json, read_safetensors
 from lit_llama.tokenizer import FILE_NAMES, find_tokenizer
 
@@ -23,7 +24,7 @@ def main(checkpoint_dir: Path, out_dir: Path, dtype: Literal["float32", "bfloat1
 
     Args:
         checkpoint_dir: The folder that was downloaded.
-        out_dir: The model folder to write: lit-llama.pth, config.json (with the prompt style) and the tokenizer.
+        out_dir: The model folder to write: lit-llama.pth, config.json (with the chat template) and the tokenizer.
         dtype: The type to store the weights in. By default as they are.
     """
     check_apart(checkpoint_dir, out_dir)
@@ -45,8 +46,7 @@ def main(checkpoint_dir: Path, out_dir: Path, dtype: Literal["float32", "bfloat1
         files = find_tokenizer(checkpoint_dir, checkpoint_dir).files()
     else:
         print(f"No tokenizer in {checkpoint_dir}: put one next to the converted weights", file=sys.stderr)
-    prompt_style = style_of(checkpoint_dir, read_chat_template(checkpoint_dir))
-    save_model_folder(out_dir, state, config, files, prompt_style)
+    save_model_folder(out_dir, state, config, files, tried(read_chat_template(checkpoint_dir)))
     print(f"Saved {out_dir}", file=sys.stderr)
 
 

@@ -13,7 +13,7 @@ from lit_llama.formats.tokenizers import from_tiktoken, is_tiktoken
 from lit_llama.model import CONFIGS, LLAMA_3_SCALING, LLaMA, LLaMAConfig
 from lit_llama.model_folder import check_complete, save_model_folder
 from lit_llama.progress import progress
-from lit_llama.prompt import PromptStyle
+from lit_llama.prompt import find_template
 from lit_llama.storage.checks import from_fields
 from lit_llama.storage.files import check_apart, is_plain, read_file, read_json
 from lit_llama.tokenizer import FILE_NAMES, Tokenizer
@@ -38,16 +38,14 @@ NAMES = {
 QKV = ("attention.wq.weight", "attention.wk.weight", "attention.wv.weight")  # one c_attn here
 
 
-def main(
-    checkpoint_dir: Path, out_dir: Path, block_size: int | None = None, prompt_style: PromptStyle | None = None
-) -> None:
+def main(checkpoint_dir: Path, out_dir: Path, block_size: int | None = None, prompt_style: str | None = None) -> None:
     """Convert one model; the weights keep their dtype.
 
     Args:
         checkpoint_dir: The folder with params.json, consolidated.*.pth and, there or one folder up, tokenizer.model.
         out_dir: The model folder to write: lit-llama.pth, config.json and the tokenizer.
         block_size: The most tokens that the model takes, which the files do not say. By default as published.
-        prompt_style: The template of an instruct model, llama2 or llama3, which the files do not say either.
+        prompt_style: The template of an instruct model, llama2, llama3 or a file with one, which the files do not say.
     """
     check_apart(checkpoint_dir, out_dir)
     shards = find_shards(checkpoint_dir)
@@ -59,7 +57,8 @@ def main(
     tied = torch.equal(head, state["transformer.wte.weight"])
     config = replace(config, tie_embeddings=tied, block_size=block_size or published_length(config))
     check_complete(checkpoint_dir, state, config)
-    save_model_folder(out_dir, state, config, read_tokenizer(checkpoint_dir), prompt_style)
+    template = find_template(prompt_style, None) if prompt_style else None
+    save_model_folder(out_dir, state, config, read_tokenizer(checkpoint_dir), template)
     print(f"Saved {out_dir}", file=sys.stderr)
 
 

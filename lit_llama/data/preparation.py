@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from lit_llama.data.records import Fields, Row, conversation, read_rows, split_records
 from lit_llama.errors import UserError
 from lit_llama.progress import progress, say
-from lit_llama.prompt import TEMPLATES, PromptStyle, encode
+from lit_llama.prompt import STYLES, encode, stored_template
 from lit_llama.storage import files
 from lit_llama.storage.checks import check_types
 from lit_llama.storage.integrity import digest
@@ -55,7 +55,7 @@ class Encoder:
     """How rows of a source become tokens."""
 
     tokenizer: Tokenizer
-    prompt_style: PromptStyle
+    template: str
     fields: Fields = field(default_factory=Fields)
 
     def tokenise(self, rows: list[Row]) -> Tokenised:
@@ -64,7 +64,7 @@ class Encoder:
         for place, row in rows:
             try:
                 record = conversation(row, self.fields)
-                ids, trained = encode(self.prompt_style, record, self.tokenizer)
+                ids, trained = encode(self.template, record, self.tokenizer)
             except ValueError as error:
                 problems.append(f"{place} {error}")
                 continue
@@ -113,7 +113,7 @@ def prepare(
         meta = {
             "sources": [{"path": str(path), "sha256": identify(path, checksums)} for path in sources.values()],
             "tokenizer": encoder.tokenizer.fingerprint(),
-            "prompt_style": encoder.prompt_style,
+            "prompt_style": STYLES["plain"] if documents["train"] else encoder.template,
             "documents": documents["train"],
             "split_seed": split_seed,
             "records": {split: len(numbers) for split, numbers in splits.items()},
@@ -226,6 +226,7 @@ def read_split(data_dir: Path, split: str) -> tuple[dict[str, Any], list[np.ndar
             raise UserError("it is of an earlier version")
         meta = files.read_json(data_dir / "meta.json")
         check_types(meta, META, {})
+        stored_template(meta["prompt_style"])
         paths = [data_dir / f"{name}.bin" for name in ("tokens", "offsets", "spans", split)]
         arrays = [map_array(path) for path in paths]
         arrays[2] = arrays[2].reshape(-1, 2)
@@ -233,9 +234,8 @@ def read_split(data_dir: Path, split: str) -> tuple[dict[str, Any], list[np.ndar
         raise UserError(f"{data_dir} holds no prepared data ({error}); run one of scripts/prepare_*.py") from None
     if not files.check_all:
         say(f"{paths[0]} was read without comparing it with its checksum")
-    wrong = [] if meta["prompt_style"] in TEMPLATES else ["the prompt_style of meta.json"]
     checked = paths if files.check_all else paths[1:]
-    wrong += [path.name for path in checked if digest(path) != meta["sha256"].get(path.stem)]
+    wrong = [path.name for path in checked if digest(path) != meta["sha256"].get(path.stem)]
     wrong += [paths[i].name for i in inconsistent(*arrays)]
     if wrong:
         raise UserError(f"{data_dir} is damaged: {wrong[0]} does not match the rest; prepare the data again")
