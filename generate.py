@@ -6,8 +6,8 @@ from pathlib import Path
 from lit_llama.cli import run
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
 from lit_llama.generation import Sampling, compile_steps, read_prompts, respond
-from lit_llama.model_folder import find_model, finish_loading, load_for_merging, own_prompt_style
-from lit_llama.prompt import PromptStyle
+from lit_llama.model_folder import find_model, finish_loading, load_for_merging, own_template
+from lit_llama.prompt import find_template
 from lit_llama.quantization import Quantization
 from lit_llama.tokenizer import find_tokenizer
 
@@ -18,7 +18,7 @@ def main(
     prompt: str = "Hello, my name is",
     input: str = "",
     prompt_file: Path | None = None,
-    prompt_style: PromptStyle | None = None,
+    prompt_style: str | None = None,
     checkpoint_path: Path | None = None,
     tokenizer_path: Path | None = None,
     num_samples: PositiveInt = 1,
@@ -37,8 +37,8 @@ def main(
         prompt: The text to continue.
         input: What an instruction works on, if anything.
         prompt_file: A file of prompts, one per line, to use instead.
-        prompt_style: plain for a text to continue, or the template of an instruction (see lit_llama/prompt.py). By
-            default the one that the model's config.json names, or plain.
+        prompt_style: plain for a text to continue, or the template of an instruction: own (the model's, the default
+            where it has one), alpaca, chatml or another of lit_llama/prompt.py, or a file with one.
         checkpoint_path: The model. Default: checkpoints/lit-llama/7B, or else the model written last.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         num_samples: Continuations per prompt.
@@ -57,14 +57,14 @@ def main(
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     prompts = read_prompts(prompt, prompt_file)
     tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
-    style = prompt_style or own_prompt_style(checkpoint_path) or "plain"
+    template = find_template(prompt_style, own_template(checkpoint_path), "plain")
     device = default_device()
     model = load_for_merging(checkpoint_path, quantize, dtype, device)
     finish_loading(model, quantize, dtype, device)
     if compile:
         compile_steps(model)
     for i in range(num_samples):
-        respond(model, tokenizer, prompts, style, input, replace(sampling, seed=seed + i))
+        respond(model, tokenizer, prompts, template, input, replace(sampling, seed=seed + i))
 
 
 if __name__ == "__main__":

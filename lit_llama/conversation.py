@@ -7,7 +7,7 @@ from itertools import takewhile
 from lit_llama.errors import UserError
 from lit_llama.generation import Sampling, next_tokens
 from lit_llama.model import KVCache, LLaMA
-from lit_llama.prompt import ONE_QUESTION, Message, PromptStyle, encode, stop_ids
+from lit_llama.prompt import Message, encode, stop_ids, takes_turns
 from lit_llama.tokenizer import Tokenizer
 
 import torch
@@ -21,12 +21,12 @@ class Conversation:
 
     Attributes:
         messages: questions and answers in turn, perhaps after a system message.
-        style: the template. One that takes a single question begins a new conversation with each.
+        template: with one that takes a single question, each begins a new conversation.
         ended: whether the last answer came to its end.
     """
 
-    def __init__(self, model: LLaMA, tokenizer: Tokenizer, style: PromptStyle) -> None:
-        self.model, self.tokenizer, self.style = model, tokenizer, style
+    def __init__(self, model: LLaMA, tokenizer: Tokenizer, template: str) -> None:
+        self.model, self.tokenizer, self.template = model, tokenizer, template
         self.messages: list[Message] = []
         self.ended = False
         self.cached: list[int] = []  # the tokens that the cache holds
@@ -38,12 +38,12 @@ class Conversation:
         Raises:
             UserError: if the model's context has no room for an answer.
         """
-        if self.style in ONE_QUESTION:
+        if not takes_turns(self.template, self.tokenizer):
             self.messages = []
         if self.messages and not self.messages[-1].content:
             del self.messages[-2:]  # a question without an answer
         asked = [*self.messages, Message("user", question)]
-        prompt = encode(self.style, asked, self.tokenizer).ids
+        prompt = encode(self.template, asked, self.tokenizer).ids
         context = self.model.config.block_size
         if len(prompt) >= context:
             raise UserError(f"no room for an answer: the context has {context} tokens, the messages {len(prompt)}")
@@ -58,7 +58,7 @@ class Conversation:
     def _answer(self, prompt: list[int], sampling: Sampling) -> Iterator[int]:
         """Yield the ids that continue the token ids of `prompt`, up to the end of the answer."""
         new = prompt[self._reuse(prompt, len(prompt) + sampling.max_new_tokens) :]
-        stop, self.ended = stop_ids(self.style, self.tokenizer), False
+        stop, self.ended = stop_ids(self.template, self.tokenizer), False
         for tokens in next_tokens(self.model, [new], sampling, self.cache):
             self.cached += new  # not before: an answer may end at any moment, with only some of the layers filled
             new = tokens
@@ -84,10 +84,9 @@ class Conversation:
 
     def set_system(self, text: str) -> None:
         """What the model is told before the first question from now on, or nothing."""
-        if self.style in ONE_QUESTION:
-            raise UserError(f"the prompt style {self.style} takes no system message")
-        turns = [message for message in self.messages if message.role != "system"]
-        self.messages = [Message("system", text), *turns] if text else turns
+        system = [Message("system", text)] if text else []
+        encode(self.template, [*system, Message("user", "Hi")], self.tokenizer)  # or it does not take one
+        self.messages = [*system, *(message for message in self.messages if message.role != "system")]
 
     def reset(self) -> None:
         """Start over, with the same system message."""

@@ -1,8 +1,9 @@
 """Files of finetuned weights: written so that they describe themselves, and read onto their base model.
 
 A file holds {"kind": "lora" or "adapter", the method's config under that name, "base": the base model's config,
-"prompt_style", "hyperparameters", "state_dict"}; "hyperparameters" name the base model's file and its
-fingerprint. The archived Lit-LLaMA wrote the tensors of "state_dict" alone.
+"prompt_style", "hyperparameters", "state_dict"}. The prompt style is a chat template (in earlier files, the name of one
+of ours); "hyperparameters" name the base model's file and its fingerprint. The archived Lit-LLaMA wrote the tensors of
+"state_dict" alone.
 """
 
 import re
@@ -17,7 +18,7 @@ from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.model_folder import check_state, file_in, suggest_flag
 from lit_llama.progress import say
-from lit_llama.prompt import TEMPLATES, PromptStyle
+from lit_llama.prompt import STYLES, stored_template
 from lit_llama.storage.checks import check_types, from_fields
 from lit_llama.storage.files import is_plain, read_file, write_tensors
 from lit_llama.storage.integrity import check_base, identity
@@ -32,13 +33,13 @@ Setting = int | float | str | bool | None
 PROGRESS = {  # what a training state has in addition
     "step": int, "best": Mapping, "optimizer": Mapping, "metrics": str, "precision": Mapping,
 }  # fmt: skip
-ARCHIVED_STYLE: PromptStyle = "alpaca-stanford"
+ARCHIVED = STYLES["alpaca-stanford"]
 
 
 def describe(
     method: LoRAConfig | AdapterConfig | None,
     base: LLaMAConfig,
-    prompt_style: PromptStyle,
+    prompt_style: str,
     hyperparameters: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What a file says about its weights; `method` is None if all weights are finetuned."""
@@ -63,8 +64,7 @@ def read_described(path: Path, check_tensors: bool = True) -> dict[str, Any]:
     with error_context(path, "it may be damaged: copy or write it again"):
         method = {content["kind"]: Mapping} if content["kind"] in ("lora", "adapter", "full") else {}
         check_types(content, {"kind": str, **method, **FIELDS}, PROGRESS)
-        if content["prompt_style"] not in TEMPLATES:
-            raise UserError(f"prompt_style is {short(content['prompt_style'])}, expected one of {', '.join(TEMPLATES)}")
+        content["prompt_style"] = stored_template(content["prompt_style"])
         check_types(content["hyperparameters"], {}, dict.fromkeys(content["hyperparameters"], Setting))
         for name, tensor in content["state_dict"].items():
             if not is_plain(tensor):
@@ -82,7 +82,7 @@ class FinetunedFile:
     path: Path
     config: Any  # a LoRAConfig or an AdapterConfig
     tensors: Mapping[str, Tensor]
-    prompt_style: PromptStyle = ARCHIVED_STYLE
+    prompt_style: str = ARCHIVED
     base: LLaMAConfig | None = None
     hyperparameters: Mapping[str, Setting] = field(default_factory=dict)
 

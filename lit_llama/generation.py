@@ -10,7 +10,7 @@ from pathlib import Path
 from lit_llama.device import peak_memory
 from lit_llama.errors import UserError
 from lit_llama.model import KVCache, LLaMA
-from lit_llama.prompt import Message, PromptStyle, encode_prompt, stop_ids, with_input
+from lit_llama.prompt import Message, encode_prompt, name_of, stop_ids, with_input
 from lit_llama.quantization import check_compilable
 from lit_llama.storage.files import read_text
 from lit_llama.tokenizer import Tokenizer
@@ -143,30 +143,30 @@ def respond(
     model: LLaMA,
     tokenizer: Tokenizer,
     prompts: list[str],
-    prompt_style: PromptStyle,
+    template: str,
     context: str,
     sampling: Sampling,
 ) -> None:
     """Print the model's answer to each prompt as it comes: text to stdout, time and memory to stderr.
 
     Args:
-        prompts: instructions, to be wrapped in the prompt style's template. In the plain style the prompt is printed
-            too.
+        prompts: instructions, to be rendered by the template. Of the plain one the prompt is printed, too.
         context: the input that goes with the instruction, or "".
     """
     tokenizer.check_fits(model.config.vocab_size)
     model.eval()
+    is_plain, stop = name_of(template) == "plain", stop_ids(template, tokenizer)
     for prompt in prompts:
         torch.manual_seed(sampling.seed)
-        ids = encode_prompt(prompt_style, prompt, context, tokenizer)
-        if prompt_style == "plain":
+        ids = encode_prompt(template, prompt, context, tokenizer)
+        if is_plain:
             print(with_input(Message("user", prompt, context)), end="", flush=True)
         elif len(prompts) > 1:
             print(f"> {prompt}", file=sys.stderr)
         answer: list[int] = []
         start = time.perf_counter()
-        tokens = kept(generate(model, ids, sampling, stop_ids(prompt_style, tokenizer)), answer)
-        for piece in tokenizer.stream(tokens, after=ids if prompt_style == "plain" else []):
+        tokens = kept(generate(model, ids, sampling, stop), answer)
+        for piece in tokenizer.stream(tokens, after=ids if is_plain else []):
             print(piece, end="", flush=True)
         print(flush=True)
         seconds = time.perf_counter() - start

@@ -1,7 +1,8 @@
 """Model folders: `lit-llama.pth` (the weights), `config.json` and the tokenizer.
 
-`config.json` has the fields of LLaMAConfig, the prompt style that the model was trained with, if any, and, under
-"files", fingerprints of the others. Where it does not say, nothing is compared.
+`config.json` has the fields of LLaMAConfig, as "prompt_style" the chat template that the model was trained with, if any
+(in earlier folders, the name of one of ours), and, under "files", fingerprints of the others. Where it does not say,
+nothing is compared.
 """
 
 import json
@@ -13,10 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lit_llama.errors import UserError, error_context, short
+from lit_llama.errors import UserError, check_type, error_context, short
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
 from lit_llama.progress import say
-from lit_llama.prompt import TEMPLATES, PromptStyle
+from lit_llama.prompt import stored_template
 from lit_llama.quantization import Quantization, quantize_blocks, quantize_int8
 from lit_llama.storage.checks import from_fields
 from lit_llama.storage.files import (
@@ -59,7 +60,7 @@ def save_model_folder(
     state: Mapping[str, Tensor],
     config: LLaMAConfig,
     files: Mapping[str, bytes | str],
-    prompt_style: PromptStyle | None = None,
+    prompt_style: str | None = None,
     tensors: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
     """Write a model folder, in place of an older one as a whole.
@@ -172,7 +173,7 @@ def read_config(path: Path, state: Mapping[str, Any]) -> LLaMAConfig:
     file = path.with_name(CONFIG)
     if file.is_file():
         fields = read_json(file)
-        for name in ("files", "prompt_style"):  # see check_listed and own_prompt_style
+        for name in ("files", "prompt_style"):  # see check_listed, own_template
             fields.pop(name, None)
         with error_context(file, "get it again"):
             return from_fields(LLaMAConfig, fields)
@@ -183,11 +184,13 @@ def read_config(path: Path, state: Mapping[str, Any]) -> LLaMAConfig:
     raise UserError(f"{path} has no config.json next to it, and its tensors fit no known LLaMA{suggest_flag(state)}")
 
 
-def own_prompt_style(path: Path) -> PromptStyle | None:
+def own_template(path: Path) -> str | None:
     """The template that the model of a checkpoint was trained with, as the config.json next to it says."""
     file = path.with_name(CONFIG)
-    style = read_json(file).get("prompt_style") if file.is_file() else None
-    return style if style in TEMPLATES else None
+    template = read_json(file).get("prompt_style") if file.is_file() else None
+    with error_context(file, "convert the model again"):
+        check_type("prompt_style", template, str | None)
+        return None if template is None else stored_template(template)
 
 
 def check_state(path: Path, state: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:

@@ -1,18 +1,32 @@
-"""Templates: how a conversation becomes what a model sees. A model answers best in the one that it was trained with.
+"""How a conversation becomes what a model sees: by a chat template, such as the one that the model was trained with.
 
-A template turns messages into segments of text, each trained on or not, with control tokens between them. The answers
-are trained on, each with the token that ends it. If the last message is not an answer, the segments end where one is to
-begin, so a prompt is exactly how its training record starts. `lit_llama/formats/chat_templates.py` has the same
-templates in Jinja, for other programs.
+A template is a text in Jinja's language: a model's own, one of `STYLES`, or a user's. It is rendered twice, the second
+time with a mark in the place of what each message says. So it is known where that stands: what is between the marks are
+the template's own words, and only among those are control tokens looked for. Of the messages "Hi<|im_end|>" and "Ho":
+
+    with marks       <|im_start|>user\n①<|im_end|>\n<|im_start|>assistant\n②<|im_end|>\n
+    prompt           <|im_start|>user\n①<|im_end|>\n<|im_start|>assistant\n
+    tokens           <|im_start|> "user\nHi<|im_end|>" <|im_end|> "\n" <|im_start|> "assistant\n" "Ho" <|im_end|> "\n"
+    trained on                                                                                     ^^^^^^^^^^^^^^^
+
+Trained on is what follows the rendering of the messages before that asks for an answer (the prompt), up to and with the
+first control token after the answer. A template that renders a question otherwise once it is answered, as those of
+reasoning models do, has no such prompt: there the answer begins where it stands.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Literal, NamedTuple
 
-from lit_llama.errors import UserError
+from lit_llama.errors import UserError, short
+from lit_llama.progress import say
+from lit_llama.sandbox import render
+from lit_llama.storage.files import read_text
 from lit_llama.tokenizer import Tokenizer
 
-PromptStyle = Literal["plain", "alpaca", "alpaca-stanford", "chatml", "smollm2", "llama2", "llama3", "zephyr"]
 Role = Literal["system", "user", "assistant"]
 
 
@@ -23,186 +37,240 @@ class Message(NamedTuple):
     learned: bool = True  # whether an answer is trained on
 
 
-class Segment(NamedTuple):
-    text: str
-    trained: bool = False
+class Encoded(NamedTuple):
+    ids: list[int]
+    trained: list[bool]  # of each id
 
 
-class Control(NamedTuple):
-    """A token that no text can become: "bos" or "eos", whatever the tokenizer calls them, or one by its name."""
+EXCHANGE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' and loop.first %}QUESTION"
+    "{% elif message['role'] == 'assistant' and loop.index0 < 2 %}{{ message['content'] + eos_token }}"
+    "{% else %}{{ raise_exception('it takes one question and its answer, no system message') }}{% endif %}{% endfor %}"
+)
+STANFORD = EXCHANGE.replace(
+    "QUESTION",
+    "Below is an instruction that describes a task"
+    "{% if message['input'] %}, paired with an input that provides further context{% endif %}. "
+    "Write a response that appropriately completes the request.{{ '\n\n' }}"
+    "### Instruction:{{ '\n' + message['content'] + '\n\n' }}"
+    "{% if message['input'] %}### Input:{{ '\n' + message['input'] + '\n\n' }}{% endif %}### Response:",
+)
+CHATML = (
+    "{% for message in messages %}START"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+SMOLLM2_START = (
+    "{% if loop.first and messages[0]['role'] != 'system' %}"
+    f"{{{{ '<|im_start|>system\n{SMOLLM2_SYSTEM}<|im_end|>\n' }}}}{{% endif %}}"
+)
 
-    name: str
-    trained: bool = False
+STYLES = {
+    # The text alone, for a model to continue.
+    "plain": EXCHANGE.replace("QUESTION", "{{ message['content'] }}"),
+    # Stanford Alpaca's and a line break, as alpaca-lora and LitGPT use it.
+    "alpaca": STANFORD.replace("### Response:", "### Response:{{ '\n' }}"),
+    # As Stanford Alpaca published it, and as the archived Lit-LLaMA and LLaMA-Adapter use it.
+    "alpaca-stanford": STANFORD,
+    "chatml": CHATML.replace("START", ""),
+    # SmolLM2-Instruct's own: ChatML that begins with a system message.
+    "smollm2": CHATML.replace("START", SMOLLM2_START),
+    # Llama 2 chat, which puts the system message into the first question.
+    "llama2": (
+        "{% set found = namespace(system='') %}{% for message in messages %}"
+        "{% if message['role'] == 'system' %}"
+        "{% set found.system = '<<SYS>>\n' + message['content'] + '\n<</SYS>>\n\n' %}"
+        "{% elif message['role'] == 'user' %}{{ bos_token }}"
+        "{{ '[INST] ' + (found.system + message['content']) | trim + ' [/INST]' }}{% set found.system = '' %}"
+        "{% else %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+    ),
+    # Llama 3 Instruct. (That of Llama 3.1 puts the date into a system message.)
+    "llama3": (
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+        "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    # As TinyLlama-1.1B-Chat uses it.
+    "zephyr": (
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    ),
+}
+TEXTS = [STYLES[name] for name in ("plain", "alpaca", "alpaca-stanford")]  # they begin as any text of the model
+EXCHANGED = [Message("user", "Hi"), Message("assistant", "Hi")]  # what templates are tried with
+FIRST_MARK = 0xF0000  # from here on, characters are for private use
 
 
-Parts = Iterator[Segment | Control]
+def find_template(style: str | None, own: str | None, otherwise: str | None = None) -> str:
+    """The template that `--prompt_style` names: "own", one of STYLES, a file of one, or its text.
+
+    Args:
+        own: the model's, which is the default; if it has none, that is the style `otherwise`.
+    """
+    style = style or (otherwise if own is None and otherwise else "own")
+    if style == "own" and own is None:
+        raise UserError(f"the model has no template of its own; choose one by --prompt_style: {', '.join(STYLES)}")
+    if style == "own":
+        return str(own)
+    return read_text(Path(style)) if len(style) < 256 and Path(style).is_file() else stored_template(style)
 
 
-def plain(messages: Sequence[Message]) -> Parts:
-    """No template: a text to continue and its continuation, or a document alone."""
-    yield from one_exchange("plain", messages, with_input)
+def stored_template(style: str) -> str:
+    """The template that a file of ours holds: a text, or in earlier files the name of one of STYLES."""
+    if style not in STYLES and not re.search(r"\{[{%]", style):
+        raise UserError(f"there is no prompt style {short(style)}; give a file, or one of {', '.join(STYLES)}")
+    return STYLES.get(style, style)
 
 
-def alpaca(messages: Sequence[Message]) -> Parts:
-    """The template of Stanford Alpaca and a line break, as alpaca-lora and LitGPT use it."""
-    yield from one_exchange("alpaca", messages, lambda question: f"{alpaca_text(question)}\n")
+def name_of(template: str) -> str:
+    return next((name for name, text in STYLES.items() if text == template), "own")
 
 
-def alpaca_stanford(messages: Sequence[Message]) -> Parts:
-    """The template as Stanford Alpaca published it, and as the archived Lit-LLaMA and LLaMA-Adapter use it."""
-    yield from one_exchange("alpaca-stanford", messages, alpaca_text)
+def encode(template: str, messages: Sequence[Message], tokenizer: Tokenizer) -> Encoded:
+    """A conversation as token ids, and which of them are trained on. A document, an answer alone, is always a text.
+
+    What is between two control tokens is tokenised as one text, except that a prompt is always tokenised as it is when
+    it ends there, even if a token would reach from it into the answer.
+
+    Raises:
+        UserError: if the template refuses the conversation, leaves out a message, or changes what it says.
+    """
+    check_order(messages)
+    template = stored_template("plain" if messages[0].role == "assistant" else template)
+    text, mask, edges, prompts = find_answers(template, messages, tokenizer)
+    ids, trained, place = [], [], 0
+    for control in (*re.finditer(tokenizer.control_pattern, mask), None):
+        end = control.start() if control else len(text)
+        n = len(ids)  # the ids from here on are those of the text from `place` on
+        for a, b in pairwise((place, *(edge for edge in edges if place < edge < end), end)):
+            before, new = ids[n:], tokenizer.encode(text[place:b], bos=False)
+            if a in prompts and new[: len(before)] != before:
+                n, place, before, new = len(ids), a, [], tokenizer.encode(text[a:b], bos=False)
+            same = next((i for i, pair in enumerate(zip(before, new, strict=False)) if len({*pair}) > 1), len(before))
+            ids[n:], trained[n + same :] = new, [True] * (same < len(before))  # for a token across an edge
+            trained += [bisect_right(edges, a) % 2 == 1] * (len(ids) - len(trained))
+        if control:
+            ids.append(tokenizer.control_id(control[0].strip()))
+            trained.append(bisect_right(edges, end) % 2 == 1)
+            place = control.end()
+    return Encoded(ids, trained)
 
 
-def one_exchange(style: str, messages: Sequence[Message], text: Callable[[Message], str]) -> Parts:
-    """A question in the words of `text`, and its answer."""
-    roles = [message.role for message in messages]
-    if roles not in (["user"], ["user", "assistant"], ["assistant"]):
-        raise UserError(f"the prompt style {style} takes one question and its answer, not messages of {roles}")
-    yield Control("bos")
-    for message in messages:
-        if message.role == "user":
-            yield Segment(text(message))
-        else:
-            yield Segment(message.content, trained=True)
-            yield Control("eos", trained=True)
+def find_answers(
+    template: str, messages: Sequence[Message], tokenizer: Tokenizer
+) -> tuple[str, str, list[int], set[int]]:
+    """The text of a conversation; the same with a mark for each character of the messages; and places in them.
+
+    These are where the answers start and end, in turn, and those of them at which a prompt ends.
+    """
+    names, (marked, said) = names_of(template, tokenizer), mark(messages)
+    signs = f"[{''.join(said)}]" if said else "(?!)"
+
+    def masked(n: int) -> str:
+        return re.sub(signs, lambda sign: sign[0] * len(said[sign[0]]), rendered(template, marked[:n], names))
+
+    text, mask = rendered(template, messages, names), masked(len(messages))
+    if re.sub(signs, lambda sign: said[sign[0]], rendered(template, marked, names)) != text:
+        raise UserError("the chat template changes what a message says, or goes by it; choose another --prompt_style")
+    edges, prompts, after = [], set(), re.compile(f"{signs}|{tokenizer.control_pattern}")
+    for i, message in enumerate(messages):
+        own = "".join(sign for sign in marked[i].content + marked[i].input if sign in said)
+        places = [match.span() for match in re.finditer(f"[{own}]+", mask)] if own else []
+        if own and not places:
+            raise UserError(f"the chat template leaves out what message {i + 1} says, that of the {message.role}")
+        if message.role == "assistant":
+            prompt, before = masked(i), re.split(signs, marked[i].content)[0]  # space, or the tag of a thought
+            start = places[0][0] if places else len(mask)
+            start -= len(before) * mask.endswith(before, 0, start)
+            if mask.startswith(prompt):
+                start = len(prompt)
+                prompts.add(start)
+            end = places[-1][1] if places else start
+            token = after.search(mask, end)
+            edges += [start, token.end() if token and token[0] not in said else end]
+    return text, mask, edges, prompts
+
+
+def mark(messages: Sequence[Message]) -> tuple[tuple[Message, ...], dict[str, str]]:
+    """The messages with a mark for what each says, and what the marks stand for.
+
+    The space around a text stays, which a template may strip, and the tags of a thought, at which one may cut.
+    """
+    said: dict[str, str] = {}
+
+    def marked(text: str) -> str:
+        parts = re.split("(</?think>)", text)
+        for i in range(0, len(parts), 2):
+            if inner := parts[i].strip():
+                sign = chr(FIRST_MARK + len(said))
+                said[sign], parts[i] = inner, parts[i].replace(inner, sign, 1)
+        return "".join(parts)
+
+    return tuple(m._replace(content=marked(m.content), input=marked(m.input)) for m in messages), said
+
+
+def rendered(template: str, messages: Sequence[Message], names: Mapping[str, str]) -> str:
+    """The text that a template makes of messages; if the last is not an answer, it asks for one."""
+    if "message['input']" not in template:
+        messages = [Message(message.role, with_input(message)) for message in messages]
+    fields = [message._asdict() for message in messages]
+    return render(template, fields, dict(names), ask=not messages or messages[-1].role != "assistant")
 
 
 def with_input(question: Message) -> str:
     return f"{question.content}\n{question.input}" if question.input else question.content
 
 
-def alpaca_text(question: Message) -> str:
-    context = ", paired with an input that provides further context" if question.input else ""
-    given = f"\n\n### Input:\n{question.input}" if question.input else ""
-    return (
-        f"Below is an instruction that describes a task{context}. "
-        "Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{question.content}{given}\n\n### Response:"
+def names_of(template: str, tokenizer: Tokenizer) -> dict[str, str]:
+    """What a template calls bos_token and the like. Before a text goes what the tokenizer itself puts there."""
+    bos = tokenizer.bos_id
+    return tokenizer.names | (
+        {"bos_token": tokenizer.token(bos) if bos is not None else ""} if template in TEXTS else {}
     )
 
 
-def chatml(messages: Sequence[Message]) -> Parts:
-    """ChatML, for models whose tokenizer has its two tokens, such as SmolLM2."""
-    for message in messages:
-        answer = message.role == "assistant"
-        yield Control("<|im_start|>")
-        yield Segment(f"{message.role}\n")
-        yield Segment(with_input(message), trained=answer)
-        yield Control("<|im_end|>", trained=answer)
-        yield Segment("\n")
-    if messages[-1].role != "assistant":
-        yield Control("<|im_start|>")
-        yield Segment("assistant\n")
+def portable(template: str, tokenizer: Tokenizer) -> str:
+    """A template as other programs are to have it, which may have another idea of the bos, if the model has none."""
+    has_bos = names_of(template, tokenizer)["bos_token"]
+    return template if has_bos or template not in STYLES.values() else template.replace("{{ bos_token }}", "")
 
 
-SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-
-
-def smollm2(messages: Sequence[Message]) -> Parts:
-    """ChatML that begins with a system message, by default the one of SmolLM2-Instruct."""
-    if messages[0].role != "system":
-        messages = [Message("system", SMOLLM2_SYSTEM), *messages]
-    yield from chatml(messages)
-
-
-def llama2(messages: Sequence[Message]) -> Parts:
-    """Llama 2 chat, which puts the system message into the first question."""
-    system = ""
-    for message in messages:
-        if message.role == "system":
-            system = f"<<SYS>>\n{message.content}\n<</SYS>>\n\n"
-        elif message.role == "user":
-            yield Control("bos")
-            yield Segment(f"[INST] {(system + with_input(message)).strip()} [/INST]")
-            system = ""
-        else:
-            yield Segment(f" {message.content.strip()} ", trained=True)
-            yield Control("eos", trained=True)
-
-
-def llama3(messages: Sequence[Message]) -> Parts:
-    """Llama 3 Instruct. (Llama 3.1 and later put the date into a system message; give one if you want it.)"""
-    yield Control("bos")
-    for message in (*messages, None):
-        if message or messages[-1].role != "assistant":
-            yield Control("<|start_header_id|>")
-            yield Segment(message.role if message else "assistant")
-            yield Control("<|end_header_id|>")
-            yield Segment("\n\n")
-        if message:
-            yield Segment(with_input(message).strip(), trained=message.role == "assistant")
-            yield Control("<|eot_id|>", trained=message.role == "assistant")
-
-
-def zephyr(messages: Sequence[Message]) -> Parts:
-    """Zephyr's, as TinyLlama-1.1B-Chat uses it."""
-    for message in messages:
-        yield Segment(f"<|{message.role}|>\n")
-        yield Segment(with_input(message), trained=message.role == "assistant")
-        yield Control("eos", trained=message.role == "assistant")
-        yield Segment("\n")
-    if messages[-1].role != "assistant":
-        yield Segment("<|assistant|>\n")
-
-
-TEMPLATES: dict[PromptStyle, Callable[[Sequence[Message]], Parts]] = {
-    "plain": plain,
-    "alpaca": alpaca,
-    "alpaca-stanford": alpaca_stanford,
-    "chatml": chatml,
-    "smollm2": smollm2,
-    "llama2": llama2,
-    "llama3": llama3,
-    "zephyr": zephyr,
-}
-ONE_QUESTION = ("plain", "alpaca", "alpaca-stanford")  # the styles without turns and system messages
-TURN_ENDS = {"chatml": "<|im_end|>", "smollm2": "<|im_end|>", "llama3": "<|eot_id|>"}  # elsewhere it is the eos
-
-
-class Encoded(NamedTuple):
-    ids: list[int]
-    trained: list[bool]  # of each id
-
-
-def encode(style: PromptStyle, messages: Sequence[Message], tokenizer: Tokenizer) -> Encoded:
-    """A conversation as token ids, and which of them are trained on.
-
-    Segments that follow each other are tokenised as one text, unless a token would reach over the end of one: what
-    comes before an answer is always tokenised as if there were no answer, as it will be when the answer is asked for.
-    """
-    check_order(messages)
-    ids, trained = [], []
-    text, before = "", []  # since the last control token
-    for part in template(style)(messages):
-        if isinstance(part, Control):
-            text, before = "", []
-            token_id = tokenizer.control_id(part.name)
-            new = [] if token_id is None else [token_id]  # a model may have no bos
-        else:
-            text += part.text
-            whole = tokenizer.encode(text, bos=False)
-            new = whole[len(before) :] if whole[: len(before)] == before else tokenizer.encode(part.text, bos=False)
-            before = before + new
-        ids += new
-        trained += [part.trained] * len(new)
-    return Encoded(ids, trained)
-
-
-def encode_prompt(style: PromptStyle, prompt: str, context: str, tokenizer: Tokenizer) -> list[int]:
+def encode_prompt(template: str, prompt: str, context: str, tokenizer: Tokenizer) -> list[int]:
     """The token ids of one question with the input, or "", that it works on."""
-    return encode(style, [Message("user", prompt, context)], tokenizer).ids
+    return encode(template, [Message("user", prompt, context)], tokenizer).ids
 
 
-def stop_ids(style: PromptStyle, tokenizer: Tokenizer) -> set[int]:
-    """The tokens that end an answer."""
-    turn_end = tokenizer.control_id(TURN_ENDS.get(style, "eos"))
-    return {*tokenizer.end_ids} | ({turn_end} if turn_end is not None else set())
+def stop_ids(template: str, tokenizer: Tokenizer) -> set[int]:
+    """The tokens that end an answer: those that end any text, and the control token that the template puts there."""
+    try:
+        ids, trained = encode(template, EXCHANGED, tokenizer)
+    except UserError:  # is raised where it is used
+        return {*tokenizer.end_ids}
+    last = [token_id for token_id, is_trained in zip(ids, trained, strict=True) if is_trained][-1]
+    return {*tokenizer.end_ids} | ({last} & {*tokenizer.controls.values()})
 
 
-def template(style: PromptStyle) -> Callable[[Sequence[Message]], Parts]:
-    if style not in TEMPLATES:  # as read from a file
-        raise UserError(f"there is no prompt style {style!r}; the styles are {', '.join(TEMPLATES)}")
-    return TEMPLATES[style]
+def tried(template: object) -> str | None:
+    """A chat template that comes with a model, if any; says so if it cannot render a conversation."""
+    if not isinstance(template, str):
+        return None
+    try:
+        rendered(template, EXCHANGED, {"bos_token": "<s>", "eos_token": "</s>"})
+    except UserError as error:
+        say(f"warning: {error}; pass --prompt_style where one is asked")
+    return template
+
+
+def takes_turns(template: str, tokenizer: Tokenizer) -> bool:
+    """Whether a template takes more than one question."""
+    try:
+        encode(template, [*EXCHANGED, Message("user", "Hi")], tokenizer)
+    except UserError:
+        return False
+    return True
 
 
 def check_order(messages: Sequence[Message]) -> None:

@@ -1,9 +1,11 @@
 """One class for SentencePiece (`tokenizer.model`) and Hugging Face (`tokenizer.json`) tokenizers."""
 
 import json
+import re
 import struct
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", 
 EOS_TOKENS = ("</s>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")  # of a tokenizer.json, if no file says
 FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")  # of an added token
 CONTROL, USER_DEFINED = 3, 4  # SentencePiece's types: no text becomes the one, the other is found before anything else
+LIKE_CONTROL = re.compile(r"<\|[^<>\s]+\|>|<[a-z_/]+>|\[[A-Z_/]+\]")  # <|eot_id|>, <end_of_turn>, [INST]
+ALWAYS_CONTROL = [f"<|{name}|>" for name in ("im_start", "im_end", "start_header_id", "end_header_id", "eot_id")]
 
 
 class Tokenizer:
@@ -141,16 +145,38 @@ class Tokenizer:
             ids = [self.bos_id, *ids]
         return [*ids, self.eos_id] if eos else ids
 
-    def control_id(self, name: str) -> int | None:
-        """The id of a control token, which no text is encoded to. None for "bos" if the model has none."""
-        if name in ("bos", "eos"):
-            return self.bos_id if name == "bos" else self.eos_id
-        token_id = self._id(name)
-        if token_id is None:
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """What templates call bos_token, eos_token and the like."""
+        return {"bos_token": "", **self.special_tokens}
+
+    @cached_property
+    def controls(self) -> dict[str, int]:
+        """The ids of the control tokens, which only a template's own words become, by their names."""
+        if self._sp:
+            pieces = {self._sp.id_to_piece(i): i for i in range(self.vocab_size)}
+            return {name: i for name, i in pieces.items() if self._sp.is_control(i) or LIKE_CONTROL.fullmatch(name)}
+        added = self._hf.get_added_tokens_decoder()
+        return {t.content: i for i, t in added.items() if t.special or LIKE_CONTROL.fullmatch(t.content)}
+
+    @cached_property
+    def control_pattern(self) -> str:
+        """Finds control tokens in a template's own words, with the space that some of them swallow."""
+        added = {} if self._sp else {token.content: token for token in self._hf.get_added_tokens_decoder().values()}
+
+        def pattern(name: str) -> str:
+            left, right = (r"\s*" * getattr(added.get(name), side, False) for side in ("lstrip", "rstrip"))
+            return left + re.escape(name) + right
+
+        names = sorted({*self.controls, *ALWAYS_CONTROL}, key=len, reverse=True)
+        return f"(?:{'|'.join(map(pattern, names))})"
+
+    def control_id(self, name: str) -> int:
+        if name not in self.controls:
             raise UserError(
                 f"{self.path} has no token {name}; choose the --prompt_style that its model was trained with"
             )
-        return token_id
+        return self.controls[name]
 
     def token(self, token_id: int) -> str:
         """The name of a token: for a control token, what a template calls it."""

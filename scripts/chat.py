@@ -14,8 +14,8 @@ from lit_llama.errors import UserError
 from lit_llama.finetuned import FinetunedFile, base_is_nf4, read_finetuned
 from lit_llama.generation import Sampling
 from lit_llama.lora import remove_lora
-from lit_llama.model_folder import find_model, load_model, own_prompt_style
-from lit_llama.prompt import ONE_QUESTION, PromptStyle
+from lit_llama.model_folder import find_model, load_model, own_template
+from lit_llama.prompt import STYLES, find_template, name_of, takes_turns
 from lit_llama.tokenizer import find_tokenizer
 
 import torch
@@ -35,7 +35,7 @@ def main(
     lora_path: Path | None = None,
     adapter_path: Path | None = None,
     tokenizer_path: Path | None = None,
-    prompt_style: PromptStyle | None = None,
+    prompt_style: str | None = None,
     system: str = "",
     lora_alpha: float | None = None,
     force: bool = False,
@@ -54,8 +54,8 @@ def main(
         lora_path: The file that finetune_lora.py wrote, or the run's folder. It is not merged, so it can be swapped.
         adapter_path: The file that finetune_adapter.py wrote, or the run's folder.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
-        prompt_style: The template (see lit_llama/prompt.py). By default that of the LoRA or adapter file, or else the
-            one that the model's config.json names.
+        prompt_style: The template: own (that of the LoRA or adapter file, or else the model's, the default), alpaca,
+            chatml or another of lit_llama/prompt.py, or a file with one.
         system: A system message, if the template has one.
         lora_alpha: Only for LoRA files of the archived Lit-LLaMA, which did not store it.
         force: Use a file even if it was trained on a different base model of the same shape.
@@ -75,10 +75,10 @@ def main(
     nf4 = base_is_nf4(lora, adapter)
     model = load_model(checkpoint_path, dtype, default_device(), nf4).eval()
     tokenizer.check_fits(model.config.vocab_size)
-    own_style = own_prompt_style(checkpoint_path)
+    own = own_template(checkpoint_path)
     if adapter:
         adapter.add_to(model)
-        own_style = adapter.prompt_style
+        own = adapter.prompt_style
         model.to(dtype)
 
     def read(path: Path) -> FinetunedFile:
@@ -88,12 +88,12 @@ def main(
             raise UserError(f"{path} was trained on a base {kind}; start chat.py again with --lora_path {path}")
         return file
 
-    chat = Chat(Conversation(model, tokenizer, "plain"), sampling, read, own_style, prompt_style)
+    chat = Chat(Conversation(model, tokenizer, STYLES["plain"]), sampling, read, own, prompt_style)
     chat.use(lora)
     if system:
         chat.conversation.set_system(system)
     torch.manual_seed(seed)
-    print(f"Prompt style {chat.conversation.style}. /help lists the commands.", file=sys.stderr)
+    print(f"Prompt style {name_of(chat.conversation.template)}. /help lists the commands.", file=sys.stderr)
     for line in typed_lines():
         if line.strip() == "/quit":
             break
@@ -110,8 +110,8 @@ class Chat:
 
     Args:
         read: reads a LoRA file for the base model.
-        own_style: the template of the model without LoRA, if it is known.
-        given_style: the one to use instead of any other.
+        own: the template of the model without LoRA, if it is known.
+        style: the one that --prompt_style names, to be used with any LoRA file.
     """
 
     def __init__(
@@ -119,11 +119,11 @@ class Chat:
         conversation: Conversation,
         sampling: Sampling,
         read: Callable[[Path], FinetunedFile],
-        own_style: PromptStyle | None,
-        given_style: PromptStyle | None,
+        own: str | None,
+        style: str | None,
     ) -> None:
         self.conversation, self.sampling, self.read = conversation, sampling, read
-        self.own_style, self.given_style = own_style, given_style
+        self.own, self.style = own, style
         self.lora: FinetunedFile | None = None
         self.has_told = False  # that each question is a conversation of its own
 
@@ -150,11 +150,10 @@ class Chat:
             return
         if not sys.stdin.isatty():
             print(f"> {question}", file=sys.stderr)
-        style = self.conversation.style
-        if style in ONE_QUESTION and self.conversation.messages and not self.has_told:
-            print(
-                f"(The prompt style {style} is for one question, so each starts a new conversation.)", file=sys.stderr
-            )
+        template = self.conversation.template
+        if not (self.has_told or takes_turns(template, self.conversation.tokenizer)) and self.conversation.messages:
+            what = f"The prompt style {name_of(template)} is for one question"
+            print(f"({what}, so each starts a new conversation.)", file=sys.stderr)
             self.has_told = True
         for piece in self.conversation.ask(question, self.sampling):
             print(piece, end="", flush=True)
@@ -173,7 +172,10 @@ class Chat:
         except (UserError, KeyboardInterrupt):
             self.use(before)
             raise
-        print(f"{lora.path if lora else 'No LoRA file'}, prompt style {self.conversation.style}", file=sys.stderr)
+        print(
+            f"{lora.path if lora else 'No LoRA file'}, prompt style {name_of(self.conversation.template)}",
+            file=sys.stderr,
+        )
 
     def use(self, lora: FinetunedFile | None) -> None:
         """Put the LoRA layers of a file onto the base model, in place of others."""
@@ -186,10 +188,7 @@ class Chat:
         model.to(dtype).eval()
         cache_prefix(model)
         self.lora = lora
-        style = self.given_style or (lora.prompt_style if lora else self.own_style)
-        if style is None:
-            raise UserError("the model does not say which template it was trained with; give one by --prompt_style")
-        self.conversation.style = style
+        self.conversation.template = find_template(self.style, lora.prompt_style if lora else self.own)
 
 
 def typed_lines() -> Iterator[str]:

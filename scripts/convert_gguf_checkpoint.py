@@ -10,13 +10,13 @@ from typing import Any, BinaryIO
 
 from lit_llama.cli import run
 from lit_llama.errors import UserError, error_context
-from lit_llama.formats.chat_templates import style_of
 from lit_llama.formats.gguf import CHAT_TEMPLATE, ROPE_FREQS, TENSOR_NAMES, rope_divisors
 from lit_llama.formats.huggingface import check_known
 from lit_llama.formats.tokenizers import from_gguf
 from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling
 from lit_llama.model_folder import check_complete, save_model_folder
 from lit_llama.progress import progress
+from lit_llama.prompt import tried
 from lit_llama.storage.checks import from_fields
 from lit_llama.tokenizer import find_tokenizer
 
@@ -54,7 +54,7 @@ def main(gguf_path: Path, out_dir: Path) -> None:
 
     Args:
         gguf_path: A .gguf file with `general.architecture = llama`.
-        out_dir: The model folder to write: lit-llama.pth, config.json (with the prompt style) and the tokenizer.
+        out_dir: The model folder to write: lit-llama.pth, config.json (with the chat template) and the tokenizer.
     """
     metadata, tensors = read_gguf(gguf_path)
     config = read_config(metadata, tensors)
@@ -67,8 +67,7 @@ def main(gguf_path: Path, out_dir: Path) -> None:
         raise UserError(f"{gguf_path} does not describe a tokenizer ({reason}); get another GGUF") from None
     state = read_weights(gguf_path, tensors, config)
     check_complete(gguf_path, state, config)
-    prompt_style = style_of(gguf_path, metadata.get(CHAT_TEMPLATE))
-    save_model_folder(out_dir, state, config, tokenizer, prompt_style)
+    save_model_folder(out_dir, state, config, tokenizer, tried(metadata.get(CHAT_TEMPLATE)))
     find_tokenizer(out_dir, out_dir).report_missing(config.vocab_size)
     print(f"Saved {out_dir}", file=sys.stderr)
 

@@ -9,12 +9,12 @@ from typing import Literal
 
 from lit_llama.cli import run
 from lit_llama.errors import UserError, short
-from lit_llama.formats.chat_templates import read_chat_template, style_of
+from lit_llama.formats.hf_tokenizer import read_chat_template
 from lit_llama.formats.huggingface import config_from_hf, from_hf
 from lit_llama.formats.tokenizers import read_tokenizer
-from lit_llama.model_folder import check_complete, load_model, own_prompt_style, save_model_folder, suggest_script
+from lit_llama.model_folder import check_complete, load_model, own_template, save_model_folder, suggest_script
 from lit_llama.progress import progress
-from lit_llama.prompt import Message, encode
+from lit_llama.prompt import Message, encode, tried
 from lit_llama.storage.files import check_apart, read_file, read_json, read_safetensors
 from lit_llama.tokenizer import find_tokenizer
 
@@ -41,7 +41,7 @@ def main(
 
     Args:
         checkpoint_dir: The folder that was downloaded.
-        out_dir: The model folder to write: lit-llama.pth, config.json (with the prompt style) and the tokenizer.
+        out_dir: The model folder to write: lit-llama.pth, config.json (with the chat template) and the tokenizer.
         dtype: The type to store the weights in. By default as they are.
         verify: Compare the result with what transformers, if it is installed, makes of the same folder.
     """
@@ -71,8 +71,7 @@ def main(
     files = read_tokenizer(checkpoint_dir)
     if not files:
         print(f"No tokenizer in {checkpoint_dir}: put one next to the converted weights", file=sys.stderr)
-    prompt_style = style_of(checkpoint_dir, read_chat_template(checkpoint_dir))
-    save_model_folder(out_dir, state, config, files, prompt_style)
+    save_model_folder(out_dir, state, config, files, tried(read_chat_template(checkpoint_dir)))
     print(f"Saved {out_dir}", file=sys.stderr)
     if files:
         find_tokenizer(out_dir, out_dir).report_missing(config.vocab_size)
@@ -146,11 +145,11 @@ def compare(theirs_dir: Path, ours_dir: Path, has_tokenizer: bool) -> None:
     plain = {"add_special_tokens": False, "split_special_tokens": True}
     wrong = [text for text in TEXTS if tokenizer.encode(text, bos=False) != other(text, **plain)["input_ids"]]
     print(f"Token ids differ for {len(wrong)} of {len(TEXTS)} texts", *wrong, sep="\n  ", file=sys.stderr)
-    style = own_prompt_style(ours_dir / "lit-llama.pth")
-    if style and other.chat_template:
+    template = own_template(ours_dir / "lit-llama.pth")
+    if template and other.chat_template:
         question = {"role": "user", "content": "Why is the sky blue?"}
         text = other.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
-        same = encode(style, [Message(**question)], tokenizer).ids == other(text, add_special_tokens=False)["input_ids"]
+        same = encode(template, [Message(**question)], tokenizer).ids == other(text, add_special_tokens=False)["input_ids"]
         print(f"A question in the template has {'the same ids' if same else 'other ids'} as there", file=sys.stderr)
 
 

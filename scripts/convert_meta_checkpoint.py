@@ -13,7 +13,7 @@ from lit_llama.formats.tokenizers import read_tokenizer
 from lit_llama.model import CONFIGS, LLAMA_3_SCALING, LLaMA, LLaMAConfig
 from lit_llama.model_folder import check_complete, save_model_folder
 from lit_llama.progress import progress
-from lit_llama.prompt import PromptStyle
+from lit_llama.prompt import find_template
 from lit_llama.storage.checks import from_fields
 from lit_llama.storage.files import check_apart, is_plain, read_file, read_json
 
@@ -39,16 +39,14 @@ PARAMS = """dim n_layers n_heads n_kv_heads multiple_of ffn_dim_multiplier norm_
 vocab_size max_batch_size max_seq_len"""
 
 
-def main(
-    checkpoint_dir: Path, out_dir: Path, block_size: int | None = None, prompt_style: PromptStyle | None = None
-) -> None:
+def main(checkpoint_dir: Path, out_dir: Path, block_size: int | None = None, prompt_style: str | None = None) -> None:
     """Convert one model; the weights keep their dtype.
 
     Args:
         checkpoint_dir: The folder with params.json, consolidated.*.pth and, there or one folder up, tokenizer.model.
         out_dir: The model folder to write: lit-llama.pth, config.json and the tokenizer.
         block_size: The most tokens that the model takes, which the files do not say. By default as published.
-        prompt_style: The template of an instruct model, llama2 or llama3, which the files do not say either.
+        prompt_style: The template of an instruct model, llama2, llama3 or a file with one, which the files do not say.
     """
     check_apart(checkpoint_dir, out_dir)
     shards = find_shards(checkpoint_dir)
@@ -64,7 +62,8 @@ def main(
     if not files:
         where = f"in {checkpoint_dir} or above"
         print(f"No tokenizer.model {where}: put one next to the converted weights", file=sys.stderr)
-    save_model_folder(out_dir, state, config, files, prompt_style)
+    template = find_template(prompt_style, None) if prompt_style else None
+    save_model_folder(out_dir, state, config, files, template)
     print(f"Saved {out_dir}", file=sys.stderr)
 
 

@@ -8,14 +8,13 @@ from typing import Any, Literal, NamedTuple
 from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.finetuned import read_finetuned
-from lit_llama.formats.chat_templates import FILE_NAME as TEMPLATE_NAME
-from lit_llama.formats.chat_templates import begins_with_bos, chat_template
 from lit_llama.formats.gguf import CHAT_TEMPLATE, lora_metadata, lora_to_gguf, model_metadata, to_gguf
+from lit_llama.formats.hf_tokenizer import TEMPLATE_NAME
 from lit_llama.formats.ollama import modelfile
 from lit_llama.formats.tokenizers import to_gguf as tokenizer_metadata
-from lit_llama.model_folder import find_model, load_model, own_prompt_style, read_config
+from lit_llama.model_folder import find_model, load_model, own_template, read_config
 from lit_llama.progress import progress
-from lit_llama.prompt import PromptStyle, stop_ids
+from lit_llama.prompt import find_template, portable, stop_ids
 from lit_llama.storage.files import check_apart, check_finite, read_file, replacing_folder, write_file
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 
@@ -37,7 +36,7 @@ class Content(NamedTuple):
 
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
-    style: PromptStyle | None
+    template: str | None
 
 
 def main(
@@ -48,7 +47,7 @@ def main(
     lora_alpha: float | None = None,
     base_model: str | None = None,
     dtype: Literal["F32", "F16", "Q8_0"] = "F16",
-    prompt_style: PromptStyle | None = None,
+    prompt_style: str | None = None,
     force: bool = False,
 ) -> None:
     """Write model-F16.gguf or, of a LoRA file, lora-F16.gguf and chat_template.jinja; and a Modelfile.
@@ -63,7 +62,8 @@ def main(
         base_model: With a LoRA file, its base for the Modelfile: a GGUF, or a name that Ollama knows.
         dtype: Type of the matrices. Q8_0 is 8 bits with a scale for each 32 numbers; rows that do not divide by 32
             are F16.
-        prompt_style: The template of the conversations (see lit_llama/prompt.py). By default that of the training.
+        prompt_style: The template of the conversations: own (the model's or the LoRA file's, the default), alpaca,
+            chatml or another of lit_llama/prompt.py, or a file with one.
         force: Use the LoRA file even if it was trained on a different base model of the same shape.
     """
     checkpoint_path = find_model(checkpoint_path)
@@ -78,32 +78,34 @@ def main(
         raise UserError("a Modelfile names the base of a LoRA; add --base_model, a GGUF or a name that Ollama knows")
     else:
         content = read_lora(lora_path, checkpoint_path, lora_alpha, force)
-        content = content._replace(style=prompt_style or content.style)
+        content = content._replace(template=find_template(prompt_style, content.template))
         path = Path(base_model).expanduser()
         model, adapter = relative(path, out_dir) if path.is_file() else base_model, f"./lora-{dtype}.gguf"
-    ollama = modelfile(model, adapter, content.style, tokenizer)
+    ollama = modelfile(model, adapter, content.template, tokenizer)
     with replacing_folder(out_dir, FILES.format("lora" if adapter else "model")) as part:
         write_gguf(part / (adapter or model), content, dtype)
         write_file(part / "Modelfile", ollama)
-        if adapter and content.style:
-            write_file(part / TEMPLATE_NAME, chat_template(content.style, tokenizer))
+        if adapter and content.template:
+            write_file(part / TEMPLATE_NAME, portable(content.template, tokenizer))
     print(f"Saved {out_dir}", file=sys.stderr)
 
 
-def read_model(path: Path, tokenizer: Tokenizer, style: PromptStyle | None) -> Content:
-    style, model = style or own_prompt_style(path), load_model(path)
+def read_model(path: Path, tokenizer: Tokenizer, style: str | None) -> Content:
+    own, model = own_template(path), load_model(path)
+    template = find_template(style, own) if style or own else None
     tokenizer.check_fits(model.config.vocab_size)
     name = {"general.name": path.absolute().parent.name}
-    stops = stop_ids(style, tokenizer) if style else ()
+    stops = stop_ids(template, tokenizer) if template else ()
     metadata = name | model_metadata(model.config) | tokenizer_metadata(tokenizer, model.config.vocab_size, stops)
-    if style:
-        metadata |= template_metadata(style, tokenizer)
-    return Content(metadata, dict(to_gguf(model.state_dict(), model.config)), style)
+    if template:
+        metadata |= template_metadata(template, tokenizer)
+    return Content(metadata, dict(to_gguf(model.state_dict(), model.config)), template)
 
 
-def template_metadata(style: PromptStyle, tokenizer: Tokenizer) -> dict[str, Any]:
-    metadata: dict[str, Any] = {CHAT_TEMPLATE: chat_template(style, tokenizer)}
-    if not begins_with_bos(style):  # llama.cpp would put one before the template
+def template_metadata(template: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    metadata: dict[str, Any] = {CHAT_TEMPLATE: portable(template, tokenizer)}
+    if not any(name and name in template for name in ("bos_token", tokenizer.names["bos_token"])):
+        # llama.cpp would put one before the template
         metadata["tokenizer.ggml.add_bos_token"] = False
     return metadata
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from lit_llama.cli import run
 from lit_llama.formats.hf_tokenizer import TOKENIZER_FILES, tokenizer_files
 from lit_llama.formats.huggingface import hf_config, to_hf
-from lit_llama.model_folder import find_model, load_model, own_prompt_style
+from lit_llama.model_folder import find_model, load_model, own_template
 from lit_llama.progress import progress
-from lit_llama.prompt import PromptStyle, stop_ids
+from lit_llama.prompt import find_template, stop_ids
 from lit_llama.storage.files import check_apart, replacing_folder, write_file, write_safetensors
 from lit_llama.tokenizer import find_tokenizer
 
@@ -26,7 +26,7 @@ def main(
     out_dir: Path,
     checkpoint_path: Path | None = None,
     tokenizer_path: Path | None = None,
-    prompt_style: PromptStyle | None = None,
+    prompt_style: str | None = None,
     max_shard_gb: PositiveFloat = 5.0,
 ) -> None:
     """Write config.json, generation_config.json, the weights as .safetensors, and the tokenizer with its chat template.
@@ -36,26 +36,26 @@ def main(
         checkpoint_path: The model: a base one, one that finetune_full.py wrote, or one that merge_lora.py wrote.
             Default: checkpoints/lit-llama/7B, or else the model written last.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
-        prompt_style: The template of the conversations (see lit_llama/prompt.py). By default the one that the model's
-            config.json names; a model without one keeps the chat template that its tokenizer has, if any.
+        prompt_style: The template of the conversations: own (the model's, the default), alpaca, chatml or another of
+            lit_llama/prompt.py, or a file with one.
         max_shard_gb: The largest file of weights, in GB.
     """
     checkpoint_path = find_model(checkpoint_path)
     check_apart(checkpoint_path.parent, out_dir)
     tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
-    style = prompt_style or own_prompt_style(checkpoint_path)
+    own = own_template(checkpoint_path)
+    template = find_template(prompt_style, own) if prompt_style or own else None
     model = load_model(checkpoint_path)
     tokenizer.check_fits(model.config.vocab_size)
     state = to_hf(model.state_dict(), model.config)
     if model.config.tie_embeddings:
         del state["lm_head.weight"]
     fields = hf_config(model.config, model.lm_head.weight.dtype)
-    stops = stop_ids(style, tokenizer) if style else tokenizer.end_ids
+    stops = stop_ids(template, tokenizer) if template else tokenizer.end_ids
     eos = [tokenizer.eos_id, *sorted(stops - {tokenizer.eos_id})] if len(stops) > 1 else tokenizer.eos_id
-    bos = tokenizer.special_tokens.get("bos_token")
-    ends = {"bos_token_id": tokenizer.control_id(bos) if bos else None, "eos_token_id": eos}
+    ends = {"bos_token_id": tokenizer.controls.get(tokenizer.names["bos_token"]), "eos_token_id": eos}
     with replacing_folder(out_dir, HF_FILES) as part:
-        for name, content in tokenizer_files(tokenizer, style).items():
+        for name, content in tokenizer_files(tokenizer, template).items():
             write_file(part / name, content)
         write_file(part / "generation_config.json", json.dumps(ends, indent=2))
         write_file(part / "config.json", json.dumps(fields | ends, indent=2))

@@ -6,10 +6,10 @@ from pathlib import Path
 from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.finetuned import describe, save_finetuned
-from lit_llama.formats.chat_templates import read_chat_template, style_of
+from lit_llama.formats.hf_tokenizer import read_chat_template
 from lit_llama.formats.peft import config_from_peft, from_peft
-from lit_llama.model_folder import find_model, read_config, suggest_script
-from lit_llama.prompt import PromptStyle
+from lit_llama.model_folder import find_model, own_template, read_config, suggest_script
+from lit_llama.prompt import find_template, name_of
 from lit_llama.storage.files import check_apart, read_file, read_json, read_safetensors
 from lit_llama.storage.integrity import identity
 
@@ -20,7 +20,7 @@ def main(
     peft_dir: Path,
     out_path: Path,
     pretrained_path: Path | None = None,
-    prompt_style: PromptStyle | None = None,
+    prompt_style: str | None = None,
 ) -> None:
     """Write a LoRA file.
 
@@ -29,8 +29,9 @@ def main(
         out_path: The file to write.
         pretrained_path: The checkpoint of the base model, converted from the Hugging Face model that PEFT used.
             Default: checkpoints/lit-llama/7B, or else the model written last.
-        prompt_style: The template that it was trained with (see lit_llama/prompt.py). By default the one of the
-            tokenizer in the folder, or alpaca: PEFT itself does not store it.
+        prompt_style: The template that it was trained with: own, alpaca, chatml or another of lit_llama/prompt.py, or
+            a file with one. PEFT does not store it: the default is own, that of the tokenizer in the folder or else of
+            the base model, or alpaca if neither has one.
     """
     pretrained_path = find_model(pretrained_path)
     for source in (pretrained_path, pretrained_path.with_name("config.json"), *peft_dir.glob("adapter_*")):
@@ -47,9 +48,9 @@ def main(
         raise UserError(f"could not import {peft_dir}: {error}") from None
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{peft_dir}/adapter_config.json does not describe a LoRA ({error!r}); copy it again") from None
-    style = prompt_style or style_of(peft_dir, read_chat_template(peft_dir)) or "alpaca"
-    save_finetuned(out_path, describe(config, base, style, identity(pretrained_path)), state)
-    print(f"Saved {out_path}, in the prompt style {style}", file=sys.stderr)
+    template = find_template(prompt_style, read_chat_template(peft_dir) or own_template(pretrained_path), "alpaca")
+    save_finetuned(out_path, describe(config, base, template, identity(pretrained_path)), state)
+    print(f"Saved {out_path}, with the prompt style {name_of(template)}", file=sys.stderr)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ def main(
     If the LoRA was trained on a 4-bit base, the base is first rounded to 4 bits again.
 
     Args:
-        out_dir: The model folder to write: lit-llama.pth, config.json (with the prompt style) and the tokenizer.
+        out_dir: The model folder to write: lit-llama.pth, config.json (with the chat template) and the tokenizer.
         lora_path: The file that finetune_lora.py wrote, or the run's folder, of which it takes the best file.
         pretrained_path: The checkpoint of the base model. Default: checkpoints/lit-llama/7B, or else the model written
             last.

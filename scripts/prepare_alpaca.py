@@ -5,8 +5,8 @@ from pathlib import Path
 from lit_llama.cli import run
 from lit_llama.data.preparation import N_CORES, Encoder, prepare
 from lit_llama.data.sources import download
-from lit_llama.model_folder import find_model
-from lit_llama.prompt import PromptStyle
+from lit_llama.model_folder import find_model, own_template
+from lit_llama.prompt import find_template
 from lit_llama.tokenizer import find_tokenizer
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -18,7 +18,7 @@ def main(
     data_dir: Path = Path("data/alpaca"),
     pretrained_path: Path | None = None,
     tokenizer_path: Path | None = None,
-    prompt_style: PromptStyle = "alpaca",
+    prompt_style: str | None = None,
     data_file: Path | None = None,
     val_split_size: NonNegativeInt | None = None,
     seed: NonNegativeInt = 42,
@@ -32,7 +32,8 @@ def main(
         pretrained_path: The checkpoint that will be finetuned; its tokenizer is used. Default:
             checkpoints/lit-llama/7B, or else the model written last.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
-        prompt_style: The template of the conversations (see lit_llama/prompt.py).
+        prompt_style: The template of the conversations: own (the model's, the default where it has one), alpaca (else
+            the default), chatml or another of lit_llama/prompt.py, or a file with one.
         data_file: Records in the Alpaca format on the disk, instead of the download.
         val_split_size: Records to hold out for validation. By default 2000, or a tenth if that is less.
         seed: Random seed of the split.
@@ -40,7 +41,8 @@ def main(
         skip_bad: Leave out records that cannot be used, and count them by reason, instead of refusing the file.
     """
     pretrained_path = find_model(pretrained_path)
-    encoder = Encoder(find_tokenizer(pretrained_path, tokenizer_path), prompt_style, skip_bad=skip_bad)
+    template = find_template(prompt_style, own_template(pretrained_path), "alpaca")
+    encoder = Encoder(find_tokenizer(pretrained_path, tokenizer_path), template, skip_bad=skip_bad)
     source = data_file or data_dir / "alpaca_data_cleaned_archive.json"
     if data_file is None:
         download(URL, source)

@@ -10,8 +10,8 @@ from pathlib import Path
 from lit_llama.cli import run
 from lit_llama.data.preparation import N_CORES, Encoder, prepare
 from lit_llama.data.records import Fields
-from lit_llama.model_folder import find_model
-from lit_llama.prompt import PromptStyle
+from lit_llama.model_folder import find_model, own_template
+from lit_llama.prompt import find_template
 from lit_llama.tokenizer import find_tokenizer
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -23,7 +23,7 @@ def main(
     validation_file: Path | None = None,
     pretrained_path: Path | None = None,
     tokenizer_path: Path | None = None,
-    prompt_style: PromptStyle = "alpaca",
+    prompt_style: str | None = None,
     instruction_key: str = "instruction",
     input_key: str = "input",
     output_key: str = "output",
@@ -44,7 +44,8 @@ def main(
         pretrained_path: The checkpoint that will be finetuned; its tokenizer is used. Default:
             checkpoints/lit-llama/7B, or else the model written last.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
-        prompt_style: The template of the conversations (see lit_llama/prompt.py); plain for documents.
+        prompt_style: The template of the conversations: own (the model's, the default where it has one), alpaca (else
+            the default), chatml or another of lit_llama/prompt.py, or a file with one.
         instruction_key: The field that holds the instruction of a record.
         input_key: The field that holds what the instruction works on.
         output_key: The field that holds the answer.
@@ -58,7 +59,8 @@ def main(
     """
     pretrained_path = find_model(pretrained_path)
     fields = Fields(instruction_key, input_key, output_key, messages_key, text_key, ignored_fields)
-    encoder = Encoder(find_tokenizer(pretrained_path, tokenizer_path), prompt_style, fields, skip_bad)
+    template = find_template(prompt_style, own_template(pretrained_path), "alpaca")
+    encoder = Encoder(find_tokenizer(pretrained_path, tokenizer_path), template, fields, skip_bad)
     if validation_file is None:
         prepare(data_dir, {"train": train_file}, encoder, seed, val_split_size, num_workers)
     else:

@@ -22,7 +22,6 @@ from lit_llama.data.sources import read_rows
 from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.lora import LoRAConfig
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.prompt import PromptStyle
 from lit_llama.storage.files import is_plain, named_tensors
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training.state import STATE_FILE
@@ -51,7 +50,7 @@ def randomize(state: dict[str, torch.Tensor], std: float = 0.2) -> None:
 
 
 def save_file(
-    path: Path, method: LoRAConfig | AdapterConfig, model: LLaMA, state: dict[str, torch.Tensor], style: PromptStyle
+    path: Path, method: LoRAConfig | AdapterConfig, model: LLaMA, state: dict[str, torch.Tensor], style: str
 ) -> None:
     """What finetune_lora.py or finetune_adapter.py would write for this model."""
     save_finetuned(path, describe(method, model.config, style, {}), state)
@@ -85,7 +84,7 @@ def read_records(source: Path, fields: Fields | None = None) -> list[Conversatio
 
 
 def prepare_records(
-    data_dir: Path, splits: dict[str, list], tokenizer: Path, style: PromptStyle = "plain", num_workers: int = 1
+    data_dir: Path, splits: dict[str, list], tokenizer: Path, style: str = "plain", num_workers: int = 1
 ) -> None:
     """Prepare records, which are first written next to the folder."""
     sources = {split: data_dir.with_name(f"{data_dir.name}-{split}.json") for split in splits}

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from lit_llama.prompt import Message, PromptStyle
+from lit_llama.prompt import Message
 from lit_llama.tokenizer import Tokenizer
 
 from builders_tokenizers import train_byte_tokenizer
@@ -11,7 +11,7 @@ from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as HFTokenizer
 
 CONTROLS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "</s>")
-CHAT_STYLES: tuple[PromptStyle, ...] = ("chatml", "smollm2", "llama2", "llama3", "zephyr")
+CHAT_STYLES: tuple[str, ...] = ("chatml", "smollm2", "llama2", "llama3", "zephyr")
 
 
 def write_chat_tokenizer(folder: Path, bos: str | None = "<s>") -> Tokenizer:
@@ -37,6 +37,6 @@ def as_dicts(messages: list[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
-def prompts(style: PromptStyle) -> list[list[Message]]:
+def prompts(style: str) -> list[list[Message]]:
     """Conversations of this style that wait for an answer."""
     return [conversation(1, False)[:1]] + [conversation(3, True)[:-1]] * (style in CHAT_STYLES)

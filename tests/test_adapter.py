@@ -15,6 +15,7 @@ from lit_llama.errors import UserError
 from lit_llama.finetuned import read_finetuned
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, merge_lora
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
+from lit_llama.prompt import STYLES
 
 import pytest
 import torch
@@ -153,7 +154,7 @@ def test_validation_after_a_step_equals_a_freshly_loaded_model(tmp_path: Path) -
     fresh = random_model(TINY)
     file = read_finetuned(tmp_path / "a.pth", "adapter")
     file.add_to(fresh)
-    assert file.prompt_style == "plain"
+    assert file.prompt_style == STYLES["plain"]
     with torch.no_grad():
         assert torch.equal(model(idx), fresh(idx))
         assert not torch.allclose(model(idx), before, atol=1e-3)
@@ -217,7 +218,7 @@ def test_a_file_of_the_archived_lit_llama_is_read(gates: str, tmp_path: Path) ->
     loaded = random_model(TINY)
     file = read_finetuned(tmp_path / "lit-llama-adapter-finetuned.pth", "adapter")
     file.add_to(loaded)
-    assert file.prompt_style == "alpaca-stanford"
+    assert file.prompt_style == STYLES["alpaca-stanford"]
     idx = torch.randint(TINY.vocab_size, (1, 9))
     assert torch.equal(loaded(idx), model(idx))
     assert not torch.allclose(loaded(idx), random_model(TINY)(idx), atol=0.1)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lit_llama.prompt import STYLES
 from lit_llama.storage.files import lock_of, read_file
 from lit_llama.training import run as training
 from lit_llama.training.log import read_metrics
@@ -88,7 +89,7 @@ def test_the_result_describes_itself_and_is_neither_empty_nor_zero(method: str, 
         weights = content
     else:
         weights = content["state_dict"]
-        assert content["prompt_style"] == "plain"
+        assert content["prompt_style"] == STYLES["plain"]
         assert content["hyperparameters"]["num_epochs"] == 4
     if method == "lora":
         assert content["lora"] == {"r": 4, "alpha": 32, "dropout": 0.2, "targets": ("query", "value")}

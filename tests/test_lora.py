@@ -19,6 +19,7 @@ from lit_llama.lora import (
     remove_lora,
 )
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
+from lit_llama.prompt import STYLES
 
 import peft
 import pytest
@@ -230,7 +231,7 @@ def test_a_saved_file_gives_the_same_logits_without_being_told_rank_or_alpha(tmp
     loaded = random_model(TINY)
     file = read_finetuned(path, "lora")
     file.add_to(loaded)
-    assert file.prompt_style == "plain"
+    assert file.prompt_style == STYLES["plain"]
     idx = torch.randint(TINY.vocab_size, (1, 9))
     assert torch.equal(loaded.eval()(idx), model(idx))
 
@@ -272,7 +273,7 @@ def test_a_file_of_the_archived_lit_llama_needs_its_alpha(tmp_path: Path) -> Non
         read_finetuned(path, "lora")
     file = read_finetuned(path, "lora", alpha=12)
     file.add_to(model)
-    assert file.prompt_style == "alpaca-stanford"
+    assert file.prompt_style == STYLES["alpaca-stanford"]
     for i, block in enumerate(base.transformer.h):
         A, B = (state[f"transformer.h.{i}.attn.c_attn.lora_{x}"] for x in "AB")
         block.attn.c_attn.weight[:C] += 12 / 4 * B[:C] @ A[:4]

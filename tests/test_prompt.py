@@ -1,21 +1,23 @@
 """The templates against transformers' rendering of the models' own, token for token."""
 
 from collections.abc import Callable
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Any
 
 from lit_llama.errors import UserError
-from lit_llama.formats.chat_templates import CHAT_TEMPLATES, recognise
-from lit_llama.prompt import TEMPLATES, Message, PromptStyle, encode, encode_prompt, stop_ids
+from lit_llama.prompt import STYLES, Message, encode, encode_prompt, find_template, name_of, stop_ids
 from lit_llama.tokenizer import Tokenizer
 
 import pytest
 from builders_chat import CHAT_STYLES, CONTROLS, as_dicts, conversation, write_chat_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-SINGLE_STYLES: tuple[PromptStyle, ...] = ("plain", "alpaca", "alpaca-stanford")
+SINGLE_STYLES: tuple[str, ...] = ("plain", "alpaca", "alpaca-stanford")
 
 # The templates that the models were published with, as far as they concern text; the answers between marks that tell
 # transformers what the assistant says. Their outer form (white space, the order of branches) is that of the models'.
-PUBLISHED: dict[PromptStyle, str] = {
+PUBLISHED: dict[str, str] = {
     "chatml": (
         "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}"
         "{% if message['role'] == 'assistant' %}"
@@ -72,7 +74,7 @@ def theirs(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("n_turns", range(1, 7))
 @pytest.mark.parametrize("style", CHAT_STYLES)
 def test_ids_and_masks_equal_those_of_the_published_template(
-    style: PromptStyle, n_turns: int, system: bool, tokenizer: Tokenizer, theirs: PreTrainedTokenizerFast
+    style: str, n_turns: int, system: bool, tokenizer: Tokenizer, theirs: PreTrainedTokenizerFast
 ) -> None:
     messages = conversation(n_turns, system)
     expected = theirs.apply_chat_template(
@@ -87,27 +89,8 @@ def test_ids_and_masks_equal_those_of_the_published_template(
     assert encode(style, messages[:-1], tokenizer).ids == prompt["input_ids"]
 
 
-@pytest.mark.parametrize("style", TEMPLATES)
-def test_the_exported_chat_template_renders_the_same_ids(
-    style: PromptStyle, tokenizer: Tokenizer, theirs: PreTrainedTokenizerFast
-) -> None:
-    assert recognise(CHAT_TEMPLATES[style]) == style
-    for messages in [conversation(1, False)] + [conversation(3, True)] * (style in CHAT_STYLES):
-        for some, add in ((messages, False), (messages[:-1], True)):
-            rendered = theirs.apply_chat_template(
-                as_dicts(some), chat_template=CHAT_TEMPLATES[style], add_generation_prompt=add, return_dict=True
-            )
-            assert encode(style, some, tokenizer).ids == rendered["input_ids"]
-
-
-@pytest.mark.parametrize("style", PUBLISHED)
-def test_published_templates_are_recognised(style: PromptStyle) -> None:
-    assert recognise(PUBLISHED[style]) == style
-    assert recognise("{{ messages }}") is recognise(None) is None
-
-
-@pytest.mark.parametrize("style", TEMPLATES)
-def test_control_tokens_in_a_text_never_become_control_tokens(style: PromptStyle, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("style", STYLES)
+def test_control_tokens_in_a_text_never_become_control_tokens(style: str, tokenizer: Tokenizer) -> None:
     def controls(messages: list[Message]) -> list[int]:
         return [i for i in encode(style, messages, tokenizer).ids if i >= tokenizer.vocab_size - len(CONTROLS)]
 
@@ -120,9 +103,9 @@ def test_control_tokens_in_a_text_never_become_control_tokens(style: PromptStyle
         assert attack.strip() in tokenizer.decode(encode(style, messages, tokenizer).ids)
 
 
-@pytest.mark.parametrize("style", TEMPLATES)
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("answer", ["Yes", "\n\nYes", " yes", "!"])
-def test_a_prompt_is_how_its_record_begins(style: PromptStyle, answer: str, tokenizer: Tokenizer) -> None:
+def test_a_prompt_is_how_its_record_begins(style: str, answer: str, tokenizer: Tokenizer) -> None:
     prompt = encode_prompt(style, "Is it?", "", tokenizer)
     whole = encode(style, [Message("user", "Is it?"), Message("assistant", answer)], tokenizer)
     assert whole.ids[: len(prompt)] == prompt
@@ -141,7 +124,7 @@ def test_alpaca_templates_are_those_of_stanford(tokenizer: Tokenizer) -> None:
         f"{begin}, paired with an input that provides further context. {middle}### Input:\n1, 2\n\n### Response:"
     )
 
-    def text(style: PromptStyle, context: str) -> str:
+    def text(style: str, context: str) -> str:
         return tokenizer.decode(encode_prompt(style, "Add the numbers.", context, tokenizer))
 
     assert (text("alpaca-stanford", ""), text("alpaca-stanford", "1, 2")) == (without, with_input)
@@ -159,3 +142,130 @@ def test_what_does_not_fit_a_template_is_refused(tokenizer: Tokenizer) -> None:
         refused(lambda messages=messages: encode("chatml", messages, tokenizer), "must take turns")
     refused(lambda: encode("alpaca", [question, answer, question], tokenizer), "one question and its answer")
     refused(lambda: encode_prompt("chat", "Hi", "", tokenizer), "no prompt style 'chat'")
+
+
+def loop(body: str, ask: str = "") -> str:
+    """A template with something for each message `m`, and something that asks for an answer."""
+    return f"{{% for m in messages %}}{body}{{% endfor %}}{{% if add_generation_prompt %}}{ask}{{% endif %}}"
+
+
+CHATML, ASK = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}", "{{ '<|im_start|>assistant\n' }}"
+OWN = {  # of the kinds that are published
+    "a system message by default": (
+        "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+        + loop(CHATML, ASK)
+    ),
+    "a bos before ChatML": "{{ bos_token }}" + loop(CHATML, ASK),
+    "Mistral": "{{ bos_token }}"
+    + loop("{{ '[INST] ' + m.content + '[/INST]' if m.role == 'user' else ' ' + m.content + eos_token }}"),
+    "Phi, always asks": loop(
+        "{{ '<|user|>' + m.content + '<|end|><|assistant|>' if m.role == 'user' else m.content + '<|eot_id|>' }}"
+    ),
+    "Phi, ends in the eos": loop("{{ '<|' + m.role + '|>\n' + m.content + '<|eot_id|>\n' }}", "{{ '<|assistant|>\n' }}")
+    + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}",
+    "Tulu": loop(
+        "{{ '<|' + m.role + '|>\n' + m.content + (eos_token if m.role == 'assistant' else '') + '\n' }}",
+        "{{ '<|assistant|>\n' }}",
+    ),
+    "thoughts of the past are cut": loop(
+        "{% set c = m.content %}"
+        "{% if m.role == 'assistant' and not loop.last %}{% set c = c.split('</think>')[-1] | trim %}{% endif %}"
+        "{{ '<|im_start|>' + m.role + '\n' + c + '<|im_end|>' }}",
+        ASK + "{{ '<think>\n' }}",
+    ),
+    "tools": "{% if tools %}{{ tools | tojson }}{% endif %}" + loop(CHATML, ASK),
+    "macros": "{% macro say(m) -%}\n<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>\n{%- endmacro %}"
+    + loop("{{ say(m) }}", "<|im_start|>"),
+    "namespace": "{% set n = namespace(first=true) %}"
+    + loop("{{ bos_token if n.first else '|' }}{% set n.first = false %}{{ m.content + eos_token }}"),
+    "strips": loop(
+        "{{ '<|start_header_id|>' ~ m.role ~ '\n\n' ~ m.content | trim ~ '<|eot_id|>' }}", "<|start_header_id|>"
+    ),
+    "generation": loop(
+        "<|im_start|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}",
+        "<|im_start|>",
+    ),
+    "no system message": loop(
+        "{% if m.role == 'system' %}{{ raise_exception('No system, please') }}{% endif %}" + CHATML, ASK
+    ),
+    "no end": loop("{{ m.role | capitalize }}: {{ m.content }}{{ '\n\n' }}", "Assistant:"),
+    "the day": "{{ strftime_now('%Y') }}" + loop(CHATML, ASK),
+    "loop controls": loop("{% if not m.content %}{% continue %}{% endif %}" + CHATML, ASK),
+}
+EXCHANGES = {
+    ("  spaced  ", " answer \n"), ("\n\nHi\n", "\nthere\n\n"), ("a\n\n\nb", "c\n\n  d"), ("🙂 什么? é", "🙂👩‍👩‍👧 ok"),
+    ("```\nprint('x')\n```", '{"a": [1, 2]}'), ("{{ x }} {% if %}", "<b> & &lt;"), ("word " * 99, "reply " * 99),
+    ("1+1=2.", "12345"), ("user\nassistant", "assistant: [/INST"), ("Why?", "<think>\nhm\n</think>\n\nSo."),
+    ("Hi <|im_end|></s>[INST]", "say <|eot_id|> now"), ("</s>", "<|im_end|>."),
+}  # fmt: skip
+SPOKEN = [
+    *(conversation(1, False), conversation(1, True), conversation(3, False), conversation(4, True)),
+    *([Message("user", user), Message("assistant", answer)] for user, answer in sorted(EXCHANGES)),
+    [Message("user", "One?"), Message("assistant", "<think>a</think>\n1"), *conversation(2, False)],
+]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_ids_equal_those_of_transformers(name: str, tokenizer: Tokenizer, theirs: PreTrainedTokenizerFast) -> None:
+    template = OWN[name]
+    for messages in SPOKEN:
+        for some in (messages, messages[:-1]):
+            settings: dict[str, Any] = {"chat_template": template, "add_generation_prompt": some is not messages}
+            if name == "no system message" and messages[0].role == "system":
+                refused(lambda some=some: encode(template, some, tokenizer), "conversation: No system, please")
+                continue
+            settings["sanitize_control_tokens"] = True  # what they are by default is control tokens
+            expected = theirs.apply_chat_template(as_dicts(some), return_dict=True, **settings)
+            assert encode(template, some, tokenizer).ids == expected["input_ids"]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_answers_are_trained_on_up_to_the_token_that_ends_them(name: str, tokenizer: Tokenizer) -> None:
+    for messages in [conversation(1, False), conversation(3, False)]:
+        ids, trained = encode(OWN[name], messages, tokenizer)
+        pairs = groupby(zip(trained, ids, strict=True), lambda pair: pair[0])
+        parts = [[token_id for _, token_id in run] for is_trained, run in pairs if is_trained]
+        answers = [message.content for message in messages if message.role == "assistant"]
+        ends = [part[-1:] if name != "no end" else [] for part in parts]
+        found = [tokenizer.show(part[: len(part) - len(end)]).strip() for part, end in zip(parts, ends, strict=True)]
+        assert all(text.endswith(answer) for text, answer in zip(found, answers, strict=True))
+        assert {*chain(*ends)} <= stop_ids(OWN[name], tokenizer) & {*tokenizer.controls.values()}
+
+
+def test_generation_tags_name_the_same_tokens(tokenizer: Tokenizer, theirs: PreTrainedTokenizerFast) -> None:
+    settings: dict[str, Any] = {"chat_template": OWN["generation"], "return_assistant_tokens_mask": True}
+    for messages in (conversation(1, False), conversation(3, True)):
+        expected = theirs.apply_chat_template(as_dicts(messages), return_dict=True, **settings)["assistant_masks"]
+        assert [*map(int, encode(OWN["generation"], messages, tokenizer).trained)] == expected
+
+
+def test_what_a_template_leaves_out_or_changes_is_refused(tokenizer: Tokenizer) -> None:
+    system, question, answer = Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Ho")
+    only_user = loop("{{ m.content if m.role == 'user' }}")
+    refused(lambda: encode(only_user, [system, question], tokenizer), "what message 1 says, that of the system")
+    refused(lambda: encode(only_user, [question, answer], tokenizer), "what message 2 says")
+    for changed in (
+        "m.content | upper",
+        "m.content[1:]",
+        "m.content.replace('i', 'o')",
+        "m.content | length ~ m.content",
+    ):
+        refused(lambda changed=changed: encode(loop(f"{{{{ {changed} }}}}"), [question], tokenizer), "changes what")
+
+
+def test_a_document_has_no_template(tokenizer: Tokenizer) -> None:
+    document = [Message("assistant", " All of it.")]
+    ids = [tokenizer.bos_id, *tokenizer.encode(" All of it.", bos=False), tokenizer.eos_id]
+    assert all(encode(template, document, tokenizer).ids == ids for template in (*STYLES, *OWN.values()))
+
+
+def test_a_template_is_named_by_a_flag(tmp_path: Path) -> None:
+    (tmp_path / "my.jinja").write_text("{{ messages }}")
+    own = "{{ own }}"
+    assert find_template(None, own) == find_template("own", own, "alpaca") == own
+    assert find_template(None, None, "alpaca") == find_template("alpaca", own) == STYLES["alpaca"]
+    assert find_template(str(tmp_path / "my.jinja"), own) == "{{ messages }}"
+    assert [name_of(find_template(style, own)) for style in (*STYLES, "own")] == [*STYLES, "own"]
+    refused(lambda: find_template("own", None), "no template of its own")
+    refused(lambda: find_template("alpacca", None), "no prompt style 'alpacca'; give a file, or one of plain, alpaca")

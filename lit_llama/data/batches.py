@@ -16,7 +16,7 @@ from lit_llama.data.preparation import read_split
 from lit_llama.data.sources import shuffled
 from lit_llama.errors import UserError
 from lit_llama.model import LLaMA
-from lit_llama.prompt import PromptStyle
+from lit_llama.prompt import stored_template
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 
 import numpy as np
@@ -47,6 +47,7 @@ class Dataset:
         starts: their first tokens, as places in `tokens`.
         lengths: their tokens.
         target_counts: how many of those are trained on.
+        prompt_style: the template that they were rendered by.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Dataset:
     ) -> None:
         self.data_dir, self.block_size = data_dir, block_size
         self.meta, (self.tokens, self.offsets, spans, self.documents, numbers) = read_split(data_dir, split)
-        self.prompt_style: PromptStyle = self.meta["prompt_style"]
+        self.prompt_style = stored_template(self.meta["prompt_style"])
         origin = {name: self.meta[name] for name in ("sources", "tokenizer", "prompt_style", "split_seed", "records")}
         self.fingerprint = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
         self.targets = spans if mask_prompt else sliding_window_view(self.offsets, 2)

@@ -23,7 +23,7 @@ from lit_llama.data.records import Fields, Row, conversation
 from lit_llama.data.sources import read_rows, split_records
 from lit_llama.errors import UserError
 from lit_llama.progress import progress, say
-from lit_llama.prompt import TEMPLATES, PromptStyle, encode
+from lit_llama.prompt import STYLES, encode, stored_template
 from lit_llama.storage import files
 from lit_llama.storage.checks import check_types
 from lit_llama.storage.integrity import digest
@@ -60,7 +60,7 @@ class Encoder:
     """How rows of a source become tokens; with `skip_bad`, those that cannot be used are left out and counted."""
 
     tokenizer: Tokenizer
-    prompt_style: PromptStyle
+    template: str
     fields: Fields = field(default_factory=Fields)
     skip_bad: bool = False
 
@@ -70,7 +70,7 @@ class Encoder:
         for place, row in rows:
             try:
                 record = conversation(row, self.fields)
-                ids, trained = encode(self.prompt_style, record, self.tokenizer)
+                ids, trained = encode(self.template, record, self.tokenizer)
             except ValueError as error:
                 problems.append((place, str(error)))
                 continue
@@ -120,7 +120,7 @@ def prepare(
         meta = {
             "sources": [{"path": str(path), "sha256": identify(path, checksums)} for path in sources.values()],
             "tokenizer": encoder.tokenizer.fingerprint(),
-            "prompt_style": encoder.prompt_style,
+            "prompt_style": STYLES["plain"] if arrays.n_documents == arrays.n_records else encoder.template,
             "split_seed": split_seed,
             "records": {split: len(numbers) for split, numbers in splits.items()},
             "sha256": checksums,
@@ -217,7 +217,7 @@ class ArrayFiles:
     """The .bin files of a folder, which grow part by part; `sha256` has the state of each one's checksum."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.n_tokens, self.n_records = folder, 0, 0
+        self.folder, self.n_tokens, self.n_records, self.n_documents = folder, 0, 0, 0
         self.sha256 = defaultdict(hashlib.sha256)
         self.append("offsets", np.zeros(1))
 
@@ -237,6 +237,7 @@ class ArrayFiles:
             self.append("documents", self.n_records + documents)
             self.n_tokens += len(tokens)
             self.n_records += len(ends)
+            self.n_documents += len(documents)
         return np.arange(first, self.n_records)
 
 
@@ -247,6 +248,7 @@ def read_split(data_dir: Path, split: str) -> tuple[dict[str, Any], list[np.ndar
             raise UserError("it is of an earlier version")
         meta = files.read_json(data_dir / "meta.json")
         check_types(meta, META, {})
+        stored_template(meta["prompt_style"])
         paths = [data_dir / f"{name}.bin" for name in ("tokens", "offsets", "spans", "documents", split)]
         arrays = [map_array(path) for path in paths]
         arrays[2] = arrays[2].reshape(-1, 2)
@@ -254,9 +256,8 @@ def read_split(data_dir: Path, split: str) -> tuple[dict[str, Any], list[np.ndar
         raise UserError(f"{data_dir} holds no prepared data ({error}); run one of scripts/prepare_*.py") from None
     if not files.check_all:
         say(f"{paths[0]} was read without comparing it with its checksum")
-    wrong = [] if meta["prompt_style"] in TEMPLATES else ["the prompt_style of meta.json"]
     checked = paths if files.check_all else paths[1:]
-    wrong += [path.name for path in checked if digest(path) != meta["sha256"].get(path.stem)]
+    wrong = [path.name for path in checked if digest(path) != meta["sha256"].get(path.stem)]
     wrong += [paths[i].name for i in inconsistent(*arrays)]
     if wrong:
         raise UserError(f"{data_dir} is damaged: {wrong[0]} does not match the rest; prepare the data again")

@@ -1,9 +1,10 @@
-"""Ollama's Modelfile: a GGUF with the template of its training, in the language of Go's templates.
+"""Ollama's Modelfile: a GGUF with the template of its training, in the language of Go's templates if it is one of ours.
 
 Ollama puts the bos before a conversation itself. Its templates cannot trim white space.
 """
 
-from lit_llama.prompt import SMOLLM2_SYSTEM, Message, PromptStyle, alpaca_text, stop_ids
+from lit_llama.progress import say
+from lit_llama.prompt import SMOLLM2_SYSTEM, name_of, stop_ids
 from lit_llama.tokenizer import Tokenizer
 
 CHATML = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
@@ -18,9 +19,12 @@ LLAMA_3 = (
     "<|start_header_id|>assistant<|end_header_id|>\n\n"
 )
 ZEPHYR = "{{ range .Messages }}<|{{ .Role }}|>\n{{ .Content }}EOS\n{{ end }}<|assistant|>\n"
-ALPACA = alpaca_text(Message("user", "{{ .Prompt }}"))
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{{ .Prompt }}\n\n### Response:"
+)
 
-TEMPLATES: dict[PromptStyle, str] = {
+TEMPLATES = {
     "plain": "{{ .Prompt }}",
     "alpaca": f"{ALPACA}\n",
     "alpaca-stanford": ALPACA,
@@ -32,14 +36,17 @@ TEMPLATES: dict[PromptStyle, str] = {
 }
 
 
-def modelfile(model: str, adapter: str | None, style: PromptStyle | None, tokenizer: Tokenizer) -> str:
+def modelfile(model: str, adapter: str | None, template: str | None, tokenizer: Tokenizer) -> str:
     """The Modelfile of a model, a GGUF or a name that Ollama knows, perhaps with the GGUF of a LoRA."""
     lines = [f"FROM {model}"] + [f"ADAPTER {adapter}"] * bool(adapter)
-    if style:
-        bos, eos = ("" if i is None else tokenizer.token(i) for i in (tokenizer.bos_id, tokenizer.eos_id))
-        template = TEMPLATES[style].replace("BOS", bos).replace("EOS", eos)
-        lines.append(f'TEMPLATE """{template}"""')
-        if style == "smollm2":  # what the model says of itself, unless there is another system message
+    if template:
+        name, bos, eos = name_of(template), tokenizer.names["bos_token"], tokenizer.names["eos_token"]
+        if name in TEMPLATES:
+            text = TEMPLATES[name].replace("BOS", bos).replace("EOS", eos)
+            lines.append(f'TEMPLATE """{text}"""')
+        else:
+            say("The Modelfile has no TEMPLATE: Ollama looks in the model's GGUF for the chat template")
+        if name == "smollm2":  # what the model says of itself, unless there is another system message
             lines.append(f'SYSTEM """{SMOLLM2_SYSTEM}"""')
-        lines += [f'PARAMETER stop "{tokenizer.token(i)}"' for i in sorted(stop_ids(style, tokenizer))]
+        lines += [f'PARAMETER stop "{tokenizer.token(i)}"' for i in sorted(stop_ids(template, tokenizer))]
     return "\n".join(lines) + "\n"

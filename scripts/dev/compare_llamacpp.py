@@ -17,8 +17,8 @@ from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.finetuned import read_finetuned
 from lit_llama.generation import Sampling, generate
-from lit_llama.model_folder import QUICKSTART_MODEL, find_model, load_model, own_prompt_style
-from lit_llama.prompt import Message, PromptStyle, encode, stop_ids
+from lit_llama.model_folder import QUICKSTART_MODEL, find_model, load_model, own_template
+from lit_llama.prompt import Message, encode, find_template, stop_ids
 from lit_llama.tokenizer import find_tokenizer
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -71,7 +71,7 @@ class LlamaCpp:
 def main(
     checkpoint_path: Path | None = None,
     lora_path: Path | None = None,
-    prompt_style: PromptStyle | None = None,
+    prompt_style: str | None = None,
     max_new_tokens: int = 60,
 ) -> None:
     """Print the answers and whether they agree; the exit status is not 0 if they do not.
@@ -84,7 +84,7 @@ def main(
         max_new_tokens: The longest answer, in tokens.
     """
     checkpoint_path = find_model(checkpoint_path, QUICKSTART_MODEL)
-    base_style = prompt_style or own_prompt_style(checkpoint_path) or "plain"
+    base_style = find_template(prompt_style, own_template(checkpoint_path), "plain")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         agree = [compare("base model", checkpoint_path, folder / "base", base_style, max_new_tokens)]
@@ -116,7 +116,7 @@ def run_script(name: str, out_dir: Path, **flags: object) -> None:
     subprocess.run([sys.executable, str(SCRIPTS / f"{name}.py"), *words], check=True)
 
 
-def compare(title: str, checkpoint: Path, folder: Path, style: PromptStyle, max_new_tokens: int) -> bool:
+def compare(title: str, checkpoint: Path, folder: Path, style: str, max_new_tokens: int) -> bool:
     run_script("export_hf", folder / "hf", checkpoint_path=checkpoint, prompt_style=style)
     run_script("export_gguf", folder / "gguf", checkpoint_path=checkpoint, dtype="F32", prompt_style=style)
     llama = LlamaCpp(folder / "gguf" / "model-F32.gguf")
@@ -130,7 +130,7 @@ def compare(title: str, checkpoint: Path, folder: Path, style: PromptStyle, max_
     )
 
 
-def answer_here(checkpoint: Path, style: PromptStyle, max_new_tokens: int) -> Answer:
+def answer_here(checkpoint: Path, style: str, max_new_tokens: int) -> Answer:
     tokenizer = find_tokenizer(checkpoint)
     ids = encode(style, CONVERSATION, tokenizer).ids
     sampling = Sampling(max_new_tokens, temperature=0)

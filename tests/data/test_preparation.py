@@ -97,7 +97,7 @@ def test_a_record_that_a_template_cannot_take_is_named_by_its_place(
     monkeypatch.setattr(preparation, "CHUNK", 10)
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
     source.write_text(f"{source.read_text()}\n{json.dumps({'messages': turns})}")
-    message = r"records\.jsonl: 1 of 301 records .*: line 301 does not fit: the prompt style plain takes one question"
+    message = r"records\.jsonl: 1 of 301 records .*: line 301 does not fit: the chat template .* it takes one question"
     with pytest.raises(UserError, match=message) as error:
         prepare(tmp_path / "out", {"train": source}, encoder, num_workers=num_workers)
     assert "\n" not in str(error.value)

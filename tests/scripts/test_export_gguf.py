@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import UserError
-from lit_llama.formats.chat_templates import CHAT_TEMPLATES, recognise
 from lit_llama.formats.ollama import TEMPLATES, modelfile
 from lit_llama.formats.tokenizers import PRE_TOKENIZERS, from_gguf, to_gguf
 from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLAMA_3_SCALING, LLaMA, LLaMAConfig, RopeScaling
-from lit_llama.model_folder import load_model, own_prompt_style, save_model_folder
+from lit_llama.model_folder import load_model, own_template, save_model_folder
+from lit_llama.prompt import STYLES
 from lit_llama.tokenizer import Tokenizer
 
 import convert_gguf_checkpoint
@@ -54,7 +54,7 @@ def test_an_exported_model_is_the_same_when_it_is_converted_back(
     convert_gguf_checkpoint.main(tmp_path / "gguf" / f"model-{dtype}.gguf", tmp_path / "back")
     before, after = load_model(checkpoint), load_model(tmp_path / "back" / "lit-llama.pth")
     assert after.config == before.config
-    assert own_prompt_style(tmp_path / "back" / "lit-llama.pth") == "llama3"
+    assert own_template(tmp_path / "back" / "lit-llama.pth") == STYLES["llama3"]
     for name, weight in before.state_dict().items():
         found = after.state_dict()[name]
         if dtype == "F32" or weight.ndim == 1:
@@ -146,7 +146,7 @@ def test_a_lora_file_alone_has_the_update_of_each_matrix(tmp_path: Path) -> None
         A, B = (tensors[f"{name}.weight.lora_{x}"] for x in "ab")
         torch.testing.assert_close(32 / 4 * B @ A, delta)
     assert len(tensors) == 2 * (7 * 2 + 1)
-    assert (tmp_path / "gguf" / "chat_template.jinja").read_text() == CHAT_TEMPLATES["chatml"]
+    assert (tmp_path / "gguf" / "chat_template.jinja").read_text() == STYLES["chatml"]
     text = (tmp_path / "gguf" / "Modelfile").read_text()
     assert text.startswith("FROM ./../base/lit-llama.pth\nADAPTER ./lora-F32.gguf\nTEMPLATE")
     assert '\nPARAMETER stop "<|im_end|>"\n' in text
@@ -177,19 +177,19 @@ def test_the_style_of_a_flag_goes_before_that_of_the_model(tmp_path: Path) -> No
     flags = ("--checkpoint_path", checkpoint, "--out_dir", tmp_path / "gguf", "--dtype", "Q8_0")
     assert run_script("export_gguf", *flags, "--prompt_style", "zephyr") is None
     fields = GGUFReader(tmp_path / "gguf" / "model-Q8_0.gguf").fields
-    assert recognise(fields["tokenizer.chat_template"].contents()) == "zephyr"
+    assert fields["tokenizer.chat_template"].contents() == STYLES["zephyr"]
     assert "</s>\n{{ end }}<|assistant|>\n" in (tmp_path / "gguf" / "Modelfile").read_text()
 
 
 def test_every_style_has_a_modelfile(tmp_path: Path) -> None:
     tokenizer = write_chat_tokenizer(tmp_path)
     for style in TEMPLATES:
-        text = modelfile("llama3.2", None, style, tokenizer)
+        text = modelfile("llama3.2", None, STYLES[style], tokenizer)
         assert text.count('"""') == (4 if style == "smollm2" else 2)
         assert "BOS" not in text
         assert "EOS" not in text
-    assert TEMPLATES.keys() == CHAT_TEMPLATES.keys()
-    assert " </s><s>{{ end }}" in modelfile("x", None, "llama2", tokenizer)
+    assert TEMPLATES.keys() == STYLES.keys()
+    assert " </s><s>{{ end }}" in modelfile("x", None, STYLES["llama2"], tokenizer)
     assert modelfile("x", None, None, tokenizer) == "FROM x\n"
 
 

@@ -9,6 +9,7 @@ from lit_llama.data import sources
 from lit_llama.data.batches import Dataset
 from lit_llama.errors import UserError
 from lit_llama.model_folder import load_model
+from lit_llama.prompt import STYLES
 from lit_llama.tokenizer import Tokenizer
 
 import download_smollm2
@@ -54,7 +55,7 @@ def test_alpaca_is_split_and_tokenised(checkpoint: Path, tmp_path: Path) -> None
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert meta["sources"][0]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert meta["tokenizer"] == tokenizer.fingerprint()
-    assert (meta["prompt_style"], meta["records"]) == ("alpaca", {"train": 10, "validation": 4})
+    assert (meta["prompt_style"], meta["records"]) == (STYLES["alpaca"], {"train": 10, "validation": 4})
 
 
 def test_alpaca_is_downloaded_once(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from lit_llama.errors import UserError
 from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
-from lit_llama.model_folder import load_model, own_prompt_style, save_model_folder
+from lit_llama.model_folder import load_model, own_template, save_model_folder
+from lit_llama.prompt import STYLES
 from lit_llama.storage.files import read_file, write_tensors
 from lit_llama.storage.integrity import MAX_PICKLE, check_archive, fingerprint, identity
 from lit_llama.tokenizer import Tokenizer
@@ -98,7 +99,7 @@ def test_fields_of_config_json_may_be_edited(model_folder: Path, tmp_path: Path)
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**fields, "norm_eps": 1e-3, "prompt_style": "chatml"}))
     assert load_model(tmp_path / "lit-llama.pth").config.norm_eps == 1e-3
-    assert own_prompt_style(tmp_path / "lit-llama.pth") == "chatml"
+    assert own_template(tmp_path / "lit-llama.pth") == STYLES["chatml"]
 
 
 def test_an_exchanged_file_of_a_model_folder_is_named(model_folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from lit_llama.generation import Sampling, generate
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLAMA_3_SCALING, LLaMA, LLaMAConfig
 from lit_llama.model_folder import save_model_folder
-from lit_llama.prompt import TEMPLATES, PromptStyle, encode
+from lit_llama.prompt import STYLES, encode
 from lit_llama.tokenizer import Tokenizer
 
 import pytest
@@ -29,7 +29,7 @@ VARIANTS = {
 }
 
 
-def export(folder: Path, config: LLaMAConfig, tokenizer: Tokenizer, style: PromptStyle, *flags: object) -> Path:
+def export(folder: Path, config: LLaMAConfig, tokenizer: Tokenizer, style: str, *flags: object) -> Path:
     """The folder of a random model, exported in float32."""
     save_model_folder(folder / "base", random_model(config).state_dict(), config, tokenizer.files(), style)
     flags = ("--checkpoint_path", folder / "base" / "lit-llama.pth", "--dtype", "F32", *flags)
@@ -77,8 +77,8 @@ def test_an_exported_lora_gives_our_greedy_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bos", ["<s>", None])
-@pytest.mark.parametrize("style", TEMPLATES)
-def test_the_template_in_a_gguf_renders_our_ids(style: PromptStyle, bos: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("style", STYLES)
+def test_the_template_in_a_gguf_renders_our_ids(style: str, bos: str | None, tmp_path: Path) -> None:
     tokenizer = write_chat_tokenizer(tmp_path / "tokenizer", bos)
     llama = LlamaCpp(export(tmp_path, WIDE, tokenizer, style) / "model-F32.gguf")
     for messages in prompts(style):
@@ -86,7 +86,7 @@ def test_the_template_in_a_gguf_renders_our_ids(style: PromptStyle, bos: str | N
 
 
 @pytest.mark.parametrize("style", ["plain", "alpaca", "llama2", "zephyr"])
-def test_the_template_renders_our_ids_with_a_sentencepiece_tokenizer(style: PromptStyle, tmp_path: Path) -> None:
+def test_the_template_renders_our_ids_with_a_sentencepiece_tokenizer(style: str, tmp_path: Path) -> None:
     train_sentencepiece(tmp_path / "tokenizer.model", vocab_size=320, user_defined_symbols=[])
     tokenizer = Tokenizer(tmp_path / "tokenizer.model")
     llama = LlamaCpp(export(tmp_path, WIDE, tokenizer, style) / "model-F32.gguf")

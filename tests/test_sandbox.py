@@ -1,0 +1,65 @@
+"""Templates that mean harm, or are broken, end in one line and soon."""
+
+import time
+
+from lit_llama.errors import UserError
+from lit_llama.sandbox import render
+
+import pytest
+
+TWICE = (
+    "{% set n = namespace(x='xx') %}{% for i in range(99) %}{% set n.x = EXPRESSION %}{% endfor %}{{ n.x | tojson }}"
+)
+ENDLESS = [
+    "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+    f"{{% for i in range(100000) %}}{'y' * 20000}{{% endfor %}}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{% for i in range(1000) recursive %}{{ loop(range(1000)) }}{% endfor %}",
+    *(
+        TWICE.replace("EXPRESSION", doubled)
+        for doubled in ("n.x ~ n.x", "n.x + n.x", "[n.x, n.x]", "dict(a=n.x, b=n.x)")
+    ),
+    *("{{ 'x' * 10**9 }}", "{{ ([1] * 10**9) | length }}", "{{ 9**9**9 }}", "{{ 'x' | center(10**9) }}"),
+    *("{{ 'x'.ljust(10**9) }}", "{{ {'a': 1} | tojson(indent=10**9) }}", "{{ [1] | batch(10**9, 'x') | list }}"),
+    *("{{ '%1000000000d' % 1 }}", "{{ '%*d' | format(10**9, 1) }}", "{{ '{:1000000000}'.format(1) }}"),
+    *("{{ '{:{w}}'.format(1, w=10**9) }}", "{% set s = 'x' * 10000 %}{{ s.replace('x', s).replace('x', s) }}"),
+]
+INSIDES = [
+    *("{{ ''.__class__ }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ '' | attr('__class__') }}"),
+    *("{{ '{0.__class__}'.format('') }}", "{{ raise_exception.__globals__ }}", "{{ strftime_now.__self__ }}"),
+    *("{{ self._TemplateReference__context }}", "{{ messages.append(1) }}"),
+]
+BROKEN = {
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "maximum recursion depth",
+    "{% for %}": "Expected an expression",
+    "{{ 1 | nosuch }}": "No filter named 'nosuch'",
+    "{% include '/etc/passwd' %}": "no loader",
+    f"{{{{ {'(' * 5000}1{')' * 5000} }}}}": "maximum recursion depth",
+    "x" * 10**6: "1000000 characters",
+    "{{ tools.name.first }}": "has no attribute 'name'",
+    "{{ raise_exception('Only\ntwo roles') }}": "conversation: Only two roles",
+}
+
+
+def refusal(template: str) -> str:
+    start = time.monotonic()
+    with pytest.raises(UserError) as error:
+        render(template, [{"role": "user", "content": "Hi"}], {}, ask=True)
+    assert time.monotonic() - start < 10
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("template", ENDLESS, ids=range(len(ENDLESS)))
+def test_a_template_that_would_not_end_or_fill_the_memory_is_refused(template: str) -> None:
+    assert any(reason in refusal(template) for reason in ("far more than", "pads a text", "calls itself"))
+
+
+@pytest.mark.parametrize("template", INSIDES)
+def test_a_template_that_reaches_for_the_insides_of_python_is_refused(template: str) -> None:
+    assert "which is not safe" in refusal(template)
+
+
+@pytest.mark.parametrize("template", BROKEN, ids=BROKEN.values())
+def test_a_template_that_is_broken_or_refuses_says_why(template: str) -> None:
+    assert BROKEN[template] in refusal(template)
