@@ -141,6 +141,12 @@ def encode(template: str, messages: Sequence[Message], tokenizer: Tokenizer) -> 
     check_order(messages)
     template = stored_template("plain" if messages[0].role == "assistant" else template)
     text, mask, edges, prompts = find_answers(template, messages, tokenizer)
+    learned = [message.learned for message in messages if message.role == "assistant"]
+
+    def is_trained(place: int) -> bool:
+        n_edges = bisect_right(edges, place)
+        return n_edges % 2 == 1 and learned[n_edges // 2]
+
     ids, trained, place = [], [], 0
     for control in (*re.finditer(tokenizer.control_pattern, mask), None):
         end = control.start() if control else len(text)
@@ -150,11 +156,11 @@ def encode(template: str, messages: Sequence[Message], tokenizer: Tokenizer) -> 
             if a in prompts and new[: len(before)] != before:
                 n, place, before, new = len(ids), a, [], tokenizer.encode(text[a:b], bos=False)
             same = next((i for i, pair in enumerate(zip(before, new, strict=False)) if len({*pair}) > 1), len(before))
-            ids[n:], trained[n + same :] = new, [True] * (same < len(before))  # for a token across an edge
-            trained += [bisect_right(edges, a) % 2 == 1] * (len(ids) - len(trained))
+            ids[n:], trained[n + same :] = new, [any(learned)] * (same < len(before))  # for a token across an edge
+            trained += [is_trained(a)] * (len(ids) - len(trained))
         if control:
             ids.append(tokenizer.control_id(control[0].strip()))
-            trained.append(bisect_right(edges, end) % 2 == 1)
+            trained.append(is_trained(end))
             place = control.end()
     return Encoded(ids, trained)
 

@@ -149,7 +149,9 @@ def compare(theirs_dir: Path, ours_dir: Path, has_tokenizer: bool) -> None:
     if template and other.chat_template:
         question = {"role": "user", "content": "Why is the sky blue?"}
         text = other.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
-        same = encode(template, [Message(**question)], tokenizer).ids == other(text, add_special_tokens=False)["input_ids"]
+        same = (
+            encode(template, [Message(**question)], tokenizer).ids == other(text, add_special_tokens=False)["input_ids"]
+        )
         print(f"A question in the template has {'the same ids' if same else 'other ids'} as there", file=sys.stderr)
 
 

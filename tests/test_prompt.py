@@ -254,6 +254,18 @@ def test_what_a_template_leaves_out_or_changes_is_refused(tokenizer: Tokenizer) 
         refused(lambda changed=changed: encode(loop(f"{{{{ {changed} }}}}"), [question], tokenizer), "changes what")
 
 
+@pytest.mark.parametrize("name", CHAT_STYLES)
+def test_an_answer_that_is_not_to_be_learned_has_the_same_ids_and_no_mask(name: str, tokenizer: Tokenizer) -> None:
+    turns = [Message("user", "1?"), Message("assistant", "One."), Message("user", "2?"), Message("assistant", "Two.")]
+    ids, trained = encode(STYLES[name], turns, tokenizer)
+    without_first = [turns[0], turns[1]._replace(learned=False), *turns[2:]]
+    masked = encode(STYLES[name], without_first, tokenizer)
+    n = len(encode(STYLES[name], turns[:2], tokenizer).ids)
+    assert masked.ids == ids
+    assert masked.trained == [False] * n + trained[n:]
+    assert any(trained[:n])
+
+
 def test_a_document_has_no_template(tokenizer: Tokenizer) -> None:
     document = [Message("assistant", " All of it.")]
     ids = [tokenizer.bos_id, *tokenizer.encode(" All of it.", bos=False), tokenizer.eos_id]
