@@ -4,6 +4,7 @@ A writer locks its target, fills a file or folder of another name next to it, fl
 If the process is killed or the disk is full, the target is still the old one.
 """
 
+import atexit
 import ctypes
 import errno
 import json
@@ -30,7 +31,6 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 from torch.utils._pytree import tree_map_only
 
@@ -40,6 +40,7 @@ CONFIG = "config.json"  # of a model folder: says under "files" which others bel
 LOCK = ".lock"  # in a folder that is locked
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without them answers
 output_folders = ExitStack()  # that this process has locked
+atexit.register(output_folders.close)  # while all that it needs is still there
 
 
 @contextmanager
@@ -226,11 +227,12 @@ def write_tensors(path: Path, content: Mapping[str, Any], tensors: Iterable[tupl
         UserError: if a number is inf or nan, before an older file is replaced.
     """
     tensors = iter(named_tensors(content) if tensors is None else tensors)
-    with FakeTensorMode():
-        shapes = {id(like): torch.empty(like.shape, dtype=like.dtype) for _, like in named_tensors(content)}
+    untouched = {  # which take no memory until they are written to
+        id(like): torch.empty(like.shape, dtype=like.dtype, device="cpu") for _, like in named_tensors(content)
+    }
     with replacing(path) as part:
-        with skip_data(materialize_fake_tensors=True):  # all but the numbers
-            torch.save(tree_map_only(Tensor, lambda like: shapes[id(like)], dict(content)), part)
+        with skip_data():  # all but the numbers
+            torch.save(tree_map_only(Tensor, lambda like: untouched[id(like)], dict(content)), part)
         with ZipFile(part) as layout:
             names = layout.namelist()
             descriptions = {name: layout.read(name) for name in names if "/data/" not in name}
