@@ -252,12 +252,18 @@ def encode_prompt(template: str, prompt: str, context: str, tokenizer: Tokenizer
 
 def stop_ids(template: str, tokenizer: Tokenizer) -> set[int]:
     """The tokens that end an answer: the eos, and the control token that the template puts after one."""
+    end = turn_end(template, tokenizer)
+    return {tokenizer.eos_id} | ({end} if end is not None else set())
+
+
+def turn_end(template: str, tokenizer: Tokenizer) -> int | None:
+    """The control token that a template puts after an answer, if it does."""
     try:
         ids, trained = encode(template, EXCHANGED, tokenizer)
-    except UserError:  # is raised where it is used
-        return {tokenizer.eos_id}
+    except UserError:  # which is raised where it is used
+        return None
     last = [token_id for token_id, is_trained in zip(ids, trained, strict=True) if is_trained][-1]
-    return {tokenizer.eos_id} | ({last} & {*tokenizer.controls.values()})
+    return last if last in tokenizer.controls.values() else None
 
 
 def tried(template: object) -> str | None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from lit_llama.data import preparation
@@ -174,3 +175,12 @@ def test_an_interrupted_preparation_ends_in_one_line_and_leaves_nothing(
 def test_no_process_outlives_a_preparation_that_is_killed(running: subprocess.Popen[str]) -> None:
     running.kill()
     assert running.communicate(timeout=20)[1] == ""  # it returns once no process is left that could write
+
+
+def test_a_template_that_ends_no_answer_is_announced(
+    tmp_path: Path, encoder: Encoder, source: Path, capsys: pytest.CaptureFixture
+) -> None:
+    open_ended = "{% for m in messages %}{{ m.role + ': ' + m.content + ' ' }}{% endfor %}"
+    for template, is_said in ((encoder.template, False), (open_ended, True)):
+        prepare(tmp_path / "out", {"train": source}, replace(encoder, template=template))
+        assert ("no control token after an answer" in capsys.readouterr().err) == is_said
