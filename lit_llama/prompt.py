@@ -17,6 +17,7 @@ reasoning models do, has no such prompt: there the answer begins where it stands
 import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -126,6 +127,7 @@ def stored_template(style: str) -> str:
 
 
 def name_of(template: str) -> str:
+    """The name of one of STYLES, or "own" for any other."""
     return next((name for name, text in STYLES.items() if text == template), "own")
 
 
@@ -173,13 +175,14 @@ def find_answers(
     These are where the answers start and end, in turn, and those of them at which a prompt ends.
     """
     names, (marked, said) = names_of(template, tokenizer), mark(messages)
+    fixed = tuple(names.items())
     signs = f"[{''.join(said)}]" if said else "(?!)"
 
     def masked(n: int) -> str:
-        return re.sub(signs, lambda sign: sign[0] * len(said[sign[0]]), rendered(template, marked[:n], names))
+        return re.sub(signs, lambda sign: sign[0] * len(said[sign[0]]), rendered_marks(template, marked[:n], fixed))
 
     text, mask = rendered(template, messages, names), masked(len(messages))
-    if re.sub(signs, lambda sign: said[sign[0]], rendered(template, marked, names)) != text:
+    if re.sub(signs, lambda sign: said[sign[0]], rendered_marks(template, marked, fixed)) != text:
         raise UserError("the chat template changes what a message says, or goes by it; choose another --prompt_style")
     edges, prompts, after = [], set(), re.compile(f"{signs}|{tokenizer.control_pattern}")
     for i, message in enumerate(messages):
@@ -220,10 +223,17 @@ def mark(messages: Sequence[Message]) -> tuple[tuple[Message, ...], dict[str, st
 
 def rendered(template: str, messages: Sequence[Message], names: Mapping[str, str]) -> str:
     """The text that a template makes of messages; if the last is not an answer, it asks for one."""
-    if "message['input']" not in template:
-        messages = [Message(message.role, with_input(message)) for message in messages]
-    fields = [message._asdict() for message in messages]
-    return render(template, fields, dict(names), ask=not messages or messages[-1].role != "assistant")
+    if "message['input']" in template:
+        fields = [message._asdict() for message in messages]
+    else:
+        fields = [{"role": message.role, "content": with_input(message)} for message in messages]
+    return render(template, fields, names, ask=not messages or messages[-1].role != "assistant")
+
+
+@lru_cache(256)
+def rendered_marks(template: str, marked: tuple[Message, ...], names: tuple[tuple[str, str], ...]) -> str:
+    """The same with marks for what is said, which are alike in most records."""
+    return rendered(template, marked, dict(names))
 
 
 def with_input(question: Message) -> str:
@@ -232,10 +242,8 @@ def with_input(question: Message) -> str:
 
 def names_of(template: str, tokenizer: Tokenizer) -> dict[str, str]:
     """What a template calls bos_token and the like. Before a text goes what the tokenizer itself puts there."""
-    bos = tokenizer.bos_id
-    return tokenizer.names | (
-        {"bos_token": tokenizer.token(bos) if bos is not None else ""} if template in TEXTS else {}
-    )
+    bos = "" if tokenizer.bos_id is None else tokenizer.token(tokenizer.bos_id)
+    return {**tokenizer.names, "bos_token": bos} if template in TEXTS else tokenizer.names
 
 
 def portable(template: str, tokenizer: Tokenizer) -> str:
@@ -251,12 +259,18 @@ def encode_prompt(template: str, prompt: str, context: str, tokenizer: Tokenizer
 
 def stop_ids(template: str, tokenizer: Tokenizer) -> set[int]:
     """The tokens that end an answer: those that end any text, and the control token that the template puts there."""
+    end = turn_end(template, tokenizer)
+    return {*tokenizer.end_ids} | ({end} if end is not None else set())
+
+
+def turn_end(template: str, tokenizer: Tokenizer) -> int | None:
+    """The control token that a template puts after an answer, if it does."""
     try:
         ids, trained = encode(template, EXCHANGED, tokenizer)
-    except UserError:  # is raised where it is used
-        return {*tokenizer.end_ids}
+    except UserError:  # which is raised where it is used
+        return None
     last = [token_id for token_id, is_trained in zip(ids, trained, strict=True) if is_trained][-1]
-    return {*tokenizer.end_ids} | ({last} & {*tokenizer.controls.values()})
+    return last if last in tokenizer.controls.values() else None
 
 
 def tried(template: object) -> str | None:

@@ -41,7 +41,7 @@ class Generation(Extension):
 class Metered(NodeTransformer):
     """Makes filters, which are paid for, of loops, of lists and of `a ~ b`."""
 
-    def visit(self, node: nodes.Node) -> nodes.Node:
+    def visit(self, node: Any) -> Any:
         self.generic_visit(node)
         if isinstance(node, nodes.For) and node.recursive:
             raise TemplateError("it has a loop that calls itself")
@@ -54,7 +54,7 @@ class Metered(NodeTransformer):
         return node
 
 
-def filtered(node: nodes.Expr, name: str) -> nodes.Expr:
+def filtered(node: Any, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
@@ -68,13 +68,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.turn = len(source)  # more than this of its own text does not come of a turn
         self.filters |= {"tojson": tojson, "turns": self.turns, "built": lambda value: value}
         self.filters = {name: self.metered(name, function) for name, function in self.filters.items()}
-        self.globals |= {"raise_exception": raise_exception, "strftime_now": NOW.strftime}
+        given: dict[str, Any] = {"raise_exception": raise_exception, "strftime_now": NOW.strftime}
+        self.globals.update(given)
         del self.globals["lipsum"]
         self.finalize = lambda value: (self.pay(size(value)), value)[1]  # what is printed
         self.start()
         self.template = self.from_string(source)
 
-    def _parse(self, *source: Any) -> nodes.Template:
+    def _parse(self, *source: Any) -> Any:
         return Metered().visit(super()._parse(*source)).set_environment(self)
 
     def start(self) -> None:
@@ -111,7 +112,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "+":
-            self.pay(size([left, right]))
+            self.pay(size(left) + size(right))
         else:
             self.pay_for(operator, (left, right))
         return super().call_binop(context, operator, left, right)
@@ -122,6 +123,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 def size(value: Any) -> int:
     """The characters of a text; of a list, dictionary or range those in it, and the number of what else is in it."""
+    if isinstance(value, str):
+        return len(value)
     total, left = 0, [value]
     while left and total < BUDGET:
         value = left.pop()
@@ -131,9 +134,9 @@ def size(value: Any) -> int:
     return total
 
 
-def tojson(value: Any, **settings: Any) -> str:
+def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **settings: Any) -> str:
     """As transformers has it; Jinja's own writes < and > as in HTML."""
-    return json.dumps(value, **{"ensure_ascii": False, **settings})
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **settings)
 
 
 def raise_exception(message: object) -> NoReturn:

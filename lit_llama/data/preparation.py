@@ -23,7 +23,7 @@ from lit_llama.data.records import Fields, Row, conversation
 from lit_llama.data.sources import read_rows, split_records
 from lit_llama.errors import UserError
 from lit_llama.progress import progress, say
-from lit_llama.prompt import STYLES, encode, stored_template
+from lit_llama.prompt import STYLES, encode, stored_template, turn_end
 from lit_llama.storage import files
 from lit_llama.storage.checks import check_types
 from lit_llama.storage.integrity import digest
@@ -127,6 +127,8 @@ def prepare(
         }
         files.write_file(part / "meta.json", json.dumps(meta, indent=2))
     warn_if_few(len(splits.get("validation", ())))
+    if not documents["train"] and turn_end(encoder.template, encoder.tokenizer) is None:
+        say("warning: the chat template puts no control token after an answer, so the model does not learn to end one")
 
 
 def warn_if_few(n: int) -> None:

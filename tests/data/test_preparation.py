@@ -203,3 +203,12 @@ def test_documents_among_questions_are_cut_into_blocks_of_which_each_is_trained_
     assert numbers.count(0) == numbers.count(2) == -(-n // 64) or numbers.count(0) == -(-(n + 2) // 64)
     assert numbers.count(1) == 1  # a conversation is cut, not divided
     assert dataset.n_cut == 1
+
+
+def test_a_template_that_ends_no_answer_is_announced(
+    tmp_path: Path, encoder: Encoder, source: Path, capsys: pytest.CaptureFixture
+) -> None:
+    open_ended = "{% for m in messages %}{{ m.role + ': ' + m.content + ' ' }}{% endfor %}"
+    for template, is_said in ((encoder.template, False), (open_ended, True)):
+        prepare(tmp_path / "out", {"train": source}, replace(encoder, template=template))
+        assert ("no control token after an answer" in capsys.readouterr().err) == is_said

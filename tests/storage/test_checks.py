@@ -31,7 +31,7 @@ def test_a_config_is_the_same_after_a_file(config: LLaMAConfig) -> None:
         ("rope_base", float("inf"), "rope_base is inf"),
         ("tie_embeddings", 1, "tie_embeddings is 1, expected true or false"),
         ("rope_scaling", 8, "rope_scaling is 8, expected RopeScaling or null"),
-        ("rope_scaling", {"factor": 8.0}, "does not have low_freq_factor"),
+        ("rope_scaling", {"low_freq_factor": 1.0}, "does not have factor"),
         ("rope_scaling", {**asdict(CONFIGS["Llama-3.1-8B"].rope_scaling), "high_freq_factor": 1.0}, "high_freq_factor"),
         ("sliding_window", 4096, "'sliding_window' is not known; it may be from a newer version"),
     ],
