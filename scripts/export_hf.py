@@ -52,7 +52,7 @@ def main(
     fields = hf_config(model.config, model.lm_head.weight.dtype)
     stops = stop_ids(style, tokenizer) if style else tokenizer.end_ids
     eos = [tokenizer.eos_id, *sorted(stops - {tokenizer.eos_id})] if len(stops) > 1 else tokenizer.eos_id
-    bos = tokenizer.special_tokens.get("bos_token")
+    bos = tokenizer.names.get("bos_token")
     ends = {"bos_token_id": tokenizer.control_id(bos) if bos else None, "eos_token_id": eos}
     with replacing_folder(out_dir, HF_FILES) as part:
         for name, content in tokenizer_files(tokenizer, style).items():

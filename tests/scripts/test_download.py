@@ -85,6 +85,7 @@ def hub(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((model_folder / name).read_bytes())
+    (folder / "special_tokens_map.json").write_text("{}")
     (folder / "README.md").write_text("hello")
     hub = Hub(folder)
 
@@ -113,7 +114,8 @@ def call(hub: Hub, repo_id: str = "tiny/llama", *more: str) -> str | None:
 
 def test_it_fetches_what_it_needs_and_converts_it(hub: Hub, tmp_path: Path) -> None:
     assert call(hub) is None
-    assert sorted(hub.sent) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    needed = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {*hub.sent} == needed | {"generation_config.json", "special_tokens_map.json"}  # which say where answers end
     folder = tmp_path / "checkpoints" / "lit-llama" / "llama"
     assert load_model(folder / "lit-llama.pth").config == TINY
     assert (folder / "tokenizer.json").is_file()
