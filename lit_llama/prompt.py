@@ -243,7 +243,7 @@ def with_input(question: Message) -> str:
 def names_of(template: str, tokenizer: Tokenizer) -> dict[str, str]:
     """What a template calls bos_token and the like. Before a text goes what the tokenizer itself puts there."""
     bos = "" if tokenizer.bos_id is None else tokenizer.token(tokenizer.bos_id)
-    return {**tokenizer.names, "bos_token": bos} if template in TEXTS else tokenizer.names
+    return {**tokenizer.names, "bos_token": bos if template in TEXTS else tokenizer.names.get("bos_token", "")}
 
 
 def portable(template: str, tokenizer: Tokenizer) -> str:

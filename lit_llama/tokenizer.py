@@ -38,7 +38,7 @@ class Tokenizer:
         eos_id: the id that ends a response.
         end_ids: all ids that end a response: the eos, and every eos_token_id that the model's own files name.
         control: the ids of the tokens that no text becomes.
-        special_tokens: texts by the names that chat templates have for them: "eos_token", "bos_token" (which plain
+        names: texts of tokens by the names that chat templates have for them: "eos_token", "bos_token" (which plain
             text may begin without) and others.
     """
 
@@ -49,23 +49,26 @@ class Tokenizer:
                 check_listed(file)
         self._sp, self._hf = load(path)
         with error_context(path.with_name(CONFIG_NAME), "copy it again"):
-            fields = self._read_fields()
-            self.special_tokens = {name: text_of(name, fields[name]) for name in SPECIAL if fields.get(name)}
-            self.has_more = self._add(fields.get("added_tokens_decoder") or {})
+            try:
+                fields = self._read_fields()
+                self.names = {name: text_of(name, fields[name]) for name in SPECIAL if fields.get(name)}
+                self.has_more = self._add(fields.get("added_tokens_decoder") or {})
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of wrong types
+                raise UserError(f"it, or a file beside it, does not list tokens ({short(str(error))})") from None
         if self._sp:
             self._set_up_sentencepiece(begins=fields.get("add_bos_token") is not False)
         else:
             self._set_up_hf()
-        eos = self.special_tokens.get("eos_token")
+        eos = self.names.get("eos_token")
         names = (eos,) if eos else EOS_TOKENS
         found = [token_id for token_id in map(self._id, names) if token_id is not None]
         if not found:
             raise UserError(f"{path} has no end-of-sequence token (looked for {', '.join(names)})")
         self.eos_id = found[0]
-        self.special_tokens = {name: text for name, text in self.special_tokens.items() if self._id(text) is not None}
+        self.names = {name: text for name, text in self.names.items() if self._id(text) is not None}
         for name, token_id in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
             if token_id is not None:
-                self.special_tokens.setdefault(name, self.token(token_id))
+                self.names.setdefault(name, self.token(token_id))
         ends = [self._read(name).get("eos_token_id") for name in (ENDS_NAME, CONFIG)]
         ends = [i for end in ends for i in (end if isinstance(end, list) else [end]) if type(i) is int]
         self.end_ids = frozenset({self.eos_id, *(i for i in ends if 0 <= i < self.vocab_size)})
@@ -91,13 +94,10 @@ class Tokenizer:
 
     def _add(self, listed: dict[str, Any]) -> bool:
         """Add tokens, by their ids, that the file itself lacks; returns whether there were any."""
-        try:
-            numbered = {
-                int(i): AddedToken(token["content"], **{flag: bool(token.get(flag)) for flag in FLAGS})
-                for i, token in listed.items()
-            }
-        except (AttributeError, LookupError, TypeError, ValueError):
-            raise UserError(f"added_tokens_decoder is {short(listed)}, expected tokens by their numbers") from None
+        numbered = {
+            int(i): AddedToken(token["content"], **{flag: bool(token.get(flag)) for flag in FLAGS})
+            for i, token in listed.items()
+        }
         tokens = [numbered[i] for i in sorted(numbered)]
         new = [token for token in tokens if self._id(token.content) is None]
         if self._sp and new:
@@ -115,8 +115,8 @@ class Tokenizer:
         self.control = frozenset(filter(self._sp.is_control, range(self.vocab_size)))
         for name, token_id in (("bos_token", self._sp.bos_id()), ("eos_token", self._sp.eos_id())):
             if token_id >= 0:
-                self.special_tokens.setdefault(name, self.token(token_id))
-        self.bos_id = self._id(self.special_tokens.get("bos_token", "")) if begins else None
+                self.names.setdefault(name, self.token(token_id))
+        self.bos_id = self._id(self.names.get("bos_token", "")) if begins else None
 
     def _set_up_hf(self) -> None:
         self._hf.no_truncation()
@@ -144,11 +144,6 @@ class Tokenizer:
         if bos and self.bos_id is not None:
             ids = [self.bos_id, *ids]
         return [*ids, self.eos_id] if eos else ids
-
-    @cached_property
-    def names(self) -> dict[str, str]:
-        """What templates call bos_token, eos_token and the like."""
-        return {"bos_token": "", **self.special_tokens}
 
     @cached_property
     def controls(self) -> dict[str, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lit_llama.cli import run
-from lit_llama.errors import UserError, error_context
+from lit_llama.errors import UserError, error_context, short
 from lit_llama.formats.gguf import CHAT_TEMPLATE, ROPE_FREQS, TENSOR_NAMES, rope_divisors
 from lit_llama.formats.huggingface import check_known
 from lit_llama.formats.tokenizers import from_gguf
@@ -28,6 +28,7 @@ try:
 except ImportError:
     sys.exit("error: GGUF files need one more library; run: pip install -e '.[gguf]'")
 
+MOST_PARTS = 2**10
 MOST_TENSORS, MOST_FIELDS, MOST_VALUES = 2**16, 2**12, 2**20  # the largest vocabularies have a quarter of a million
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number, by GGUF's type
 STRING, ARRAY = 8, 9
@@ -76,6 +77,8 @@ def read_gguf(path: Path) -> tuple[Metadata, dict[str, ReaderTensor]]:
     """What the file holds, or, if it is one of the parts that llama-gguf-split makes, all of them together."""
     metadata, tensors = read_part(path)
     n, stem = metadata.get("split.count", 1), re.sub(r"-\d{5}-of-\d{5}\.gguf$", "", path.name)
+    if not isinstance(n, int) or n > MOST_PARTS:
+        raise UserError(f"{path} has a split.count of {short(n)}, expected up to {MOST_PARTS}; download it again")
     parts = [path.with_name(f"{stem}-{i + 1:05}-of-{n:05}.gguf") for i in range(n)] if n > 1 else []
     if missing := [part for part in parts if not part.is_file()]:
         raise UserError(f"{path} is one of {n} parts, and {missing[0]} is missing; download it")

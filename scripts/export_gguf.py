@@ -104,7 +104,7 @@ def read_model(path: Path, tokenizer: Tokenizer, style: str | None) -> Content:
 
 def template_metadata(template: str, tokenizer: Tokenizer) -> dict[str, Any]:
     metadata: dict[str, Any] = {CHAT_TEMPLATE: portable(template, tokenizer)}
-    if not any(name and name in template for name in ("bos_token", tokenizer.names["bos_token"])):
+    if not any(name and name in template for name in ("bos_token", tokenizer.names.get("bos_token"))):
         # llama.cpp would put one before the template
         metadata["tokenizer.ggml.add_bos_token"] = False
     return metadata

@@ -53,7 +53,7 @@ def main(
     fields = hf_config(model.config, model.lm_head.weight.dtype)
     stops = stop_ids(template, tokenizer) if template else tokenizer.end_ids
     eos = [tokenizer.eos_id, *sorted(stops - {tokenizer.eos_id})] if len(stops) > 1 else tokenizer.eos_id
-    ends = {"bos_token_id": tokenizer.controls.get(tokenizer.names["bos_token"]), "eos_token_id": eos}
+    ends = {"bos_token_id": tokenizer.controls.get(tokenizer.names.get("bos_token", "")), "eos_token_id": eos}
     with replacing_folder(out_dir, HF_FILES) as part:
         for name, content in tokenizer_files(tokenizer, template).items():
             write_file(part / name, content)

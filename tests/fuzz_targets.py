@@ -164,11 +164,12 @@ def make_worlds(worlds: Path) -> None:
     export_hf.main(foreign / "hf", foreign / "lit-llama.pth", max_shard_gb=1e-5)
     shutil.copytree(foreign / "hf", foreign / "hf-1")
     (foreign / "hf-1" / "model.safetensors.index.json").unlink()  # the shards are found by their names
-    next((foreign / "hf-1").glob("model-00002*")).rename(foreign / "hf-1" / "model.safetensors")
+    next((foreign / "hf-1").glob("model-00002*")).rename(foreign / "hf-1" / "model-2.safetensors")
     export_peft.main(foreign / "peft", "a model", foreign / "lora.pth", foreign / "lit-llama.pth")
     write_folder(foreign / "meta", VARIANTS["Llama 2"], 2)
     write_gguf(foreign / "m.gguf", bpe_metadata(train_byte_tokenizer()))
-    train_sentencepiece(foreign / "tokenizer.model")
+    (foreign / "sp").mkdir()
+    train_sentencepiece(foreign / "sp" / "tokenizer.model")
     shutil.copy(foreign / "hf" / "tokenizer.json", foreign / "hf" / "plain.json")
     (foreign / "records.json").write_text(json.dumps(RECORDS))
     (foreign / "records.jsonl").write_text("\n".join(map(json.dumps, RECORDS)))
@@ -224,12 +225,12 @@ TARGETS = [
     Target("meta.json", "ours", "data/meta.json", read_data),
     Target("tokenizer_config.json", "ours", "tokenizer_config.json", read_tokenizer("tokenizer.json"), is_sealed=True),
     Target("tokenizer.json", "ours", "tokenizer.json", read_tokenizer("tokenizer.json"), is_sealed=True),
-    Target("foreign: tokenizer.model", "foreign", "tokenizer.model", read_tokenizer("tokenizer.model")),
+    Target("foreign: tokenizer.model", "foreign", "sp/tokenizer.model", read_tokenizer("sp/tokenizer.model")),
     Target("foreign: tokenizer.json", "foreign", "hf/plain.json", read_tokenizer("hf/plain.json")),
     Target("foreign: tiktoken", "foreign", "ranks.tiktoken", lambda folder: from_tiktoken(folder / "ranks.tiktoken")),
     Target("foreign: HF config.json", "foreign", "hf/config.json", convert(convert_hf_checkpoint, "hf")),
     Target("foreign: HF index", "foreign", "hf/model.safetensors.index.json", convert(convert_hf_checkpoint, "hf")),
-    Target("foreign: safetensors", "foreign", "hf-1/model.safetensors", convert(convert_hf_checkpoint, "hf-1")),
+    Target("foreign: safetensors", "foreign", "hf-1/model-2.safetensors", convert(convert_hf_checkpoint, "hf-1")),
     Target("foreign: params.json", "foreign", "meta/params.json", convert(convert_meta_checkpoint, "meta")),
     Target("foreign: Meta's .pth", "foreign", "meta/consolidated.01.pth", convert(convert_meta_checkpoint, "meta")),
     Target("foreign: GGUF", "foreign", "m.gguf", convert(convert_gguf_checkpoint, "m.gguf")),

@@ -145,7 +145,7 @@ def test_the_bos_of_a_template_is_known_though_plain_text_has_none(tmp_path: Pat
     write(tmp_path, tokenizer_config={"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "[PAD]"})
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     assert tokenizer.bos_id is None
-    assert tokenizer.special_tokens == {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}  # there is no [PAD]
+    assert tokenizer.names == {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}  # there is no [PAD]
 
 
 def test_a_bos_is_what_comes_before_the_text(tmp_path: Path, byte_tokenizer: HFTokenizer) -> None:
@@ -160,7 +160,7 @@ def test_add_bos_token_is_read_for_sentencepiece(tmp_path: Path, sentencepiece_f
     write(tmp_path, tokenizer_config={"add_bos_token": False})
     tokenizer = Tokenizer(tmp_path / "tokenizer.model")
     assert tokenizer.bos_id is None
-    assert tokenizer.special_tokens["bos_token"] == "<s>"
+    assert tokenizer.names["bos_token"] == "<s>"
 
 
 @pytest.mark.parametrize("kind", ["tokenizer_config", "special_tokens_map"])
@@ -240,8 +240,22 @@ def test_an_added_token_with_a_number_that_it_cannot_have_is_refused(tokenizer: 
         write(tmp_path, tokenizer_config={"added_tokens_decoder": {str(number): {"content": "<new>"}}})
         with pytest.raises(UserError, match=rf"<new>.* is number {number}"):
             Tokenizer(tmp_path / tokenizer.path.name)
-    for wrong in ({"x": {"content": "a"}}, {"5": 7}, [1]):
-        write(tmp_path, tokenizer_config={"added_tokens_decoder": wrong})
+    n = str(tokenizer.vocab_size)
+    decoders = (
+        {"x": {"content": "a"}},
+        {"5": 7},
+        [1],
+        {n: {"content": ""}},
+        {n: {"content": "\ud800"}},
+        {n: {"content": 5}},
+    )
+    for wrong in (*({"added_tokens_decoder": decoder} for decoder in decoders), {"additional_special_tokens": 5}):
+        write(tmp_path, tokenizer_config=wrong)
+        with pytest.raises(UserError, match=r"tokenizer_config\.json"):
+            Tokenizer(tmp_path / tokenizer.path.name)
+    (tmp_path / "tokenizer_config.json").unlink()
+    for wrong in ({"a": [1]}, {"<new>": "x"}, {"<new>": None}):
+        write(tmp_path, added_tokens=wrong)
         with pytest.raises(UserError, match=r"tokenizer_config\.json"):
             Tokenizer(tmp_path / tokenizer.path.name)
 

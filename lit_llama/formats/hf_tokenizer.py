@@ -26,7 +26,7 @@ def tokenizer_files(tokenizer: Tokenizer, template: str | None) -> dict[str, byt
     if "tokenizer.json" not in files:
         files |= from_sentencepiece(tokenizer.path)
     fields = {name: value for name, value in json.loads(files.get(CONFIG_NAME, "{}")).items() if name not in LEFT_OUT}
-    fields |= {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special_tokens}
+    fields |= {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.names}
     if template and default(fields.get("chat_template")) != template:
         fields["chat_template"] = portable(template, tokenizer)
     kept = {name: content for name, content in files.items() if name in ("tokenizer.json", "tokenizer.model")}

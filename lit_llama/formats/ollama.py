@@ -40,7 +40,7 @@ def modelfile(model: str, adapter: str | None, template: str | None, tokenizer: 
     """The Modelfile of a model, a GGUF or a name that Ollama knows, perhaps with the GGUF of a LoRA."""
     lines = [f"FROM {model}"] + [f"ADAPTER {adapter}"] * bool(adapter)
     if template:
-        name, bos, eos = name_of(template), tokenizer.names["bos_token"], tokenizer.names["eos_token"]
+        name, bos, eos = name_of(template), tokenizer.names.get("bos_token", ""), tokenizer.names["eos_token"]
         if name in TEMPLATES:
             text = TEMPLATES[name].replace("BOS", bos).replace("EOS", eos)
             lines.append(f'TEMPLATE """{text}"""')

@@ -121,7 +121,7 @@ def model_proto(path: Path) -> Any:
 def to_gguf(tokenizer: Tokenizer, n_rows: int, stops: Collection[int] = ()) -> dict[str, Any]:
     """The metadata by which llama.cpp gives the same ids, for a model of so many rows whose answers end at `stops`."""
     write = bpe_to_gguf if tokenizer.path.suffix == ".json" else sentencepiece_to_gguf
-    bos = tokenizer.controls.get(tokenizer.names["bos_token"], tokenizer.eos_id)  # llama.cpp assumes one if not told
+    bos = tokenizer.controls.get(tokenizer.names.get("bos_token", ""), tokenizer.eos_id)  # else llama.cpp assumes one
     ends = [tokenizer.eos_id, *sorted({*stops, *tokenizer.end_ids} - {tokenizer.eos_id})]
     return {
         **write(tokenizer.path, next(iter(tokenizer.files().values())), n_rows),
@@ -280,5 +280,5 @@ def from_sentencepiece(path: Path) -> dict[str, str]:
     if ours.bos_id is not None:
         bos = pieces[ours.bos_id]
         tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, ours.bos_id)])
-    names = {"unk_token": unk, **ours.special_tokens}
+    names = {"unk_token": unk, **ours.names}
     return {"tokenizer.json": tokenizer.to_str(), CONFIG_NAME: json.dumps(names, indent=2)}

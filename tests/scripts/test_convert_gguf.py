@@ -183,6 +183,15 @@ def test_a_gguf_in_parts_is_read_whichever_is_given(tmp_path: Path, byte_tokeniz
         convert_gguf_checkpoint.main(parts[0], tmp_path / "out")
 
 
+@pytest.mark.parametrize("count", [2**31, "two"])
+def test_a_number_of_parts_that_makes_no_sense_is_refused(
+    count: Any, tmp_path: Path, byte_tokenizer: HFTokenizer
+) -> None:
+    write_gguf(tmp_path / "m.gguf", bpe_metadata(byte_tokenizer) | {"split.count": count})
+    with pytest.raises(UserError, match=r"split\.count"):
+        convert_gguf_checkpoint.main(tmp_path / "m.gguf", tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, {"llama.rope.scale_linear": 4.0}],
@@ -214,4 +223,4 @@ def test_the_bos_of_templates_comes_along_though_plain_text_has_none(
     write_gguf(tmp_path / "m.gguf", bpe_metadata(byte_tokenizer) | {"tokenizer.ggml.add_bos_token": False})
     convert_gguf_checkpoint.main(tmp_path / "m.gguf", tmp_path / "out")
     tokenizer = find_tokenizer(tmp_path / "out", tmp_path / "out")
-    assert (tokenizer.bos_id, tokenizer.special_tokens["bos_token"]) == (None, "<|endoftext|>")
+    assert (tokenizer.bos_id, tokenizer.names["bos_token"]) == (None, "<|endoftext|>")

@@ -85,6 +85,7 @@ def hub(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((model_folder / name).read_bytes())
+    (folder / "special_tokens_map.json").write_text("{}")
     (folder / "README.md").write_text("hello")
     hub = Hub(folder)
 
