@@ -5,7 +5,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 from lit_llama.cli import run
 from lit_llama.errors import UserError, short
@@ -14,7 +14,7 @@ from lit_llama.formats.huggingface import config_from_hf, from_hf
 from lit_llama.formats.tokenizers import read_tokenizer
 from lit_llama.model_folder import check_complete, load_model, own_template, save_model_folder, suggest_script
 from lit_llama.progress import progress
-from lit_llama.prompt import Message, encode, tried
+from lit_llama.prompt import encode_prompt, tried
 from lit_llama.storage.files import check_apart, read_file, read_json, read_safetensors
 from lit_llama.tokenizer import find_tokenizer
 
@@ -141,17 +141,17 @@ def compare(theirs_dir: Path, ours_dir: Path, has_tokenizer: bool) -> None:
     print(f"Logits differ from transformers' by at most {difference:.1e} of {logits.abs().max():.1e}", file=sys.stderr)
     if not has_tokenizer:
         return
-    tokenizer, other = find_tokenizer(ours_dir, ours_dir), AutoTokenizer.from_pretrained(theirs_dir)
+    tokenizer, other = find_tokenizer(ours_dir, ours_dir), cast(Any, AutoTokenizer.from_pretrained(theirs_dir))
     plain = {"add_special_tokens": False, "split_special_tokens": True}
     wrong = [text for text in TEXTS if tokenizer.encode(text, bos=False) != other(text, **plain)["input_ids"]]
     print(f"Token ids differ for {len(wrong)} of {len(TEXTS)} texts", *wrong, sep="\n  ", file=sys.stderr)
     template = own_template(ours_dir / "lit-llama.pth")
     if template and other.chat_template:
-        question = {"role": "user", "content": "Why is the sky blue?"}
-        text = other.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
-        same = (
-            encode(template, [Message(**question)], tokenizer).ids == other(text, add_special_tokens=False)["input_ids"]
-        )
+        question = "Why is the sky blue?"
+        turn = [{"role": "user", "content": question}]
+        text = other.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        theirs_ids = other(text, add_special_tokens=False)["input_ids"]
+        same = encode_prompt(template, question, "", tokenizer) == theirs_ids
         print(f"A question in the template has {'the same ids' if same else 'other ids'} as there", file=sys.stderr)
 
 

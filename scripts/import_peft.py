@@ -42,7 +42,7 @@ def main(
         raise UserError(f"{peft_dir} has no adapter_config.json{suggest_script(peft_dir) or '; give a folder of PEFT'}")
     fields, tensors = read_json(peft_dir / "adapter_config.json"), read_tensors(peft_dir)
     try:
-        config = config_from_peft(fields, iter(tensors))
+        config = config_from_peft(fields, tensors)
         state = from_peft(tensors, base, config, weights)
     except UserError as error:
         raise UserError(f"could not import {peft_dir}: {error}") from None

@@ -127,7 +127,7 @@ def prepare(
         }
         files.write_file(part / "meta.json", json.dumps(meta, indent=2))
     warn_if_few(len(splits.get("validation", ())))
-    if not documents["train"] and turn_end(encoder.template, encoder.tokenizer) is None:
+    if arrays.n_documents < arrays.n_records and turn_end(encoder.template, encoder.tokenizer) is None:
         say("warning: the chat template puts no control token after an answer, so the model does not learn to end one")
 
 

@@ -64,8 +64,9 @@ def rope_divisors(config: LLaMAConfig) -> Tensor:
 def model_metadata(config: LLaMAConfig) -> dict[str, Any]:
     scaling = config.rope_scaling
     linear = scaling and not scaling.original_block_size
+    stretched = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": scaling.factor} if scaling else {}
     return {
-        **({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": scaling.factor} if linear else {}),
+        **(stretched if linear else {}),
         "general.type": "model",
         "llama.context_length": config.block_size,
         "llama.vocab_size": config.vocab_size,

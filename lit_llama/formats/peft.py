@@ -5,7 +5,7 @@ PEFT knows query, key and value as three layers, and orders the rows of queries 
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -139,19 +139,19 @@ def peft_config(lora: LoRAConfig, base_name: str) -> dict[str, Any]:
     }
 
 
-def config_from_peft(fields: dict[str, Any], names: Iterator[str]) -> LoRAConfig:
+def config_from_peft(fields: dict[str, Any], names: Collection[str]) -> LoRAConfig:
     """The inverse, for a file that has tensors of these names."""
     for name, (values, meaning) in EXPECTED.items():
         if fields.get(name) not in values:
             raise UserError(f"{name} is {said(fields.get(name))}: {meaning}")
     check_known(fields, {*EXPECTED, *HARMLESS.split(), "r", "lora_alpha", "use_rslora"})
-    names = [*names]
-    if not names:
+    first = next(iter(names), None)
+    if first is None:
         raise UserError("its file has no tensors: the training that wrote it did not save them")
     present = {plain_name(name).rsplit(".", 2)[0].split(".", 3)[-1] for name in names}
     targets = tuple(target for target, modules in MODULES.items() if present & set(modules))
     if not targets:
-        raise UserError(f"there is a tensor {short(names[0])}, expected PEFT's names of LoRA on attention, mlp or head")
+        raise UserError(f"there is a tensor {short(first)}, expected PEFT's names of LoRA on attention, mlp or head")
     dropout = fields.get("lora_dropout", 0.0)
     given = {"r": fields["r"], "alpha": fields["lora_alpha"], "dropout": dropout, "targets": targets}
     config = from_fields(LoRAConfig, given)

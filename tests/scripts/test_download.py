@@ -115,7 +115,8 @@ def call(hub: Hub, repo_id: str = "tiny/llama", *more: str) -> str | None:
 def test_it_fetches_what_it_needs_and_converts_it(hub: Hub, tmp_path: Path) -> None:
     assert call(hub) is None
     assert sorted(hub.sent) == [
-        *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+        *("config.json", "generation_config.json", "model.safetensors"),
+        *("special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"),
     ]
     folder = tmp_path / "checkpoints" / "lit-llama" / "llama"
     assert load_model(folder / "lit-llama.pth").config == TINY
