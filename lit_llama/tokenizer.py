@@ -40,8 +40,9 @@ class Tokenizer:
                 self._hf.no_padding()
                 self._hf.encode_special_tokens = True  # text is text: what users write never becomes a control token
                 self._sp = None
+                self._first_space = getattr(self._hf.pre_tokenizer, "prepend_scheme", "") == "first"
             else:
-                self._sp = SentencePieceProcessor(model_file=str(path))
+                self._sp, self._first_space = SentencePieceProcessor(model_file=str(path)), False
         except Exception:  # both libraries raise bare exceptions
             raise UserError(f"{path} is not a tokenizer, or is truncated; copy it again") from None
         if self._sp:
@@ -67,8 +68,13 @@ class Tokenizer:
                 return token_id
         raise UserError(f"{self.path} has no end-of-sequence token (looked for {', '.join(names)})")
 
-    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
-        """Token ids of `text`; `bos` puts the model's bos in front, if it has one, `eos` its eos at the end."""
+    def encode(self, text: str, bos: bool = True, eos: bool = False, within: bool = False) -> list[int]:
+        """Token ids of `text`; `bos` puts the model's bos in front, if it has one, `eos` its eos at the end.
+
+        With `within`, it follows a control token: some tokenizers put a space only before the beginning of a text.
+        """
+        if self._first_space:
+            self._hf.pre_tokenizer.prepend_scheme = "never" if within else "first"
         try:
             ids = self._sp.encode(text) if self._sp else self._hf.encode(text, add_special_tokens=False).ids
         except (UnicodeEncodeError, TypeError):  # half of a pair of UTF-16, or a byte of the command line
