@@ -154,9 +154,10 @@ def encode(template: str, messages: Sequence[Message], tokenizer: Tokenizer) -> 
         end = control.start() if control else len(text)
         n = len(ids)  # the ids from here on are those of the text from `place` on
         for a, b in pairwise((place, *(edge for edge in edges if place < edge < end), end)):
-            before, new = ids[n:], tokenizer.encode(text[place:b], bos=False)
+            within = place > 0 and template not in TEXTS
+            before, new = ids[n:], tokenizer.encode(text[place:b], bos=False, within=within)
             if a in prompts and new[: len(before)] != before:
-                n, place, before, new = len(ids), a, [], tokenizer.encode(text[a:b], bos=False)
+                n, place, before, new = len(ids), a, [], tokenizer.encode(text[a:b], bos=False, within=True)
             same = next((i for i, pair in enumerate(zip(before, new, strict=False)) if len({*pair}) > 1), len(before))
             ids[n:], trained[n + same :] = new, [any(learned)] * (same < len(before))  # for a token across an edge
             trained += [is_trained(a)] * (len(ids) - len(trained))

@@ -113,6 +113,7 @@ class Tokenizer:
     def _set_up_sentencepiece(self, begins: bool) -> None:
         self.vocab_size = self._sp.vocab_size()
         self.control = frozenset(filter(self._sp.is_control, range(self.vocab_size)))
+        self._first_space = False
         for name, token_id in (("bos_token", self._sp.bos_id()), ("eos_token", self._sp.eos_id())):
             if token_id >= 0:
                 self.names.setdefault(name, self.token(token_id))
@@ -122,6 +123,7 @@ class Tokenizer:
         self._hf.no_truncation()
         self._hf.no_padding()
         self._hf.encode_special_tokens = True  # text is text: what users write never becomes a control token
+        self._first_space = getattr(self._hf.pre_tokenizer, "prepend_scheme", "") == "first"
         added = self._hf.get_added_tokens_decoder()
         self.vocab_size = max([self._hf.get_vocab_size(), *(i + 1 for i in added)])  # there may be gaps
         self.control = frozenset(i for i, token in added.items() if token.special)
@@ -135,8 +137,13 @@ class Tokenizer:
         token_id = self._sp.piece_to_id(text)
         return token_id if self._sp.id_to_piece(token_id) == text else None
 
-    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
-        """Token ids of `text`; `bos` puts the model's bos in front, if it has one, `eos` its eos at the end."""
+    def encode(self, text: str, bos: bool = True, eos: bool = False, within: bool = False) -> list[int]:
+        """Token ids of `text`; `bos` puts the model's bos in front, if it has one, `eos` its eos at the end.
+
+        With `within`, it follows a control token: some tokenizers put a space only before the beginning of a text.
+        """
+        if self._first_space:
+            self._hf.pre_tokenizer.prepend_scheme = "never" if within else "first"
         try:
             ids = self._sp.encode(text) if self._sp else self._hf.encode(text, add_special_tokens=False).ids
         except (UnicodeEncodeError, TypeError):  # half of a pair of UTF-16, or a byte of the command line

@@ -1,5 +1,6 @@
 """The templates against transformers' rendering of the models' own, token for token."""
 
+import json
 from collections.abc import Callable
 from itertools import chain, groupby
 from pathlib import Path
@@ -11,6 +12,8 @@ from lit_llama.tokenizer import Tokenizer
 
 import pytest
 from builders_chat import CHAT_STYLES, CONTROLS, as_dicts, conversation, write_chat_tokenizer
+from tokenizers import AddedToken, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HFTokenizer
 from transformers import PreTrainedTokenizerFast
 
 SINGLE_STYLES: tuple[str, ...] = ("plain", "alpaca", "alpaca-stanford")
@@ -281,3 +284,25 @@ def test_a_template_is_named_by_a_flag(tmp_path: Path) -> None:
     assert [name_of(find_template(style, own)) for style in (*STYLES, "own")] == [*STYLES, "own"]
     refused(lambda: find_template("own", None), "no template of its own")
     refused(lambda: find_template("alpacca", None), "no prompt style 'alpacca'; give a file, or one of plain, alpaca")
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_ids_equal_with_spaces_before_texts_tokens_that_swallow_them_and_a_bos_in_the_config_alone(
+    scheme: str, tmp_path: Path
+) -> None:
+    hf = HFTokenizer(models.BPE(unk_token="<unk>"))
+    hf.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    trainer = trainers.BpeTrainer(vocab_size=99, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    hf.train_from_iterator(["user assistant hello what is it"] * 3, trainer)
+    hf.add_special_tokens([AddedToken("<|im_start|>"), AddedToken("<|im_end|>", rstrip=True)])
+    hf.save(str(tmp_path / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    ours = Tokenizer(tmp_path / "tokenizer.json")
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(ours.path), **names)
+    messages = [Message("user", " hello "), Message("assistant", "what is it"), Message("user", "it")]
+    for template in (OWN["a bos before ChatML"], STYLES["llama2"], STYLES["zephyr"]):
+        expected = theirs.apply_chat_template(
+            as_dicts(messages), chat_template=template, add_generation_prompt=True, return_dict=True
+        )
+        assert encode(template, messages, ours).ids == expected["input_ids"]
