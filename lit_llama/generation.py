@@ -89,6 +89,8 @@ def next_tokens(
     longest = max(map(len, prompts), default=0)
     if not prompts or not all(prompts):
         raise UserError("a prompt is empty; expected at least one token")
+    if (most := max(map(max, prompts))) >= model.config.vocab_size:  # such as a control token that was only added there
+        raise UserError(f"a prompt has the token {most}, for which the model has no row; choose another --prompt_style")
     before = int(cache.length) if cache else 0
     if before + longest + sampling.max_new_tokens > model.config.block_size:
         raise UserError(

@@ -202,3 +202,8 @@ def test_a_compiled_step_gives_the_same_tokens_and_serves_all_lengths(make: Call
         a[:n] for a in expected[:3]
     ]
     assert counters["stats"]["unique_graphs"] == 2  # another number of texts
+
+
+def test_a_token_without_a_row_is_named() -> None:
+    with pytest.raises(UserError, match=f"token {TINY.vocab_size}, for which the model has no row"):
+        next(generate(random_model(TINY), [1, TINY.vocab_size], Sampling()))
