@@ -2,6 +2,7 @@
 
 import time
 
+from lit_llama import sandbox
 from lit_llama.errors import UserError
 from lit_llama.sandbox import render
 
@@ -19,7 +20,7 @@ ENDLESS = [
         TWICE.replace("EXPRESSION", doubled)
         for doubled in ("n.x ~ n.x", "n.x + n.x", "[n.x, n.x]", "dict(a=n.x, b=n.x)")
     ),
-    *("{{ 'x' * 10**9 }}", "{{ ([1] * 10**9) | length }}", "{{ 9**9**9 }}", "{{ 'x' | center(10**9) }}"),
+    *("{{ 'x' * 10**9 }}", "{{ ([1] * 10**9) | length }}", "{{ 9**(9**9) }}", "{{ 'x' | center(10**9) }}"),
     *("{{ 'x'.ljust(10**9) }}", "{{ {'a': 1} | tojson(indent=10**9) }}", "{{ [1] | batch(10**9, 'x') | list }}"),
     *("{{ '%1000000000d' % 1 }}", "{{ '%*d' | format(10**9, 1) }}", "{{ '{:1000000000}'.format(1) }}"),
     *("{{ '{:{w}}'.format(1, w=10**9) }}", "{% set s = 'x' * 10000 %}{{ s.replace('x', s).replace('x', s) }}"),
@@ -35,24 +36,29 @@ BROKEN = {
     "{{ 1 | nosuch }}": "No filter named 'nosuch'",
     "{% include '/etc/passwd' %}": "no loader",
     f"{{{{ {'(' * 5000}1{')' * 5000} }}}}": "maximum recursion depth",
-    "x" * 10**6: "1000000 characters",
+    "x" * 10**7: "10000000 characters",
     "{{ tools.name.first }}": "has no attribute 'name'",
     "{{ raise_exception('Only\ntwo roles') }}": "conversation: Only two roles",
 }
+
+
+@pytest.fixture(autouse=True)
+def shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "SECONDS", 0.4)
 
 
 def refusal(template: str) -> str:
     start = time.monotonic()
     with pytest.raises(UserError) as error:
         render(template, [{"role": "user", "content": "Hi"}], {}, ask=True)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 5
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 @pytest.mark.parametrize("template", ENDLESS, ids=range(len(ENDLESS)))
 def test_a_template_that_would_not_end_or_fill_the_memory_is_refused(template: str) -> None:
-    assert any(reason in refusal(template) for reason in ("far more than", "pads a text", "calls itself"))
+    assert any(reason in refusal(template) for reason in ("far more than", "characters", "recursion"))
 
 
 @pytest.mark.parametrize("template", INSIDES)
