@@ -112,7 +112,7 @@ def main(
         return
 
     memory = expected_memory(fabric, llama, schedule, dtype, torch.optim.AdamW)
-    fabric.print(*plan(schedule, val_data, rate, llama, patience), memory, sep="\n", file=sys.stderr)
+    fabric.print(*plan(schedule, val_data, rate, llama, state, patience), memory, sep="\n", file=sys.stderr)
     if compile:
         compile_blocks(llama)
     if dry_run:

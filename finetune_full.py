@@ -110,7 +110,7 @@ def main(
         return
 
     memory = expected_memory(fabric, llama, schedule, dtype, partial(AdamW, lr=0.0, moments_dtype=moments))
-    fabric.print(*plan(schedule, val_data, rate, llama, patience), memory, sep="\n", file=sys.stderr)
+    fabric.print(*plan(schedule, val_data, rate, llama, state, patience), memory, sep="\n", file=sys.stderr)
     if compile:
         compile_blocks(llama)
     if dry_run:

@@ -295,6 +295,17 @@ def test_early_stopping_says_when_and_recommends_the_best_file(
 
 
 @pytest.mark.slow
+def test_a_longer_run_says_that_the_learning_rate_goes_back_up(
+    checkpoint: Path, data_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
+    arguments = [*finetune_arguments("lora", checkpoint, data_dir, tmp_path), "--lr_schedule", "linear"]
+    assert run_script("finetune_lora", *arguments, "--max_steps", 4, "--warmup_steps", 0) is None
+    assert "goes back up" not in capsys.readouterr().err
+    assert run_script("finetune_lora", *arguments, "--max_steps", 9, "--warmup_steps", 0, "--resume", "true") is None
+    assert "warning: the learning rate goes back up from " in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_patience_needs_validation_records(method: str, checkpoint: Path, tmp_path: Path) -> None:
     prepare_records(tmp_path / "data", {"train": RECORDS, "validation": []}, checkpoint.with_name("tokenizer.json"))
     arguments = finetune_arguments(method, checkpoint, tmp_path / "data", tmp_path / "out")

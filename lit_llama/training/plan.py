@@ -12,6 +12,7 @@ from lit_llama.model import LLaMA
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training.memory import peak_of_step
 from lit_llama.training.optimizer import LearningRate
+from lit_llama.training.state import TrainingState
 
 import torch
 from lightning import Fabric
@@ -21,7 +22,12 @@ COLOUR, PLAIN = ("\033[32m", "\033[0m"), ("[[", "]]")  # around what is trained 
 
 
 def plan(
-    schedule: BatchSchedule, val_data: Dataset, rate: LearningRate, llama: LLaMA, patience: int | None
+    schedule: BatchSchedule,
+    val_data: Dataset,
+    rate: LearningRate,
+    llama: LLaMA,
+    state: TrainingState,
+    patience: int | None,
 ) -> Iterator[str]:
     """Lines about the records, the steps, the learning rate and the trained parameters of a run."""
     if patience and not len(val_data):
@@ -36,6 +42,8 @@ def plan(
     unit = "epoch" if epochs == 1 else "epochs"
     yield f"{rate.n_steps:,} steps of {most}{size} records, {epochs:.{1 if epochs < 0.1 else 3}g} {unit}"
     yield str(rate)
+    if state.saved and (now := rate.at(state.saved["step"])) > 2 * (last := state.last_rate):
+        yield f"warning: the learning rate goes back up from {last:.3g} to {now:.3g}"
     trained = sum(parameter.numel() for parameter in llama.parameters() if parameter.requires_grad)
     yield f"{trained:,} trained parameters of {sum(parameter.numel() for parameter in llama.parameters()):,}"
 

@@ -97,6 +97,11 @@ class TrainingState:
         self.best = {"loss": loss, "step": step, "waited": 0} if better else {**self.best, "waited": waited}
         return better
 
+    @property
+    def last_rate(self) -> float:
+        """The learning rate of the last step before a resumed run."""
+        return self.saved["optimizer"]["param_groups"][0]["lr"]
+
     def is_patience_over(self, patience: int | None) -> bool:
         """Whether the last `patience` validations were no better than the best."""
         return patience is not None and self.best["waited"] >= patience

@@ -58,9 +58,9 @@ def watched(script: ModuleType) -> Iterator[list[int]]:
             peaks.append(peak_of_step(*args))
             return peaks[0]
 
-        def begin(schedule: Any, val_data: Any, rate: Any, llama: LLaMA, patience: Any) -> Any:
+        def begin(schedule: Any, val_data: Any, rate: Any, llama: LLaMA, *more: Any) -> Any:
             ledgers.append(stack.enter_context(Ledger(llama)))
-            return plan(schedule, val_data, rate, llama, patience)
+            return plan(schedule, val_data, rate, llama, *more)
 
         stack.enter_context(mock.patch.object(preview, "peak_of_step", estimate))
         stack.enter_context(mock.patch.object(script, "plan", begin))
