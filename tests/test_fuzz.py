@@ -1,4 +1,4 @@
-"""Thousands of damaged files, of every kind that is read, are refused in one line; see fuzz.py."""
+"""Hundreds of damaged files, of every kind that is read, are refused in one line; see fuzz.py."""
 
 import os
 import re
@@ -11,11 +11,11 @@ from builders import ROOT
 
 
 @pytest.mark.slow
-def test_thousands_of_damaged_files_end_in_one_line_or_are_right() -> None:
+def test_hundreds_of_damaged_files_end_in_one_line_or_are_right() -> None:
     path = os.pathsep.join(str(ROOT / folder) for folder in ("", "scripts", "tests", "tests/scripts"))
     environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}  # a fork would lose threads
-    command = [sys.executable, str(Path(__file__).with_name("fuzz.py")), "--seconds", "40"]
+    command = [sys.executable, str(Path(__file__).with_name("fuzz.py")), "--seconds", "25"]
     done = subprocess.run(command, env=environment, text=True, capture_output=True)
     print(done.stdout)
     assert done.returncode == 0, done.stderr + done.stdout
-    assert int(re.search(r"^all +(\d+)", done.stdout, re.MULTILINE)[1]) >= 1000  # 3,000 on two quiet cores
+    assert int(re.search(r"^all +(\d+)", done.stdout, re.MULTILINE)[1]) >= 300  # 1,900 on two quiet cores
