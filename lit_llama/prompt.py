@@ -28,6 +28,8 @@ from lit_llama.sandbox import render
 from lit_llama.storage.files import read_text
 from lit_llama.tokenizer import Tokenizer
 
+from torch import Tensor
+
 Role = Literal["system", "user", "assistant"]
 
 
@@ -262,6 +264,17 @@ def stop_ids(template: str, tokenizer: Tokenizer) -> set[int]:
     """The tokens that end an answer: those that end any text, and the control token that the template puts there."""
     end = turn_end(template, tokenizer)
     return {*tokenizer.end_ids} | ({end} if end is not None else set())
+
+
+def unlearned(template: str, tokenizer: Tokenizer, embedding: Tensor) -> list[str]:
+    """The control tokens of a template that a model has not learned: its rows (V, C) for them are zero or the same."""
+    try:
+        used = {*encode(template, EXCHANGED, tokenizer).ids} & {*tokenizer.controls.values()}
+    except UserError:  # which is raised where it is used
+        return []
+    rows = {i: embedding[i] for i in tokenizer.controls.values() if i < len(embedding)}
+    same = {i: sum(bool((row == rows[i]).all()) for row in rows.values()) for i in sorted(used & rows.keys())}
+    return [tokenizer.token(i) for i, n in same.items() if n > 1 or not rows[i].any()]
 
 
 def turn_end(template: str, tokenizer: Tokenizer) -> int | None:

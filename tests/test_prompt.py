@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import UserError
-from lit_llama.prompt import STYLES, Message, encode, encode_prompt, find_template, name_of, stop_ids
+from lit_llama.prompt import STYLES, Message, encode, encode_prompt, find_template, name_of, stop_ids, unlearned
 from lit_llama.tokenizer import Tokenizer
 
 import pytest
+import torch
 from builders_chat import CHAT_STYLES, CONTROLS, as_dicts, conversation, write_chat_tokenizer
 from tokenizers import AddedToken, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
@@ -267,6 +268,17 @@ def test_an_answer_that_is_not_to_be_learned_has_the_same_ids_and_no_mask(name: 
     assert masked.ids == ids
     assert masked.trained == [False] * n + trained[n:]
     assert any(trained[:n])
+
+
+def test_control_tokens_that_a_model_has_not_learned_are_named(tokenizer: Tokenizer) -> None:
+    embedding = torch.randn(tokenizer.vocab_size, 4)
+    assert unlearned(STYLES["chatml"], tokenizer, embedding) == []
+    start, end = (tokenizer.control_id(name) for name in ("<|im_start|>", "<|im_end|>"))
+    embedding[end] = 0
+    assert unlearned(STYLES["chatml"], tokenizer, embedding) == ["<|im_end|>"]
+    embedding[end] = embedding[start]
+    assert sorted(unlearned(STYLES["chatml"], tokenizer, embedding)) == ["<|im_end|>", "<|im_start|>"]
+    assert unlearned(STYLES["plain"], tokenizer, embedding) == []
 
 
 def test_a_document_has_no_template(tokenizer: Tokenizer) -> None:

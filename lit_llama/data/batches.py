@@ -16,7 +16,8 @@ from lit_llama.data.preparation import read_split
 from lit_llama.data.sources import shuffled
 from lit_llama.errors import UserError
 from lit_llama.model import LLaMA
-from lit_llama.prompt import stored_template
+from lit_llama.progress import say
+from lit_llama.prompt import stored_template, unlearned
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 
 import numpy as np
@@ -239,5 +240,10 @@ def matching_tokenizer(dataset: Dataset, model: LLaMA, pretrained_path: Path, to
     if tokenizer.fingerprint() != dataset.meta["tokenizer"]:
         raise UserError(
             f"{dataset.data_dir} was not prepared with {tokenizer.path}; prepare the data again with that tokenizer"
+        )
+    if names := unlearned(dataset.prompt_style, tokenizer, model.transformer.wte.weight):
+        say(
+            f"warning: the base model has never learned {', '.join(names)}, so answers may not end; take another "
+            "--prompt_style, or a model that was trained with this one"
         )
     return tokenizer

@@ -53,6 +53,7 @@ class Tokenised(NamedTuple):
     spans: np.ndarray  # (S, 2)
     documents: np.ndarray  # (d,) which of the records are documents
     problems: list[tuple[str, str]]  # place and reason
+    n_spelled: int  # records that spell control tokens
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Encoder:
 
     def tokenise(self, rows: list[Row]) -> Tokenised:
         """The tokens of records, each up to the last that is trained on."""
-        tokens, ends, edges, documents, problems = [], [], [], [], []
+        tokens, ends, edges, documents, problems, n_spelled = [], [], [], [], [], 0
         for place, row in rows:
             try:
                 record = conversation(row, self.fields)
@@ -81,10 +82,11 @@ class Encoder:
             edges += (len(tokens) + changes).tolist()
             tokens += ids[: changes[-1]]
             documents += [len(ends)] * (len(record) == 1)
+            n_spelled += any(re.search(self.tokenizer.control_pattern, message.content) for message in record)
             ends.append(len(tokens))
         spans = np.array(edges, np.int64).reshape(-1, 2)
         arrays = np.array(tokens, np.int32), np.array(ends, np.int64), spans, np.array(documents, np.int64)
-        return Tokenised(*arrays, problems)
+        return Tokenised(*arrays, problems, n_spelled)
 
 
 def prepare(
@@ -144,13 +146,19 @@ def identify(source: Path, checksums: Mapping[str, str]) -> str:
 
 def tokenised(source: Path, encoder: Encoder, num_workers: int) -> Iterator[Tokenised]:
     """The records of a source; at its end, a UserError or a line counts those that cannot be used, by reason."""
-    n, places = 0, defaultdict(list)
+    n, n_spelled, places = 0, 0, defaultdict(list)
     results = in_processes(encoder.tokenise, chunks(source), num_workers)
     for chunk in progress(results, f"Tokenising {source.name}", "record", count=lambda chunk: len(chunk.ends)):
         yield chunk
         n += len(chunk.ends) + len(chunk.problems)
+        n_spelled += chunk.n_spelled
         for place, reason in chunk.problems:
             places[reason].append(place)
+    if n_spelled > n / 20:
+        say(
+            f"warning: {n_spelled:,} of {n:,} records of {source.name} spell control tokens, which in a message are text: "
+            "if a chat template is in them already, give its messages instead"
+        )
     if places:
         n_bad = sum(map(len, places.values()))
         found = f"{source}: {n_bad:,} of {n:,} records cannot be used: {count_reasons(places)}"
@@ -232,7 +240,7 @@ class ArrayFiles:
     def append_records(self, chunks: Iterable[Tokenised]) -> np.ndarray:
         """Write the records of a source; returns their numbers."""
         first = self.n_records
-        for tokens, ends, spans, documents, _ in chunks:
+        for tokens, ends, spans, documents, *_ in chunks:
             self.append("tokens", tokens)
             self.append("offsets", self.n_tokens + ends)
             self.append("spans", self.n_tokens + spans)

@@ -212,3 +212,14 @@ def test_a_template_that_ends_no_answer_is_announced(
     for template, is_said in ((encoder.template, False), (open_ended, True)):
         prepare(tmp_path / "out", {"train": source}, replace(encoder, template=template))
         assert ("no control token after an answer" in capsys.readouterr().err) == is_said
+
+
+def test_control_tokens_spelled_in_records_are_announced(
+    tmp_path: Path, encoder: Encoder, source: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [{"text": "<|im_start|>user\nHi<|im_end|>"}, {"text": "Hi"}]
+    for n, is_said in ((1, True), (0, False)):
+        source.write_text("\n".join(map(json.dumps, rows[:n] + rows[1:] * 9)))
+        prepare(tmp_path / "out", {"train": source}, encoder)
+        said = "1 of 10 records of records.jsonl spell control tokens" in capsys.readouterr().err
+        assert said == is_said
