@@ -156,7 +156,7 @@ def tokenised(source: Path, encoder: Encoder, num_workers: int) -> Iterator[Toke
             places[reason].append(place)
     if n_spelled > n / 20:
         say(
-            f"warning: {n_spelled:,} of {n:,} records of {source.name} spell control tokens, which in a message are text: "
+            f"warning: {n_spelled:,} of {n:,} records of {source.name} spell control tokens, which are text there: "
             "if a chat template is in them already, give its messages instead"
         )
     if places:
