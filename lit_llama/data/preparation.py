@@ -107,39 +107,49 @@ def prepare(
         if source.resolve().parent == data_dir.resolve() and re.fullmatch(DATA_FILES, source.name):
             raise UserError(f"{source} would be replaced; give another --data_dir")
     with files.replacing_folder(data_dir, DATA_FILES) as part:
-        arrays, splits = ArrayFiles(part), {}
+        append(part, "offsets", np.zeros(1))
+        splits, n_tokens, n, n_documents = {}, 0, 0, 0  # n records in all
         for split, source in sources.items():
-            splits[split] = arrays.append_records(tokenised(source, encoder, num_workers))
+            first = n
+            for tokens, ends, spans, documents, _ in tokenised(source, encoder, num_workers):
+                append(part, "tokens", tokens)
+                append(part, "offsets", n_tokens + ends)
+                append(part, "spans", n_tokens + spans)
+                append(part, "documents", n + documents)
+                n_tokens, n, n_documents = n_tokens + len(tokens), n + len(ends), n_documents + len(documents)
+            splits[split] = np.arange(first, n)
         if not len(splits["train"]):
             raise UserError(f"no training records in {sources['train']}")
         if split_seed is not None:
             splits = split_records(len(splits["train"]), n_validation, split_seed)
         for split, numbers in splits.items():
-            arrays.append(split, numbers)
-        checksums = {name: sha256.hexdigest() for name, sha256 in arrays.sha256.items()}
+            append(part, split, numbers)
+        names = "offsets", "tokens", "spans", "documents", *splits
+        checksums = {name: digest(part / f"{name}.bin") for name in names}
         meta = {
             "sources": [{"path": str(path), "sha256": identify(path, checksums)} for path in sources.values()],
             "tokenizer": encoder.tokenizer.fingerprint(),
-            "prompt_style": STYLES["plain"] if arrays.n_documents == arrays.n_records else encoder.template,
+            "prompt_style": STYLES["plain"] if n_documents == n else encoder.template,
             "split_seed": split_seed,
             "records": {split: len(numbers) for split, numbers in splits.items()},
             "sha256": checksums,
         }
         files.write_file(part / "meta.json", json.dumps(meta, indent=2))
-    warn_if_few(len(splits.get("validation", ())))
-    if arrays.n_documents < arrays.n_records and turn_end(encoder.template, encoder.tokenizer) is None:
-        say("warning: the chat template puts no control token after an answer, so the model does not learn to end one")
-
-
-def warn_if_few(n: int) -> None:
-    if n < 2:
-        what = "one record to validate on: its loss says little" if n else "no records to validate on"
+    if (n_held_out := len(splits.get("validation", ()))) < 2:
+        what = "one record to validate on: its loss says little" if n_held_out else "no records to validate on"
         say(f"warning: {what}; hold out more, or give a --validation_file")
+    if n_documents < n and turn_end(encoder.template, encoder.tokenizer) is None:
+        say("warning: the chat template puts no control token after an answer, so the model does not learn to end one")
 
 
 def identify(source: Path, checksums: Mapping[str, str]) -> str:
     """sha256 of a file; of a data set that is not one file, of what was made of it."""
     return digest(source) if source.is_file() else hashlib.sha256(json.dumps(checksums).encode()).hexdigest()
+
+
+def append(folder: Path, name: str, array: np.ndarray) -> None:
+    with open(folder / f"{name}.bin", "ab") as file:
+        file.write(np.ascontiguousarray(array, TYPES[name]).data)
 
 
 def tokenised(source: Path, encoder: Encoder, num_workers: int) -> Iterator[Tokenised]:
@@ -164,13 +174,15 @@ def tokenised(source: Path, encoder: Encoder, num_workers: int) -> Iterator[Toke
 
 def count_reasons(places: Mapping[str, list[str]]) -> str:
     """What is wrong with records, the most frequent first, and where."""
-    reasons = sorted(places, key=lambda reason: -len(places[reason]))
-    named = [f"{places[reason][0]} {reason}" for reason in reasons[:MOST_REASONS]]
-    for i, reason in enumerate(reasons[:MOST_REASONS]):
-        others = [*places[reason][1:3], *([f"{len(places[reason]) - 3:,} more"] if len(places[reason]) > 3 else [])]
-        named[i] += f" (likewise {', '.join(others)})" if others else ""
-    more = len(reasons) - MOST_REASONS
-    return "; ".join(named) + (f"; and {more} more kinds" if more > 0 else "")
+    named = []
+    for reason, (first, *others) in sorted(places.items(), key=lambda item: -len(item[1])):
+        if len(others) > 2:
+            others[2:] = [f"{len(others) - 2:,} more"]
+        likewise = f" (likewise {', '.join(others)})" if others else ""
+        named.append(f"{first} {reason}{likewise}")
+    if len(named) > MOST_REASONS:
+        named[MOST_REASONS:] = [f"and {len(named) - MOST_REASONS} more kinds"]
+    return "; ".join(named)
 
 
 def chunks(source: Path) -> Iterator[list[Row]]:
@@ -178,6 +190,8 @@ def chunks(source: Path) -> Iterator[list[Row]]:
         rows = iter(read_rows(source))
         while chunk := list(islice(rows, CHUNK)):
             yield chunk
+    except ImportError:
+        raise UserError(f"to read {source}, run: pip install -e '.[data]'; or give a JSON, JSONL or CSV file") from None
     except OSError as error:  # which would be taken for one of writing the folder
         raise UserError(f"could not read {source}: {error.strerror or error}") from None
 
@@ -213,34 +227,6 @@ def end_with_parent(_worker: int) -> None:
         os._exit(1)
 
     Thread(target=watch, daemon=True).start()
-
-
-class ArrayFiles:
-    """The .bin files of a folder, which grow part by part; `sha256` has the state of each one's checksum."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.n_tokens, self.n_records, self.n_documents = folder, 0, 0, 0
-        self.sha256 = defaultdict(hashlib.sha256)
-        self.append("offsets", np.zeros(1))
-
-    def append(self, name: str, array: np.ndarray) -> None:
-        data = np.ascontiguousarray(array, TYPES[name]).data
-        with open(self.folder / f"{name}.bin", "ab") as file:
-            file.write(data)
-        self.sha256[name].update(data)
-
-    def append_records(self, chunks: Iterable[Tokenised]) -> np.ndarray:
-        """Write the records of a source; returns their numbers."""
-        first = self.n_records
-        for tokens, ends, spans, documents, _ in chunks:
-            self.append("tokens", tokens)
-            self.append("offsets", self.n_tokens + ends)
-            self.append("spans", self.n_tokens + spans)
-            self.append("documents", self.n_records + documents)
-            self.n_tokens += len(tokens)
-            self.n_records += len(ends)
-            self.n_documents += len(documents)
-        return np.arange(first, self.n_records)
 
 
 def read_split(data_dir: Path, split: str) -> tuple[dict[str, Any], list[np.ndarray]]:

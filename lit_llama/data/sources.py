@@ -17,16 +17,19 @@ from lit_llama.storage.files import parse_json, write_file
 
 import numpy as np
 
+SUFFIXES = {".csv", ".tsv", ".txt", ".json", ".jsonl"}
 DELIMITERS = ",;\t|"
 
 
 def read_rows(source: Path) -> Iterator[Row]:
     """The rows of a file or data set, one by one. Text files may be compressed with gzip."""
-    readers = {".csv": csv_rows, ".tsv": csv_rows, ".txt": document, ".json": json_rows, ".jsonl": json_rows}
-    suffix = (source.with_suffix("") if source.suffix.lower() == ".gz" else source).suffix.lower()
+    suffix = Path(source.name.lower().removesuffix(".gz")).suffix
+    if source.is_file() and suffix == ".txt":
+        return iter([("it", {"text": read_all(source)})])
     if source.is_file():
-        return parquet_rows(source) if suffix == ".parquet" else readers.get(suffix, json_rows)(source)
-    if source.is_dir() or (len(source.parts) == 2 and suffix not in readers and not source.parent.exists()):
+        return {".csv": csv_rows, ".tsv": csv_rows, ".parquet": parquet_rows}.get(suffix, json_rows)(source)
+    is_name = len(source.parts) == 2 and suffix not in SUFFIXES and not source.parent.exists()  # of a data set
+    if source.is_dir() or is_name:
         return dataset_rows(source)
     raise UserError(f"{source} does not exist")
 
@@ -62,37 +65,29 @@ def read_all(source: Path) -> str:
         raise not_utf8(source) from None
 
 
-def document(source: Path) -> Iterator[Row]:
-    yield "it", {"text": read_all(source)}
-
-
 def csv_rows(source: Path) -> Iterator[Row]:
     """The rows of a table under its header; its delimiter is what divides the header into most cells."""
     csv.field_size_limit(2**31 - 1)
-    with open_text(source) as file:
-        try:
-            yield from rows_under_header(source, file)
-        except UnicodeError:
-            raise not_utf8(source) from None
-
-
-def rows_under_header(source: Path, file: io.TextIOWrapper) -> Iterator[Row]:
-    first = file.readline()
-    stated = re.fullmatch(r"sep=(.)\r?\n", first)  # as Excel has it
-    delimiter = stated[1] if stated else max(DELIMITERS, key=first.count)
-    reader = csv.reader(file if stated else chain([first], file), strict=True, delimiter=delimiter)
     names: list[str] = []
-    line = before = 2 if stated else 1
+    line = 1
     try:
-        for cells in reader:
-            while len(cells) > len(names) > 0 and not cells[-1].strip():
-                cells.pop()
-            if any(map(str.strip, cells)) and not names:
-                names = [name.strip() for name in cells]
-            elif any(map(str.strip, cells)):
-                fits = len(cells) == len(names)
-                yield f"line {line}", dict(zip(names, cells, strict=True)) if fits else Cells(len(cells), len(names))
-            line = reader.line_num + before
+        with open_text(source) as file:
+            first = file.readline()
+            stated = re.fullmatch(r"sep=(.)\r?\n", first)  # as Excel has it
+            delimiter = stated[1] if stated else max(DELIMITERS, key=first.count)
+            lines = chain(["\n" if stated else first], file)
+            for cells in (reader := csv.reader(lines, strict=True, delimiter=delimiter)):
+                while len(cells) > len(names) > 0 and not cells[-1].strip():
+                    cells.pop()
+                if any(map(str.strip, cells)) and not names:
+                    names = [name.strip() for name in cells]
+                elif any(map(str.strip, cells)):
+                    fits = len(cells) == len(names)
+                    row = dict(zip(names, cells, strict=True)) if fits else Cells(len(cells), len(names))
+                    yield f"line {line}", row
+                line = reader.line_num + 1
+    except UnicodeError:
+        raise not_utf8(source) from None
     except csv.Error as error:
         raise UserError(f"{source}, line {line}: not valid CSV ({error})") from None
 
@@ -126,11 +121,9 @@ def has_lines(source: Path) -> bool:
 
 
 def parquet_rows(source: Path) -> Iterator[Row]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise UserError(f"to read {source}, run: pip install -e '.[data]'; or give a JSON, JSONL or CSV file") from None
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
     try:
         rows = (row for batch in ParquetFile(source).iter_batches() for row in batch.to_pylist())
         yield from ((f"row {i}", row) for i, row in enumerate(rows, 1))
@@ -140,10 +133,8 @@ def parquet_rows(source: Path) -> Iterator[Row]:
 
 def dataset_rows(source: Path) -> Iterator[Row]:
     """The training split of a data set, by the library `datasets`: a folder, or a name on the hub."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError(f"to read {source}, run: pip install -e '.[data]'; or give a JSON, JSONL or CSV file") from None
+    from datasets import load_dataset
+
     try:
         rows = load_dataset(str(source), split="train")
     except Exception as error:  # of the library, or of one of the many beneath it
