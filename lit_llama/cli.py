@@ -12,11 +12,12 @@ import traceback
 from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from lit_llama.errors import Stopped, UserError, imports_are_done
+from lit_llama.errors import Stopped, UserError, interrupted
 from lit_llama.storage import files
 
 import torch
@@ -25,9 +26,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat,
 
 MISTAKE, WRONG_FLAG = 1, 2  # exit statuses; 128 and the signal's number after a signal
 LIKENESS = 0.52  # of two words, from 0 to 1: that of checkpoint_path and pretrained_path is just above
-LOST_CONNECTION = (
-    "(gloo|nccl|c10d|tcpstore).*(connect|closed|reset|abort|remote|timed out)"  # what torch.distributed says
-)
+LOST_CONNECTION = "(gloo|nccl|c10d|tcpstore).*(connect|closed|reset|abort|remote|timed out)"  # as torch says it
 OTHER_NAMES = {  # of flags: in other projects, and in the archived Lit-LLaMA
     "checkpoint_dir": ("pretrained_path", "checkpoint_path"),
     "input_sentence": ("input",),
@@ -51,13 +50,6 @@ TYPE_WORDS: dict[Any, tuple[str, str]] = {  # of values: in --help, and in a mes
     str: ("TEXT", "a text"),
     Path: ("PATH", "a path"),
 }
-
-
-class Constant(NamedTuple):
-    """What the source says of a constant: the comment after it, and the one above it or above those before it."""
-
-    help: str
-    group: str
 
 
 class HelpFormatter(DefaultHelpFormatter):
@@ -94,7 +86,8 @@ def run(main: Callable[..., None]) -> None:
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, terminated)
     try:
-        imports_are_done()
+        if signal.getsignal(signal.SIGINT) is interrupted:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         main(**arguments)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -229,8 +222,10 @@ def explain_parse_error(message: str, types: dict[str, Any], given: list[str]) -
     if key is None or key[1] not in types:
         return message
     flag = f"--{key[1]}"
-    words = [pair for pair in zip(given, [*given[1:], ""], strict=True) if pair[0].partition("=")[0] == flag]
-    found = words[-1][0].partition("=")[2] or words[-1][1] if words else ""
+    values = [
+        word.partition("=")[2] or after for word, after in pairwise([*given, ""]) if word.partition("=")[0] == flag
+    ]
+    found = values[-1] if values else ""
     found = f"not {found!r}" if found and not found.startswith("--") else "and none is given"
     return f"{flag} takes {type_words(types[key[1]])[1]}, {found}"
 
@@ -257,8 +252,8 @@ def constants(module: ModuleType) -> dict[str, Any]:
     return {name: getattr(module, name) for name in find_constants(module)}
 
 
-def find_constants(module: ModuleType) -> dict[str, Constant]:
-    """The names of a module's constants, each with what its source says of it."""
+def find_constants(module: ModuleType) -> dict[str, tuple[str, str]]:
+    """The names of a module's constants, with the comments after them, and above them or above those before them."""
     source = Path(str(module.__file__)).read_text(encoding="utf-8")
     lines, heading = source.splitlines(), "settings"
     found = {}
@@ -269,5 +264,5 @@ def find_constants(module: ModuleType) -> dict[str, Constant]:
                 comment = re.search(r"#\s*(.*)$", lines[node.lineno - 1])
                 above = re.match(r"#\s*(.*)$", lines[node.lineno - 2])
                 heading = above[1] if above else heading
-                found[target.id] = Constant(comment[1] if comment else "", heading)
+                found[target.id] = (comment[1] if comment else "", heading)
     return found

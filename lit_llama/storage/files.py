@@ -40,7 +40,8 @@ CONFIG = "config.json"  # of a model folder: says under "files" which others bel
 LOCK = ".lock"  # in a folder that is locked
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without them answers
 output_folders = ExitStack()  # that this process has locked
-atexit.register(output_folders.close)  # while all that it needs is still there
+release = output_folders.close
+atexit.register(release)  # while all that it needs is still there
 
 
 @contextmanager
@@ -85,11 +86,6 @@ def lock_output_folder(folder: Path) -> None:
         output_folders.enter_context(exclusive_lock(folder / LOCK, folder))
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
-
-
-def release() -> None:
-    """Let go of all output folders."""
-    output_folders.close()
 
 
 def check_room(folder: Path, n_bytes: int) -> None:
@@ -227,12 +223,10 @@ def write_tensors(path: Path, content: Mapping[str, Any], tensors: Iterable[tupl
         UserError: if a number is inf or nan, before an older file is replaced.
     """
     tensors = iter(named_tensors(content) if tensors is None else tensors)
-    untouched = {  # which take no memory until they are written to
-        id(like): torch.empty(like.shape, dtype=like.dtype, device="cpu") for _, like in named_tensors(content)
-    }
+    untouched = cache(lambda like: torch.empty(like.shape, dtype=like.dtype, device="cpu"))  # takes no memory yet
     with replacing(path) as part:
         with skip_data():  # all but the numbers
-            torch.save(tree_map_only(Tensor, lambda like: untouched[id(like)], dict(content)), part)
+            torch.save(tree_map_only(Tensor, untouched, dict(content)), part)
         with ZipFile(part) as layout:
             names = layout.namelist()
             descriptions = {name: layout.read(name) for name in names if "/data/" not in name}
@@ -290,10 +284,7 @@ def check_apart(source: Path, target: Path) -> None:
 
 
 def read_file(path: Path, check_tensors: bool = True) -> dict[str, Any]:
-    """The mapping that torch.save wrote to `path`, after a check that it is intact. Tensors stay on the disk.
-
-    `check_tensors` is whether their bytes are checked, too; not needed if only their shapes matter.
-    """
+    """The mapping that torch.save wrote, checked, with `check_tensors` to its last byte. Tensors stay on the disk."""
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     if check_tensors and not check_all:
@@ -302,8 +293,9 @@ def read_file(path: Path, check_tensors: bool = True) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
-        what = "holds more than weights (code, perhaps) and was not opened"
-        raise UserError(f"{path} {what}; get it elsewhere") from None
+        raise UserError(
+            f"{path} holds more than weights (perhaps code), and was not opened; get it elsewhere"
+        ) from None
     except Exception as error:  # a description that makes no sense ends in any of a dozen kinds
         if "Cannot allocate memory" in str(error):
             raise MemoryError(f"could not map {path}") from None

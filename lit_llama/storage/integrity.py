@@ -45,12 +45,8 @@ def check_archive(path: Path, tensors: bool = True) -> None:
 
 
 def first_damaged(path: Path, names: Sequence[str]) -> str | None:
-    """The first of these members of an archive that does not match its CRC32.
-
-    For a thread, which opens the archive anew: if threads share a ZipFile, Python 3.12 and 3.13 report good files as
-    damaged.
-    """
-    with ZipFile(path) as archive:
+    """The first of these members of an archive that does not match its CRC32."""
+    with ZipFile(path) as archive:  # of this thread: shared, Python 3.12 and 3.13 report good files as damaged
         for name in names:
             try:
                 with archive.open(name) as member:
