@@ -1,11 +1,10 @@
 """What a training run reports: a progress bar or plain lines, metrics.csv and loss.png."""
 
 import csv
-import io
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +16,7 @@ from lit_llama.errors import UserError
 from lit_llama.progress import on_terminal
 from lit_llama.storage.files import replacing, write_file
 
+import numpy as np
 from lightning import Fabric
 from lightning.fabric.loggers import Logger
 from tqdm import tqdm
@@ -70,7 +70,7 @@ class TrainingLog:
         self.started = self.last = time.perf_counter()
         self.training_seconds = 0.0
         if fabric.is_global_zero:
-            write_file(self.path, to_csv(self.rows, header=True))
+            write_file(self.path, "\n".join((",".join(COLUMNS), *map(to_csv, self.rows), "")))
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -120,17 +120,13 @@ class TrainingLog:
             logger.save()  # now, since a run may be killed at any time
         if self.fabric.is_global_zero:
             with open(self.path, "a", newline="", encoding="utf-8") as file:
-                file.write(to_csv([row]))
+                file.write(f"{to_csv(row)}\n")
 
 
-def to_csv(rows: Iterable[dict[str, Any]], header: bool = False) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS)
-    if header:
-        writer.writeheader()
-    for row in rows:
-        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
-    return text.getvalue()
+def to_csv(row: Mapping[str, Any]) -> str:
+    """A line of metrics.csv; what the row does not have stays empty."""
+    values = (row.get(name, "") for name in COLUMNS)
+    return ",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in values)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -158,22 +154,22 @@ def plot_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure = Figure(figsize=(8, 5.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    train, validation, norms = (
-        [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
-        for name in ("train_loss", "validation_loss", "gradient_norm")
+    names = "step", "train_loss", "validation_loss", "gradient_norm"
+    steps, losses, validation, norms = (
+        np.array([[row.get(name, math.nan) for name in names] for row in rows]).reshape(-1, 4).T
     )
-    if train:
-        steps, losses = zip(*train, strict=True)
-        n = max(1, len(losses) // 10)
-        means = [sum(losses[i : i + n]) / n for i in range(len(losses) - n + 1)]
-        axes.plot(steps, losses, color="#c9d8ea", linewidth=1, label="training, each step")
-        axes.plot(steps[n - 1 :], means, color="#3a6ea5", linewidth=2, label=f"training, mean of {n} steps")
-    if validation:
-        axes.plot(*zip(*validation, strict=True), color="#c0392b", linewidth=2, marker="o", label="validation")
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        for point in {validation[0], validation[-1]}:
-            axes.annotate(f"{point[1]:.2f}", point, (0, 9), textcoords="offset points", ha="center", bbox=box)
-    below.plot(*zip(*norms or [(0, 0)], strict=True), color="#7a7a7a", linewidth=1)
+    trained, validated = np.isfinite(losses), np.isfinite(validation)
+    if n := trained.sum():
+        n = max(1, n // 10)
+        means = np.convolve(losses[trained], np.ones(n) / n, "valid")
+        axes.plot(steps[trained], losses[trained], color="#c9d8ea", linewidth=1, label="training, each step")
+        axes.plot(steps[trained][n - 1 :], means, color="#3a6ea5", linewidth=2, label=f"training, mean of {n} steps")
+    axes.plot(steps[validated], validation[validated], color="#c0392b", linewidth=2, marker="o", label="validation")
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    for i in np.flatnonzero(validated)[[0, -1]] if validated.any() else ():
+        text, point = f"{validation[i]:.2f}", (steps[i], validation[i])
+        axes.annotate(text, point, (0, 9), textcoords="offset points", ha="center", bbox=box)
+    below.plot(steps[trained], norms[trained], color="#7a7a7a", linewidth=1)
     axes.set(title=title, ylabel="cross-entropy per response token (nats)")
     below.set(xlabel="optimizer step", ylabel="gradient norm", ylim=(0, None))
     axes.margins(y=0.1)
