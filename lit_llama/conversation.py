@@ -17,27 +17,18 @@ class Conversation:
     """The messages so far, and the keys and values of their tokens.
 
     Each turn is the model's answer to the whole conversation in its template. Of its tokens, those that the cache
-    begins with are not computed again.
-
-    Attributes:
-        messages: questions and answers in turn, perhaps after a system message.
-        template: with one that takes a single question, each begins a new conversation.
-        ended: whether the last answer came to its end.
+    begins with are not computed again. With a template that takes a single question, each begins a new conversation.
     """
 
     def __init__(self, model: LLaMA, tokenizer: Tokenizer, template: str) -> None:
         self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.messages: list[Message] = []
-        self.ended = False
+        self.messages: list[Message] = []  # questions and answers in turn, perhaps after a system message
+        self.ended = False  # whether the last answer came to its end
         self.cached: list[int] = []  # the tokens that the cache holds
         self.cache: KVCache | None = None
 
     def ask(self, question: str, sampling: Sampling) -> Iterator[str]:
-        """Yield the answer in pieces. A reader may stop at any of them: that much of it is in the conversation.
-
-        Raises:
-            UserError: if the model's context has no room for an answer.
-        """
+        """Yield the answer in pieces. A reader may stop at any of them: that much of it is in the conversation."""
         if not takes_turns(self.template, self.tokenizer):
             self.messages = []
         if self.messages and not self.messages[-1].content:
@@ -47,9 +38,8 @@ class Conversation:
         context = self.model.config.block_size
         if len(prompt) >= context:
             raise UserError(f"no room for an answer: the context has {context} tokens, the messages {len(prompt)}")
-        tokens = self._answer(
-            prompt, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context - len(prompt)))
-        )
+        n_new = min(sampling.max_new_tokens, context - len(prompt))
+        tokens = self._answer(prompt, replace(sampling, max_new_tokens=n_new))
         self.messages = [*asked, Message("assistant", "")]
         for piece in self.tokenizer.stream(tokens):
             self.messages[-1] = Message("assistant", self.messages[-1].content + piece)

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, tee
 from pathlib import Path
 
 from lit_llama.device import peak_memory
@@ -21,20 +21,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn, and how many at most.
-
-    Args:
-        temperature: divides the logits; 0 always takes the most likely token.
-        top_k: draw from the k most likely tokens only; None or 0: from all.
-        top_p: draw from the fewest tokens that together have this probability (nucleus, arXiv 1904.09751).
-        seed: of each prompt.
-    """
+    """How tokens are drawn, and how many at most."""
 
     max_new_tokens: int = 100
-    temperature: float = 0.8
-    top_k: int | None = 200
-    top_p: float | None = None
-    seed: int = 1234
+    temperature: float = 0.8  # divides the logits; 0 always takes the most likely token
+    top_k: int | None = 200  # draw from the k most likely tokens only; None or 0: from all
+    top_p: float | None = None  # draw from the fewest that together have this probability (nucleus, arXiv 1904.09751)
+    seed: int = 1234  # of each prompt
 
     def __post_init__(self) -> None:
         top_p = 1.0 if self.top_p is None else self.top_p
@@ -142,18 +135,11 @@ def generate_batch(
 
 
 def respond(
-    model: LLaMA,
-    tokenizer: Tokenizer,
-    prompts: list[str],
-    template: str,
-    context: str,
-    sampling: Sampling,
+    model: LLaMA, tokenizer: Tokenizer, prompts: list[str], template: str, context: str, sampling: Sampling
 ) -> None:
     """Print the model's answer to each prompt as it comes: text to stdout, time and memory to stderr.
 
-    Args:
-        prompts: instructions, to be rendered by the template. Of the plain one the prompt is printed, too.
-        context: the input that goes with the instruction, or "".
+    `context` is the input that goes with each prompt, or "". With the plain template, the prompt is printed, too.
     """
     tokenizer.check_fits(model.config.vocab_size)
     model.eval()
@@ -165,24 +151,16 @@ def respond(
             print(with_input(Message("user", prompt, context)), end="", flush=True)
         elif len(prompts) > 1:
             print(f"> {prompt}", file=sys.stderr)
-        answer: list[int] = []
         start = time.perf_counter()
-        tokens = kept(generate(model, ids, sampling, stop), answer)
+        tokens, answer = tee(generate(model, ids, sampling, stop))
         for piece in tokenizer.stream(tokens, after=ids if is_plain else []):
             print(piece, end="", flush=True)
         print(flush=True)
-        seconds = time.perf_counter() - start
-        if len(answer) == sampling.max_new_tokens:
-            print(f"(Cut after {len(answer)} tokens, the most that --max_new_tokens allows.)", file=sys.stderr)
-        print(f"Time for inference: {seconds:.2f} sec total, {len(answer) / seconds:.2f} tokens/sec", file=sys.stderr)
+        seconds, n = time.perf_counter() - start, len([*answer])
+        if n == sampling.max_new_tokens:
+            print(f"(Cut after {n} tokens, the most that --max_new_tokens allows.)", file=sys.stderr)
+        print(f"Time for inference: {seconds:.2f} sec total, {n / seconds:.2f} tokens/sec", file=sys.stderr)
     print(f"Memory used: {peak_memory(model.lm_head.weight.device):.2f} GB", file=sys.stderr)
-
-
-def kept(tokens: Iterator[int], into: list[int]) -> Iterator[int]:
-    """The same tokens, each added to a list on its way."""
-    for token in tokens:
-        into.append(token)
-        yield token
 
 
 def read_prompts(prompt: str, prompt_file: Path | None) -> list[str]:

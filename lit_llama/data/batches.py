@@ -41,13 +41,6 @@ class Dataset:
     room for a response is dropped and counted in `n_dropped`. Documents are cut into blocks, each a record of its own.
     With `mask_prompt` False, all tokens are trained on. `limit` takes the first so many of the records that are left.
     The arrays stay on the disk; 20 bytes of each record are held in memory.
-
-    Attributes:
-        index: the numbers, in the folder, of the records that are left (of a block, its document's).
-        starts: their first tokens, as places in `tokens`.
-        lengths: their tokens.
-        target_counts: how many of those are trained on.
-        prompt_style: the template that they were rendered by.
     """
 
     def __init__(
@@ -70,7 +63,8 @@ class Dataset:
         self.n_dropped = len(numbers) - len(left)
         left = left[:limit]
         self.n_cut = int((lengths < ends - starts)[left].sum())
-        self.index, self.starts = numbers[left], starts[left]
+        self.index = numbers[left]  # in the folder; of a block, its document's
+        self.starts = starts[left]  # as places in `tokens`
         self.lengths, self.target_counts = lengths[left].astype(np.int32), counts[left].astype(np.int32)
 
     def __len__(self) -> int:

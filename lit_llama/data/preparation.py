@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any
 
 from lit_llama.data.records import Fields, Row, conversation
 from lit_llama.data.sources import read_rows, split_records
@@ -36,23 +36,12 @@ N_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 
 CHUNK = 128  # rows that a process is given at once
 FEW = 16  # chunks that are tokenised before other processes would be ready
 MOST_REASONS = 5  # that are named
-BLOCK = 2**18  # values of an array that are checked at once
 TYPES = {
     "tokens": "<i4", "offsets": "<i8", "spans": "<i8", "documents": "<i4", "train": "<i4", "validation": "<i4",
 }  # fmt: skip
 DATA_FILES = rf"meta\.json|({'|'.join(TYPES)})\.bin|(train|validation)_\w+\.npy"  # .npy: of earlier versions
 META = {"sources": list, "tokenizer": str, "prompt_style": str, "records": Mapping}
 META |= {"split_seed": int | None, "sha256": Mapping}
-
-
-class Tokenised(NamedTuple):
-    """Some rows of a source: n records, with T tokens and S spans in all, and what is wrong with the other rows."""
-
-    tokens: np.ndarray  # (T,)
-    ends: np.ndarray  # (n,) of the records
-    spans: np.ndarray  # (S, 2)
-    documents: np.ndarray  # (d,) which of the records are documents
-    problems: list[tuple[str, str]]  # place and reason
 
 
 @dataclass(frozen=True)
@@ -64,9 +53,12 @@ class Encoder:
     fields: Fields = field(default_factory=Fields)
     skip_bad: bool = False
 
-    def tokenise(self, rows: list[Row]) -> Tokenised:
-        """The tokens of records, each up to the last that is trained on."""
-        tokens, ends, edges, documents, problems = [], [], [], [], []
+    def tokenise(self, rows: list[Row]) -> tuple[dict[str, np.ndarray], list[tuple[str, str]]]:
+        """The arrays of some records, each up to its last token that is trained on; and what is wrong with other rows.
+
+        The offsets are where records end; all numbers count from the first of these records.
+        """
+        tokens, ends, spans, documents, problems = [], [], [], [], []
         for place, row in rows:
             try:
                 record = conversation(row, self.fields)
@@ -78,13 +70,12 @@ class Encoder:
                 problems.append((place, f"does not fit: {error}"))
                 continue
             changes = np.flatnonzero(np.diff(trained, prepend=False, append=False))  # where a span starts or ends
-            edges += (len(tokens) + changes).tolist()
+            spans += (len(tokens) + changes).tolist()
             tokens += ids[: changes[-1]]
             documents += [len(ends)] * (len(record) == 1)
             ends.append(len(tokens))
-        spans = np.array(edges, np.int64).reshape(-1, 2)
-        arrays = np.array(tokens, np.int32), np.array(ends, np.int64), spans, np.array(documents, np.int64)
-        return Tokenised(*arrays, problems)
+        found = {"tokens": tokens, "offsets": ends, "spans": spans, "documents": documents}
+        return {name: np.array(values, TYPES[name]) for name, values in found.items()}, problems
 
 
 def prepare(
@@ -95,13 +86,10 @@ def prepare(
     n_validation: int | None = None,
     num_workers: int = 1,
 ) -> None:
-    """Tokenise records into `data_dir`, whose earlier arrays are replaced as a whole.
+    """Tokenise the records of "train", and perhaps "validation", into `data_dir`, which is replaced as a whole.
 
-    Args:
-        sources: what the records of "train", and perhaps "validation", are read from.
-        split_seed: if given, the records of "train" are shuffled, and some of them held out as "validation".
-        n_validation: how many; None: 2,000, or a tenth if that is less.
-        num_workers: processes that tokenise; the result does not depend on it.
+    With a `split_seed`, those of "train" are shuffled, and `n_validation` of them held out (None: 2,000, or a tenth if
+    that is less). The result does not depend on the number of processes that tokenise.
     """
     for source in sources.values():
         if source.resolve().parent == data_dir.resolve() and re.fullmatch(DATA_FILES, source.name):
@@ -111,12 +99,13 @@ def prepare(
         splits, n_tokens, n, n_documents = {}, 0, 0, 0  # n records in all
         for split, source in sources.items():
             first = n
-            for tokens, ends, spans, documents, _ in tokenised(source, encoder, num_workers):
-                append(part, "tokens", tokens)
-                append(part, "offsets", n_tokens + ends)
-                append(part, "spans", n_tokens + spans)
-                append(part, "documents", n + documents)
-                n_tokens, n, n_documents = n_tokens + len(tokens), n + len(ends), n_documents + len(documents)
+            for arrays in tokenised(source, encoder, num_workers):
+                before = {"tokens": 0, "offsets": n_tokens, "spans": n_tokens, "documents": n}
+                for name, array in arrays.items():
+                    append(part, name, array + before[name])
+                n_tokens += len(arrays["tokens"])
+                n += len(arrays["offsets"])
+                n_documents += len(arrays["documents"])
             splits[split] = np.arange(first, n)
         if not len(splits["train"]):
             raise UserError(f"no training records in {sources['train']}")
@@ -152,14 +141,15 @@ def append(folder: Path, name: str, array: np.ndarray) -> None:
         file.write(np.ascontiguousarray(array, TYPES[name]).data)
 
 
-def tokenised(source: Path, encoder: Encoder, num_workers: int) -> Iterator[Tokenised]:
+def tokenised(source: Path, encoder: Encoder, num_workers: int) -> Iterator[dict[str, np.ndarray]]:
     """The records of a source; at its end, a UserError or a line counts those that cannot be used, by reason."""
     n, places = 0, defaultdict(list)
     results = in_processes(encoder.tokenise, chunks(source), num_workers)
-    for chunk in progress(results, f"Tokenising {source.name}", "record", count=lambda chunk: len(chunk.ends)):
-        yield chunk
-        n += len(chunk.ends) + len(chunk.problems)
-        for place, reason in chunk.problems:
+    what = f"Tokenising {source.name}"
+    for arrays, problems in progress(results, what, "record", count=lambda result: len(result[0]["offsets"])):
+        yield arrays
+        n += len(arrays["offsets"]) + len(problems)
+        for place, reason in problems:
             places[reason].append(place)
     if places:
         n_bad = sum(map(len, places.values()))
@@ -260,14 +250,10 @@ def map_array(path: Path) -> np.ndarray:
 def inconsistent(tokens: np.ndarray, offsets: np.ndarray, spans: np.ndarray, *records: np.ndarray) -> Iterator[int]:
     """Which of the arrays, counted from 0, cannot be right, whatever the records were."""
     edges = spans.reshape(-1)  # starts and ends in turn
-    if len(offsets) < 2 or (offsets[0], offsets[-1]) != (0, len(tokens)) or not is_increasing(offsets, 1):
+    if len(offsets) < 2 or (offsets[0], offsets[-1]) != (0, len(tokens)) or not (offsets[1:] > offsets[:-1]).all():
         yield 1
-    if not len(edges) or edges[0] < 0 or edges[-1] != len(tokens) or not is_increasing(edges, 0):
+    if not len(edges) or edges[0] < 0 or edges[-1] != len(tokens) or not (edges[1:] >= edges[:-1]).all():
         yield 2
     for i, numbers in enumerate(records, 3):
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(offsets) - 1:
             yield i
-
-
-def is_increasing(array: np.ndarray, min_step: int) -> bool:
-    return all((np.diff(array[i : i + BLOCK + 1]) >= min_step).all() for i in range(0, len(array), BLOCK))

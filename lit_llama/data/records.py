@@ -7,12 +7,12 @@ as a whole. What a file calls these fields can be said with `Fields`. What carri
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, get_args
 
 from lit_llama.prompt import Message, Role, check_order
-from lit_llama.storage.files import parse_json
 
 Conversation = list[Message]  # of a document: the answer alone
 Row = tuple[str, object]  # its place, such as "line 3", and what is there; bytes are a line of JSON, not yet parsed
@@ -102,11 +102,8 @@ def is_learned(item: tuple[str, object]) -> bool:
 
 def turns_of(turns: object) -> list[Any]:
     """A list of messages, perhaps as JSON in a cell of a table."""
-    if isinstance(turns, str):
-        try:
-            turns = parse_json(turns)
-        except ValueError:
-            raise ValueError("has messages that are a text, not a list") from None
+    with suppress(ValueError, RecursionError):
+        turns = json.loads(turns) if isinstance(turns, str) else turns
     if not isinstance(turns, list):
         raise ValueError(f"has messages that are of type {type(turns).__name__}, not a list")
     return turns
@@ -129,9 +126,8 @@ def history(turns: Any) -> Iterator[Message]:
     for pair in turns or ():
         if not (isinstance(pair, list | tuple) and len(pair) == 2):
             raise ValueError("has a 'history' that is not a list of pairs of question and answer")
-        roles: tuple[Role, Role] = ("user", "assistant")
-        for role, text in zip(roles, pair, strict=True):
-            yield Message(role, as_text(text, "history"))
+        yield Message("user", as_text(pair[0], "history"))
+        yield Message("assistant", as_text(pair[1], "history"))
 
 
 def text_of(row: dict[str, Any], name: str) -> str:
@@ -166,8 +162,8 @@ def as_text(value: object, name: str) -> str:
 
 def parse_line(line: bytes) -> object:
     try:
-        return parse_json(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"is not text in UTF-8 (byte {error.start})") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("is not valid JSON") from None

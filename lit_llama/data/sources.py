@@ -3,8 +3,10 @@
 import csv
 import gzip
 import io
+import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
@@ -13,7 +15,7 @@ from urllib.request import urlopen
 
 from lit_llama.data.records import Cells, Row, parse_line
 from lit_llama.errors import UserError
-from lit_llama.storage.files import parse_json, write_file
+from lit_llama.storage.files import write_file
 
 import numpy as np
 
@@ -38,31 +40,29 @@ def open_binary(source: Path) -> Any:
     return gzip.open(source) if source.suffix.lower() == ".gz" else open(source, "rb")
 
 
-def open_text(source: Path) -> io.TextIOWrapper:
-    """A file to be read as UTF-8, or as UTF-16 if it begins with the mark of that."""
+@contextmanager
+def open_text(source: Path) -> Iterator[io.TextIOWrapper]:
+    """A file to be read as UTF-8, or as UTF-16 if it begins with the mark of that; a UserError says where it is not."""
     with open_binary(source) as file:
         encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    return io.TextIOWrapper(open_binary(source), encoding, newline="")
-
-
-def not_utf8(source: Path) -> UserError:
-    """An error that names the first byte of a file that is not UTF-8."""
-    with open_binary(source) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                place = f"line {number}, byte {error.start + 1} of it"
-                return UserError(f"{source} is not text in UTF-8 ({place}); convert it: iconv -f CP1252 -t UTF-8")
-    return UserError(f"{source} is not text in UTF-8 or UTF-16")
+    try:
+        with io.TextIOWrapper(open_binary(source), encoding, newline="") as file:
+            yield file
+    except UnicodeError:
+        with open_binary(source) as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError as error:
+                    place = f"line {number}, byte {error.start + 1} of it"
+                    remedy = "convert it: iconv -f CP1252 -t UTF-8"
+                    raise UserError(f"{source} is not text in UTF-8 ({place}); {remedy}") from None
+        raise UserError(f"{source} is not text in UTF-8 or UTF-16") from None
 
 
 def read_all(source: Path) -> str:
-    try:
-        with open_text(source) as file:
-            return file.read()
-    except UnicodeError:
-        raise not_utf8(source) from None
+    with open_text(source) as file:
+        return file.read()
 
 
 def csv_rows(source: Path) -> Iterator[Row]:
@@ -86,8 +86,6 @@ def csv_rows(source: Path) -> Iterator[Row]:
                     row = dict(zip(names, cells, strict=True)) if fits else Cells(len(cells), len(names))
                     yield f"line {line}", row
                 line = reader.line_num + 1
-    except UnicodeError:
-        raise not_utf8(source) from None
     except csv.Error as error:
         raise UserError(f"{source}, line {line}: not valid CSV ({error})") from None
 
@@ -99,8 +97,8 @@ def json_rows(source: Path) -> Iterator[Row]:
             yield from ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
         return
     try:
-        content = parse_json(read_all(source))
-    except ValueError as error:
+        content = json.loads(read_all(source))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source} is neither a JSON list nor JSON lines: {error}") from None
     if isinstance(content, dict) and len(content) == 1:
         ((name, value),) = content.items()

@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.serialization import skip_data
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten_with_path, tree_map_only
 
 check_all = True  # --check_files of every script
 MADV_PAGEOUT = 21  # of Linux's mman.h
@@ -48,7 +48,7 @@ atexit.register(release)  # while all that it needs is still there
 def exclusive_lock(path: Path, target: Path) -> Iterator[None]:
     """Lock `path`, a file that is there meanwhile; a UserError if another process is writing `target`.
 
-    This process may lock it again. The lock is the system's: it ends with the process, however that ends.
+    This process may lock it again. The system's lock ends with the process, however that ends.
     """
     lock = FileLock(path, timeout=0, thread_local=False, is_singleton=True, fallback_to_soft=False)
     try:
@@ -124,11 +124,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(folder: Path, owned: str) -> Iterator[Path]:
     """A folder to fill in place of `folder`, which at any moment is the old one or the whole new one.
 
-    Args:
-        owned: pattern of the file names that the format has. The old ones go; files of other names stay.
-
-    Raises:
-        UserError: if the folder cannot be replaced as a whole, before anything is written.
+    Old files go if their names match the pattern `owned`; others stay. A UserError if it cannot be replaced as a whole.
     """
     target = Path(os.path.realpath(folder))
     part = target.with_name(f".{target.name}.part")
@@ -243,16 +239,13 @@ def write_tensors(path: Path, content: Mapping[str, Any], tensors: Iterable[tupl
                 raise UserError(f"{path} was not written: {damaged} is not read back as it was written; try again")
 
 
-def named_tensors(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def named_tensors(content: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
     """The tensors in nested mappings with their names, such as optimizer.state.0.exp_avg; each tensor once."""
-    found: dict[int, tuple[str, Tensor]] = {}
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            for inner, tensor in named_tensors(value, f"{prefix}{name}."):
-                found.setdefault(id(tensor), (inner, tensor))
-        elif isinstance(value, Tensor):
-            found.setdefault(id(value), (f"{prefix}{name}", value))
-    yield from found.values()
+    found: dict[Tensor, str] = {}
+    for keys, value in tree_flatten_with_path(dict(content))[0]:
+        if isinstance(value, Tensor):
+            found.setdefault(value, ".".join(str(getattr(key, "key", key)) for key in keys))
+    return [(name, tensor) for tensor, name in found.items()]
 
 
 def bytes_of(path: Path, name: str, tensor: Tensor) -> memoryview:
@@ -325,19 +318,11 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is not text in UTF-8 (byte {error.start}); convert it") from None
 
 
-def parse_json(text: str) -> Any:
-    """The value of JSON text; a ValueError if it has none, also if it is nested too deep to be read."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The fields of a JSON file."""
     try:
-        fields = parse_json(read_text(path))
-    except ValueError as error:
+        fields = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:  # the latter if it is nested too deep
         raise UserError(f"{path} is truncated or not valid JSON ({error}); get it again") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path} is not a JSON object; get it again")

@@ -28,10 +28,7 @@ COLUMNS = (
 
 
 def make_logger(name: str | None, out_dir: Path) -> Logger | None:
-    """TensorBoard's logger, or any of Lightning's by its class, such as lightning.pytorch.loggers.WandbLogger.
-
-    It writes below `out_dir`, or where its library's environment variables say.
-    """
+    """TensorBoard's logger, or any of Lightning's by its class, such as lightning.pytorch.loggers.WandbLogger."""
     if name is None:
         return None
     try:
@@ -50,11 +47,8 @@ def make_logger(name: str | None, out_dir: Path) -> Logger | None:
 class TrainingLog:
     """Reports each optimizer step and each validation. Only the first of several processes writes.
 
-    Args:
-        out_dir: where metrics.csv goes; with `first_step` > 0 its rows up to there are kept and continued.
-        n_steps: optimizer steps of the whole run.
-        first_step: optimizer steps that were done before, in a run that is resumed.
-        interval: steps between two lines, when not on a terminal that shows a bar.
+    Of a run that is resumed after `first_step` of `n_steps`, the rows of metrics.csv up to there are kept. `interval`
+    is the number of steps between two lines, where there is no terminal that shows a bar.
     """
 
     def __init__(self, fabric: Fabric, out_dir: Path, n_steps: int, first_step: int, interval: int) -> None:
@@ -85,12 +79,12 @@ class TrainingLog:
         self.last = now
         self.records, self.tokens = self.records + data.n_records, self.tokens + data.n_tokens
         memory = peak_memory(self.fabric.device)
-        left = self.training_seconds / (step - self.first_step) * (self.n_steps - step)
         values = {"train_loss": loss, "learning_rate": learning_rate, "gradient_norm": gradient_norm}
         self._row(step, **values, tokens_per_second=speed, memory_gb=memory)
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s, {memory:.1f} GB", refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and (step % self.interval == 0 or step == self.n_steps):
+            left = self.training_seconds / (step - self.first_step) * (self.n_steps - step)
             rates = f"{speed:.0f} tokens/s, {memory:.2f} GB, {tqdm.format_interval(left)} left"
             self.say(f"step {step}/{self.n_steps}: loss {loss:.4f}, {rates}")
 
