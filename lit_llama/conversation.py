@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import takewhile
+from itertools import chain, takewhile
 
 from lit_llama.errors import UserError
 from lit_llama.generation import Sampling, next_tokens
@@ -63,8 +63,11 @@ class Conversation:
         n = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
         del self.cached[n:]
         if self.cache is None or length > self.cache.room:
-            roomy = min(2 * length, self.model.config.block_size)
-            self.cache = grown(self.cache, self.model.new_cache(1, roomy))
+            smaller = chain(*self.cache.layers) if self.cache else ()
+            self.cache = self.model.new_cache(1, min(2 * length, self.model.config.block_size))
+            with torch.inference_mode():
+                for old, new in zip(smaller, chain(*self.cache.layers), strict=False):
+                    new[:, :, : old.size(2)] = old
         self.cache.length = n
         return n
 
@@ -86,12 +89,3 @@ class Conversation:
     def is_full(self) -> bool:
         """Whether the last answer has reached the end of the model's context."""
         return len(self.cached) + 1 >= self.model.config.block_size
-
-
-@torch.inference_mode()
-def grown(cache: KVCache | None, into: KVCache) -> KVCache:
-    """A larger cache that begins with what another one holds."""
-    for layer, larger in zip(cache.layers, into.layers, strict=True) if cache else ():
-        for old, new in zip(layer, larger, strict=True):
-            new[:, :, : old.size(2)] = old
-    return into

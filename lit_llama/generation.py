@@ -49,25 +49,9 @@ def sample(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def compile_steps(model: LLaMA) -> None:
-    """Compile the computation of a single token, once for all lengths of a text; on a GPU it becomes one CUDA graph.
-
-    Prompts are not compiled, since each has its own length.
-    """
+    """Compile the computation of a single token, not of prompts, which have any length; on a GPU: one CUDA graph."""
     check_compilable(model)
     model.compiled = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
-
-
-def new_cache(model: LLaMA, batch_size: int, length: int) -> KVCache:
-    """An empty cache with room for `length` tokens; for compiled steps a power of two, since each size is compiled."""
-    room = min(max(256, 1 << (length - 1).bit_length()), model.config.block_size) if model.compiled else length
-    return model.new_cache(batch_size, room)
-
-
-def fix_shapes(cache: KVCache) -> None:
-    """Let steps have the same shapes at every length, and be recorded as a CUDA graph, which needs fixed addresses."""
-    cache.length = torch.tensor(cache.length, device=cache.layers[0][0].device)
-    for tensor in (cache.length, *chain(*cache.layers)):
-        torch._dynamo.mark_static_address(tensor)
 
 
 @torch.inference_mode()
@@ -94,11 +78,16 @@ def next_tokens(
     padding = [longest - len(prompt) for prompt in prompts]
     n_pad = torch.tensor(padding, device=device) if any(padding) else None
     idx = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=device)  # (B, T)
-    cache = cache or new_cache(model, len(prompts), longest + sampling.max_new_tokens)
+    room = longest + sampling.max_new_tokens
+    if model.compiled:  # for each size of the cache: few are enough
+        room = min(max(256, 1 << (room - 1).bit_length()), model.config.block_size)
+    cache = cache or model.new_cache(len(prompts), room)
     last = torch.arange(1, len(prompts) + 1, device=device) * longest - 1
     logits = model(idx, cache, last, n_pad)  # (B, V)
-    if model.compiled:
-        fix_shapes(cache)
+    if model.compiled:  # the same shapes at every length; and a CUDA graph needs fixed addresses
+        cache.length = torch.tensor(cache.length, device=device)
+        for tensor in (cache.length, *chain(*cache.layers)):
+            torch._dynamo.mark_static_address(tensor)
     for left in reversed(range(sampling.max_new_tokens)):
         tokens = sample(logits, sampling)  # (B,)
         ids = tokens.tolist()  # all that a step waits for

@@ -1,14 +1,12 @@
 """Weights in fewer bits: int8 for generation and evaluation, NF4 for a frozen base that LoRA or an adapter learns on.
 
 int8: a weight w of output channel i is stored as the integer q = round(w / s), where s is the largest |w| of the
-channel over 127, so that w differs from s q by at most s / 2. A fourth of the memory of float32, and of what a token
-reads of it. (Symmetric absmax, "vector-wise" in LLM.int8(), arXiv 2208.07339, section 2; but here activations keep
-their precision.)
+channel over 127, so that w differs from s q by at most s / 2. (Symmetric absmax, "vector-wise" in LLM.int8(), arXiv
+2208.07339, section 2; but here activations keep their precision.)
 
-NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3), by bitsandbytes: a matrix is cut into blocks of 64
-weights; each block is divided by its largest absolute value, and each weight becomes the nearest of 16 numbers, the
-quantiles of a normal distribution. The largest values of 256 blocks are quantised again, to 8 bits: 4.13 bits a weight
-in all.
+NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3), by bitsandbytes: each block of 64 weights is divided
+by its largest absolute value, and each weight becomes the nearest of 16 numbers, the quantiles of a normal
+distribution. The largest values of 256 blocks are quantised again, to 8 bits: 4.13 bits a weight in all.
 """
 
 import logging

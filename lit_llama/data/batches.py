@@ -1,8 +1,4 @@
-"""Prepared records as a training run sees them: read from their folder, and drawn from it in optimizer steps.
-
-`lit_llama/data/preparation.py` says what such a folder holds. Length limit and prompt masking are choices of the
-training, so changing them needs no new preparation.
-"""
+"""Prepared records as a training run sees them: cut, masked, and drawn from their folder in optimizer steps."""
 
 import hashlib
 import json

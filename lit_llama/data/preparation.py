@@ -177,7 +177,7 @@ def count_reasons(places: Mapping[str, list[str]]) -> str:
 
 def chunks(source: Path) -> Iterator[list[Row]]:
     try:
-        rows = iter(read_rows(source))
+        rows = read_rows(source)
         while chunk := list(islice(rows, CHUNK)):
             yield chunk
     except ImportError:
@@ -236,8 +236,7 @@ def read_split(data_dir: Path, split: str) -> tuple[dict[str, Any], list[np.ndar
         say(f"{paths[0]} was read without comparing it with its checksum")
     checked = paths if files.check_all else paths[1:]
     wrong = [path.name for path in checked if digest(path) != meta["sha256"].get(path.stem)]
-    wrong += [paths[i].name for i in inconsistent(*arrays)]
-    if wrong:
+    if wrong := wrong or [paths[i].name for i in inconsistent(*arrays)]:
         raise UserError(f"{data_dir} is damaged: {wrong[0]} does not match the rest; prepare the data again")
     return meta, arrays
 

@@ -9,13 +9,12 @@ import json
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 from lit_llama.prompt import Message, Role, check_order
 
 Conversation = list[Message]  # of a document: the answer alone
-Row = tuple[str, object]  # its place, such as "line 3", and what is there; bytes are a line of JSON, not yet parsed
+Row = tuple[str, object]  # its place, such as "line 3", and what is there: bytes of JSON, a value, or an error
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant"}  # of ShareGPT and others
 WEIGHTS = ("weight", "loss_weight", "train")  # 0 or false: not to be learned
 SYSTEMS = {"system", "system_prompt"}
@@ -23,13 +22,6 @@ UNUSED = {  # what changes the meaning of a record or a message, and has no use 
     "tools", "functions", "tool_calls", "function_call", "images", "image", "videos", "audios", "context",
     "reasoning_content", "thinking",
 }  # fmt: skip
-
-
-class Cells(NamedTuple):
-    """A row of a table that does not fit under its header."""
-
-    found: int
-    expected: int
 
 
 @dataclass(frozen=True)
@@ -47,8 +39,8 @@ class Fields:
 def conversation(row: object, fields: Fields) -> Conversation:
     """The messages of a record; a ValueError says what is wrong with it, or which of its fields has no use here."""
     row = parse_line(row) if isinstance(row, bytes) else row
-    if isinstance(row, Cells):
-        raise ValueError(f"has {row.found} cells, expected {row.expected} as in the header: quote what has a delimiter")
+    if isinstance(row, ValueError):
+        raise row
     if not isinstance(row, dict):
         raise ValueError(f"is of type {type(row).__name__}, not an object with fields")
     given = present(row, fields)
@@ -57,7 +49,7 @@ def conversation(row: object, fields: Fields) -> Conversation:
     if not all(map(is_learned, given.items())) or given.get("label") in (False, "false", "False"):
         raise ValueError("is marked as not to be learned (by its weight or label)")
     if turns is not None:
-        messages = list(map(partial(message, fields=fields), turns_of(turns)))
+        messages = [message(turn, fields) for turn in turns_of(turns)]
     elif text is not None and instruction is None:
         if other := given.keys() & {"role", "label"}:
             raise ValueError(f"has {min(other)!r} beside {fields.text!r}, so it is more than a document")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-from lit_llama.data.records import Cells, Row, parse_line
+from lit_llama.data.records import Row, parse_line
 from lit_llama.errors import UserError
 from lit_llama.storage.files import write_file
 
@@ -82,9 +82,9 @@ def csv_rows(source: Path) -> Iterator[Row]:
                 if any(map(str.strip, cells)) and not names:
                     names = [name.strip() for name in cells]
                 elif any(map(str.strip, cells)):
-                    fits = len(cells) == len(names)
-                    row = dict(zip(names, cells, strict=True)) if fits else Cells(len(cells), len(names))
-                    yield f"line {line}", row
+                    fits, found = len(cells) == len(names), f"has {len(cells)} cells, expected {len(names)}"
+                    wrong = f"{found} as in the header: quote what has a delimiter"
+                    yield f"line {line}", dict(zip(names, cells, strict=True)) if fits else ValueError(wrong)
                 line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{source}, line {line}: not valid CSV ({error})") from None
@@ -164,10 +164,7 @@ def download(url: str, path: Path) -> None:
         return
     try:
         with urlopen(url, timeout=60) as response:
-            content = response.read()
-            expected = response.headers.get("Content-Length")
+            content = response.read()  # all of it, or an HTTPException
     except (OSError, HTTPException) as error:
         raise UserError(f"could not download {url} ({error}); fetch it by other means and pass --data_file") from None
-    if expected and int(expected) != len(content):
-        raise UserError(f"the download of {url} broke off after {len(content)} of {expected} bytes; run this again")
     write_file(path, content)

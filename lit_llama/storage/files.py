@@ -90,13 +90,12 @@ def lock_output_folder(folder: Path) -> None:
 
 def check_room(folder: Path, n_bytes: int) -> None:
     """Raise a UserError if a file of this size cannot be written to a folder."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    limit, free = resource.getrlimit(resource.RLIMIT_FSIZE)[0], shutil.disk_usage(folder).free
+    what = f"a file of {n_bytes / 1e9:.2g} GB is to be written to {folder}, "
     if limit != resource.RLIM_INFINITY and n_bytes > limit:
-        raise UserError(f"a file of {n_bytes / 1e9:.2g} GB is to be written, but ulimit -f allows {limit} bytes")
-    free = shutil.disk_usage(folder).free
+        raise UserError(f"{what}but ulimit -f allows {limit} bytes")
     if n_bytes > free:
-        there = f"{folder}, where only {free / 1e9:.2g} GB are free; make room or write elsewhere"
-        raise UserError(f"a file of {n_bytes / 1e9:.2g} GB is to be written to {there}")
+        raise UserError(f"{what}where only {free / 1e9:.2g} GB are free; make room or write elsewhere")
 
 
 @contextmanager
@@ -278,11 +277,9 @@ def check_apart(source: Path, target: Path) -> None:
 
 def read_file(path: Path, check_tensors: bool = True) -> dict[str, Any]:
     """The mapping that torch.save wrote, checked, with `check_tensors` to its last byte. Tensors stay on the disk."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
+    check_archive(path, check_tensors and check_all)
     if check_tensors and not check_all:
         print(f"{path} was read without comparing its tensors with their checksums", file=sys.stderr)
-    check_archive(path, check_tensors and check_all)
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:

@@ -24,6 +24,8 @@ def check_archive(path: Path, tensors: bool = True) -> None:
 
     Without `tensors`, only what describes them is checked.
     """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
     try:
         with ZipFile(path) as archive:
             members = archive.infolist()
@@ -31,17 +33,16 @@ def check_archive(path: Path, tensors: bool = True) -> None:
         inflated = any(member.compress_type != ZIP_STORED for member in members)
         excessive = inflated or sum(member.file_size for member in described) > MAX_PICKLE
         names = [member.filename for member in (members if tensors else described) if not excessive]
+        shares = [names[i::THREADS] for i in range(THREADS)]
         with ThreadPoolExecutor(THREADS) as pool:
-            damaged = [
-                *filter(None, pool.map(partial(first_damaged, path), (names[i::THREADS] for i in range(THREADS))))
-            ]
+            damaged = next(filter(None, pool.map(partial(first_damaged, path), shares)), "")
     except Exception:  # the standard library's parser raises a dozen kinds
         problem = "is truncated, or not a checkpoint of PyTorch 1.6 or later"
         raise UserError(f"{path} {problem}; copy or convert it again") from None
     if excessive:
         raise UserError(f"{path} would take far more memory than its size, and was not opened; get it from elsewhere")
     if damaged:
-        name = damaged[0].partition("/")[2]
+        name = damaged.partition("/")[2]
         raise UserError(f"{path} is damaged: its {name} does not match its checksum; copy or write it again")
 
 
@@ -62,8 +63,6 @@ def fingerprint(path: Path) -> str:
 
 def identity(path: Path) -> dict[str, str]:
     """How a run, and what it writes, remembers its base model."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
     return {"base": fingerprint(path), "base_path": str(path)}
 
 

@@ -47,14 +47,13 @@ def launch(
         has = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else f"no GPU and {os.cpu_count()} CPU cores"
         raise UserError(f"{devices} devices were requested, but this machine has {has}; lower --devices")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would build a plan for every new length of a record
-    chosen: Any = "auto"
+    # all processes read the same file and draw the same random numbers
+    chosen: Any = DDPStrategy(init_sync=False) if n > 1 else "auto"
     if strategy == "fsdp" and precision == "16-mixed":
         raise UserError("16-mixed is for whole models; with --strategy fsdp, give --precision 32-true or bf16-mixed")
     if strategy == "fsdp":
         spread = partial(shard, compute_dtype=storage_dtype(precision))
         chosen = ModelParallelStrategy(spread, data_parallel_size=n, tensor_parallel_size=1)
-    elif n > 1:
-        chosen = DDPStrategy(init_sync=False)  # all processes read the same file and draw the same random numbers
     try:
         fabric = Fabric(devices=devices, num_nodes=num_nodes, strategy=chosen, precision=precision, loggers=logger)
         connect_again()
