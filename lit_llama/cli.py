@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, NoReturn, get_args, get_origin
 
 from lit_llama.errors import Stopped, UserError, interrupted
 from lit_llama.storage import files
@@ -178,9 +178,8 @@ def type_words(annotation: Any) -> tuple[str, str]:
     """What a value of this type is called in --help, and in a message."""
     choices = [choice for choice in get_args(annotation) if choice not in (type(None), ...)]
     if bool in choices[:-1]:  # or one of some words
-        words = [word for choice in choices[1:] for word in get_args(choice)]
-        return f"{{{','.join(['true', 'false', *words])}}}", f"one of {', '.join(['true', 'false', *words])}"
-    if get_origin(annotation) is Literal:
+        choices = ["true", "false", *get_args(choices[-1])]
+    if choices and isinstance(choices[0], str):
         return f"{{{','.join(choices)}}}", f"one of {', '.join(choices)}"
     if get_origin(annotation) is tuple:
         metavar, words = type_words(choices[0])
@@ -236,8 +235,7 @@ def join_lists(arguments: list[str], flags: set[str]) -> list[str]:
     others, current = [], ""
     for argument in arguments:
         flag, equals, value = argument.partition("=")
-        if flag.startswith("--"):
-            current = flag
+        current = flag if flag.startswith("--") else current
         if current not in flags:
             others.append(argument)
         elif flag != current:

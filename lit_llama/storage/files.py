@@ -208,14 +208,9 @@ def write_file(path: Path, content: bytes | str) -> None:
 def write_tensors(path: Path, content: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]] | None = None) -> None:
     """Write what torch.save would, but tensor by tensor, whole or not at all; it is read back first.
 
-    Args:
-        content: nested mappings. What is one tensor under several names is stored once.
-        tensors: those that `named_tensors` finds in the content, in its order; if they are given, those in the content
-            tell only shapes and dtypes. Each is let go before the next one is asked for, so that a process can write a
-            model that it could not hold.
-
-    Raises:
-        UserError: if a number is inf or nan, before an older file is replaced.
+    With `tensors`, in the order of `named_tensors`, those in `content` tell only shapes and dtypes. Each is let go
+    before the next one is asked for, so that a process can write a model that it could not hold. A UserError if a
+    number is inf or nan, before an older file is replaced.
     """
     tensors = iter(named_tensors(content) if tensors is None else tensors)
     untouched = cache(lambda like: torch.empty(like.shape, dtype=like.dtype, device="cpu"))  # takes no memory yet
