@@ -53,16 +53,10 @@ TYPE_WORDS: dict[Any, tuple[str, str]] = {  # of values: in --help, and in a mes
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """Help with words instead of Python's types: --max_steps INT."""
-
-    def _get_default_metavar_for_optional(self, action: Action) -> str:
-        return type_words(getattr(action, "_typehint", action.type))[0]
-
-    def _get_type_str(self, action: Action) -> None:
-        """None, so that no type is added to the help."""
+    """Help with defaults as they would be typed, and without Python's types."""
 
     def _get_help_string(self, action: Action) -> str:
-        """The help of a flag with its default, as it would be typed, unless the help says it or there is none."""
+        """The help of a flag with its default, unless the help says it or there is none."""
         text, value = (action.help or "").replace("%", "%%"), action.default
         if action.required:
             return f"{text} (required)"
@@ -159,8 +153,8 @@ def parse(main: Callable[..., None], module: ModuleType) -> dict[str, Any]:
         group = groups.get(heading) or groups.setdefault(heading, parser.add_argument_group(heading))
         group.add_argument(f"--{name}", type=types[name], default=default, help=comment or name.replace("_", " "))
     for action in parser._actions:
-        if hasattr(action, "_typehint"):  # instead of jsonargparse's words, such as [ITEM,...]
-            action.metavar = None
+        if action.dest in types:
+            action.metavar = type_words(types[action.dest])[0]  # such as INT
     lists = {f"--{name}" for name, annotation in types.items() if get_origin(annotation) is tuple}
     given = join_lists(sys.argv[1:], lists)
     check_flags(given, types)

@@ -49,7 +49,7 @@ def sample(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def compile_steps(model: LLaMA) -> None:
-    """Compile the computation of a single token, not of prompts, which have any length; on a GPU: one CUDA graph."""
+    """Compile the step of a single token, once for all lengths; prompts, each of its own length, are not compiled."""
     check_compilable(model)
     model.compiled = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
@@ -79,12 +79,12 @@ def next_tokens(
     n_pad = torch.tensor(padding, device=device) if any(padding) else None
     idx = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=device)  # (B, T)
     room = longest + sampling.max_new_tokens
-    if model.compiled:  # for each size of the cache: few are enough
+    if model.compiled:  # for each size: a power of two, so that there are few
         room = min(max(256, 1 << (room - 1).bit_length()), model.config.block_size)
     cache = cache or model.new_cache(len(prompts), room)
     last = torch.arange(1, len(prompts) + 1, device=device) * longest - 1
     logits = model(idx, cache, last, n_pad)  # (B, V)
-    if model.compiled:  # the same shapes at every length; and a CUDA graph needs fixed addresses
+    if model.compiled:  # steps of all lengths have the same shapes; on a GPU, a CUDA graph needs fixed addresses
         cache.length = torch.tensor(cache.length, device=device)
         for tensor in (cache.length, *chain(*cache.layers)):
             torch._dynamo.mark_static_address(tensor)

@@ -130,7 +130,7 @@ def finish_loading(model: LLaMA, quantize: Quantization | None, dtype: torch.dty
 
 
 def find_model(path: Path | None, default: Path = DEFAULT_MODEL) -> Path:
-    """The weights of a model, by its folder or its file; of none, those of the default or of the last beside it."""
+    """The weights at `path`, a folder or file; without one, of the default model, or of the last one beside it."""
     if path:
         return file_in(path)
     models = [] if default.exists() else list(default.parents[1].glob(f"[!.]*/{WEIGHTS}"))
