@@ -29,11 +29,6 @@ class Sampling:
     top_p: float | None = None  # draw from the fewest that together have this probability (nucleus, arXiv 1904.09751)
     seed: int = 1234  # of each prompt
 
-    def __post_init__(self) -> None:
-        top_p = 1.0 if self.top_p is None else self.top_p
-        if self.max_new_tokens < 1 or not 0 <= self.temperature < float("inf") or (self.top_k or 0) < 0 or top_p < 0:
-            raise UserError("--max_new_tokens must be at least 1; --temperature, --top_k and --top_p at least 0")
-
 
 def sample(logits: Tensor, sampling: Sampling) -> Tensor:
     """Draw a token id from each row of logits (..., V); -1 where they are not all finite."""
