@@ -12,11 +12,12 @@ import traceback
 from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import Any, NoReturn, get_args, get_origin
 
-from lit_llama.errors import Stopped, UserError, imports_are_done
+from lit_llama.errors import Stopped, UserError, interrupted
 from lit_llama.storage import files
 
 import torch
@@ -25,9 +26,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat,
 
 MISTAKE, WRONG_FLAG = 1, 2  # exit statuses; 128 and the signal's number after a signal
 LIKENESS = 0.52  # of two words, from 0 to 1: that of checkpoint_path and pretrained_path is just above
-LOST_CONNECTION = (
-    "(gloo|nccl|c10d|tcpstore).*(connect|closed|reset|abort|remote|timed out)"  # what torch.distributed says
-)
+LOST_CONNECTION = "(gloo|nccl|c10d|tcpstore).*(connect|closed|reset|abort|remote|timed out)"  # as torch says it
 OTHER_NAMES = {  # of flags: in other projects, and in the archived Lit-LLaMA
     "checkpoint_dir": ("pretrained_path", "checkpoint_path"),
     "input_sentence": ("input",),
@@ -53,24 +52,11 @@ TYPE_WORDS: dict[Any, tuple[str, str]] = {  # of values: in --help, and in a mes
 }
 
 
-class Constant(NamedTuple):
-    """What the source says of a constant: the comment after it, and the one above it or above those before it."""
-
-    help: str
-    group: str
-
-
 class HelpFormatter(DefaultHelpFormatter):
-    """Help with words instead of Python's types: --max_steps INT."""
-
-    def _get_default_metavar_for_optional(self, action: Action) -> str:
-        return type_words(getattr(action, "_typehint", action.type))[0]
-
-    def _get_type_str(self, action: Action) -> None:
-        """None, so that no type is added to the help."""
+    """Help with defaults as they would be typed, and without Python's types."""
 
     def _get_help_string(self, action: Action) -> str:
-        """The help of a flag with its default, as it would be typed, unless the help says it or there is none."""
+        """The help of a flag with its default, unless the help says it or there is none."""
         text, value = (action.help or "").replace("%", "%%"), action.default
         if action.required:
             return f"{text} (required)"
@@ -94,7 +80,8 @@ def run(main: Callable[..., None]) -> None:
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, terminated)
     try:
-        imports_are_done()
+        if signal.getsignal(signal.SIGINT) is interrupted:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         main(**arguments)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -166,8 +153,8 @@ def parse(main: Callable[..., None], module: ModuleType) -> dict[str, Any]:
         group = groups.get(heading) or groups.setdefault(heading, parser.add_argument_group(heading))
         group.add_argument(f"--{name}", type=types[name], default=default, help=comment or name.replace("_", " "))
     for action in parser._actions:
-        if hasattr(action, "_typehint"):  # instead of jsonargparse's words, such as [ITEM,...]
-            action.metavar = None
+        if action.dest in types:
+            action.metavar = type_words(types[action.dest])[0]  # such as INT
     lists = {f"--{name}" for name, annotation in types.items() if get_origin(annotation) is tuple}
     given = join_lists(sys.argv[1:], lists)
     check_flags(given, types)
@@ -185,9 +172,8 @@ def type_words(annotation: Any) -> tuple[str, str]:
     """What a value of this type is called in --help, and in a message."""
     choices = [choice for choice in get_args(annotation) if choice not in (type(None), ...)]
     if bool in choices[:-1]:  # or one of some words
-        words = [word for choice in choices[1:] for word in get_args(choice)]
-        return f"{{{','.join(['true', 'false', *words])}}}", f"one of {', '.join(['true', 'false', *words])}"
-    if get_origin(annotation) is Literal:
+        choices = ["true", "false", *get_args(choices[-1])]
+    if choices and isinstance(choices[0], str):
         return f"{{{','.join(choices)}}}", f"one of {', '.join(choices)}"
     if get_origin(annotation) is tuple:
         metavar, words = type_words(choices[0])
@@ -229,8 +215,10 @@ def explain_parse_error(message: str, types: dict[str, Any], given: list[str]) -
     if key is None or key[1] not in types:
         return message
     flag = f"--{key[1]}"
-    words = [pair for pair in zip(given, [*given[1:], ""], strict=True) if pair[0].partition("=")[0] == flag]
-    found = words[-1][0].partition("=")[2] or words[-1][1] if words else ""
+    values = [
+        word.partition("=")[2] or after for word, after in pairwise([*given, ""]) if word.partition("=")[0] == flag
+    ]
+    found = values[-1] if values else ""
     found = f"not {found!r}" if found and not found.startswith("--") else "and none is given"
     return f"{flag} takes {type_words(types[key[1]])[1]}, {found}"
 
@@ -241,8 +229,7 @@ def join_lists(arguments: list[str], flags: set[str]) -> list[str]:
     others, current = [], ""
     for argument in arguments:
         flag, equals, value = argument.partition("=")
-        if flag.startswith("--"):
-            current = flag
+        current = flag if flag.startswith("--") else current
         if current not in flags:
             others.append(argument)
         elif flag != current:
@@ -257,8 +244,8 @@ def constants(module: ModuleType) -> dict[str, Any]:
     return {name: getattr(module, name) for name in find_constants(module)}
 
 
-def find_constants(module: ModuleType) -> dict[str, Constant]:
-    """The names of a module's constants, each with what its source says of it."""
+def find_constants(module: ModuleType) -> dict[str, tuple[str, str]]:
+    """The names of a module's constants, with the comments after them, and above them or above those before them."""
     source = Path(str(module.__file__)).read_text(encoding="utf-8")
     lines, heading = source.splitlines(), "settings"
     found = {}
@@ -269,5 +256,5 @@ def find_constants(module: ModuleType) -> dict[str, Constant]:
                 comment = re.search(r"#\s*(.*)$", lines[node.lineno - 1])
                 above = re.match(r"#\s*(.*)$", lines[node.lineno - 2])
                 heading = above[1] if above else heading
-                found[target.id] = Constant(comment[1] if comment else "", heading)
+                found[target.id] = (comment[1] if comment else "", heading)
     return found

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import takewhile
+from itertools import chain, takewhile
 
 from lit_llama.errors import UserError
 from lit_llama.generation import Sampling, next_tokens
@@ -17,27 +17,18 @@ class Conversation:
     """The messages so far, and the keys and values of their tokens.
 
     Each turn is the model's answer to the whole conversation in its template. Of its tokens, those that the cache
-    begins with are not computed again.
-
-    Attributes:
-        messages: questions and answers in turn, perhaps after a system message.
-        template: with one that takes a single question, each begins a new conversation.
-        ended: whether the last answer came to its end.
+    begins with are not computed again. With a template that takes a single question, each begins a new conversation.
     """
 
     def __init__(self, model: LLaMA, tokenizer: Tokenizer, template: str) -> None:
         self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.messages: list[Message] = []
-        self.ended = False
+        self.messages: list[Message] = []  # questions and answers in turn, perhaps after a system message
+        self.ended = False  # whether the last answer came to its end
         self.cached: list[int] = []  # the tokens that the cache holds
         self.cache: KVCache | None = None
 
     def ask(self, question: str, sampling: Sampling) -> Iterator[str]:
-        """Yield the answer in pieces. A reader may stop at any of them: that much of it is in the conversation.
-
-        Raises:
-            UserError: if the model's context has no room for an answer.
-        """
+        """Yield the answer in pieces. A reader may stop at any of them: that much of it is in the conversation."""
         if not takes_turns(self.template, self.tokenizer):
             self.messages = []
         if self.messages and not self.messages[-1].content:
@@ -47,9 +38,8 @@ class Conversation:
         context = self.model.config.block_size
         if len(prompt) >= context:
             raise UserError(f"no room for an answer: the context has {context} tokens, the messages {len(prompt)}")
-        tokens = self._answer(
-            prompt, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context - len(prompt)))
-        )
+        n_new = min(sampling.max_new_tokens, context - len(prompt))
+        tokens = self._answer(prompt, replace(sampling, max_new_tokens=n_new))
         self.messages = [*asked, Message("assistant", "")]
         for piece in self.tokenizer.stream(tokens):
             self.messages[-1] = Message("assistant", self.messages[-1].content + piece)
@@ -73,8 +63,11 @@ class Conversation:
         n = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
         del self.cached[n:]
         if self.cache is None or length > self.cache.room:
-            roomy = min(2 * length, self.model.config.block_size)
-            self.cache = grown(self.cache, self.model.new_cache(1, roomy))
+            smaller = chain(*self.cache.layers) if self.cache else ()
+            self.cache = self.model.new_cache(1, min(2 * length, self.model.config.block_size))
+            with torch.inference_mode():
+                for old, new in zip(smaller, chain(*self.cache.layers), strict=False):
+                    new[:, :, : old.size(2)] = old
         self.cache.length = n
         return n
 
@@ -96,12 +89,3 @@ class Conversation:
     def is_full(self) -> bool:
         """Whether the last answer has reached the end of the model's context."""
         return len(self.cached) + 1 >= self.model.config.block_size
-
-
-@torch.inference_mode()
-def grown(cache: KVCache | None, into: KVCache) -> KVCache:
-    """A larger cache that begins with what another one holds."""
-    for layer, larger in zip(cache.layers, into.layers, strict=True) if cache else ():
-        for old, new in zip(layer, larger, strict=True):
-            new[:, :, : old.size(2)] = old
-    return into

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class UserError(Exception):
-    """Something a user can fix. The message is one line: what was found, what was expected and what to do."""
+    """Something a user can fix, in one line: what was found, what was expected and what to do."""
 
 
 class Stopped(UserError):
@@ -38,11 +38,10 @@ def error_context(path: Path, remedy: str = "") -> Iterator[None]:
 def check_fields(config: Any, **ranges: tuple[float, float]) -> None:
     """Raise a UserError unless the fields of a dataclass have their types, and values in the ranges, ends included."""
     for field in fields(config):
-        value = getattr(config, field.name)
-        check_type(field.name, value, field.type)
-        if field.name in ranges and not ranges[field.name][0] <= value <= ranges[field.name][1]:
-            low, high = ranges[field.name]
-            raise UserError(f"{field.name} is {short(value)}, expected {low} to {high:g}")
+        check_type(field.name, getattr(config, field.name), field.type)
+    for name, (low, high) in ranges.items():
+        if not low <= getattr(config, name) <= high:
+            raise UserError(f"{name} is {short(getattr(config, name))}, expected {low} to {high:g}")
 
 
 def check_type(name: str, value: Any, expected: Any) -> None:
@@ -68,8 +67,9 @@ def describe_type(expected: Any) -> str:
         int: "a whole number", float: "a number", bool: "true or false", str: "text", Mapping: "named values",
         NoneType: "null", list: "a list", tuple: "a list",
     }  # fmt: skip
-    parts = get_args(expected) if isinstance(expected, UnionType) else (expected,)
-    return " or ".join(words.get(get_origin(part) or part, getattr(part, "__name__", str(part))) for part in parts)
+    if isinstance(expected, UnionType):
+        return " or ".join(map(describe_type, get_args(expected)))
+    return words.get(get_origin(expected) or expected, getattr(expected, "__name__", str(expected)))
 
 
 def short(value: Any) -> str:
@@ -82,9 +82,8 @@ def short(value: Any) -> str:
 
 def guard_imports() -> None:
     """Have errors and Ctrl-C end in one line while a script of ours loads its libraries, which takes seconds."""
-    folders = (ROOT, *(ROOT / "scripts" / name for name in ("", "lab", "dev")))
-    program = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
-    if program.resolve().parent in folders:  # but not in the programs of others
+    folder = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent
+    if folder == ROOT or folder.is_relative_to(ROOT / "scripts"):  # but not in the programs of others
         sys.excepthook = end_in_one_line
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # without stacks in C++ where a process is lost
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -94,19 +93,12 @@ def guard_imports() -> None:
 def end_in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if "--debug" in sys.argv:
         sys.__excepthook__(kind, error, trace)
-    else:
-        remedy = "; run: source .venv/bin/activate" if issubclass(kind, ModuleNotFoundError) else ""
-        text = " ".join(str(error).split())
-        print(f"error: {kind.__name__} while libraries were loaded ({text[:200]}){remedy}", file=sys.stderr)
+    remedy = "; run: source .venv/bin/activate" if issubclass(kind, ModuleNotFoundError) else ""
+    text = " ".join(str(error).split())[:200]
+    print(f"error: {kind.__name__} while libraries were loaded ({text}){remedy}", file=sys.stderr)
 
 
 def interrupted(number: int, _frame: FrameType | None) -> None:
     """Nothing has been begun. An exception here could come up in a place that prints it and goes on."""
     os.write(2, b"interrupted\n")
     os._exit(128 + number)
-
-
-def imports_are_done() -> None:
-    """From here on, Ctrl-C is a KeyboardInterrupt again."""
-    if signal.getsignal(signal.SIGINT) is interrupted:
-        signal.signal(signal.SIGINT, signal.default_int_handler)

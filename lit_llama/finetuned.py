@@ -37,10 +37,7 @@ ARCHIVED = STYLES["alpaca-stanford"]
 
 
 def describe(
-    method: LoRAConfig | AdapterConfig | None,
-    base: LLaMAConfig,
-    prompt_style: str,
-    hyperparameters: Mapping[str, Any],
+    method: LoRAConfig | AdapterConfig | None, base: LLaMAConfig, prompt_style: str, hyperparameters: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What a file says about its weights; `method` is None if all weights are finetuned."""
     kind = {LoRAConfig: "lora", AdapterConfig: "adapter"}[type(method)] if method else "full"
@@ -74,23 +71,19 @@ def read_described(path: Path, check_tensors: bool = True) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FinetunedFile:
-    """What a file of LoRA or adapter weights holds: `tensors` has the trained parameters under Lit-LLaMA's names.
-
-    The archived Lit-LLaMA stored neither the base model's config nor hyperparameters.
-    """
+    """What a file of LoRA or adapter weights holds."""
 
     path: Path
     config: Any  # a LoRAConfig or an AdapterConfig
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor]  # the trained parameters under Lit-LLaMA's names
     prompt_style: str = ARCHIVED
-    base: LLaMAConfig | None = None
+    base: LLaMAConfig | None = None  # which the archived Lit-LLaMA did not store, nor hyperparameters
     hyperparameters: Mapping[str, Setting] = field(default_factory=dict)
 
     def tensors_for(self, base: LLaMAConfig) -> dict[str, Tensor]:
         """The tensors; a UserError if they are not those that this method trains on a base model of this config."""
         theirs, ours = asdict(self.base or base), asdict(base)
-        different = [f"{name} {theirs[name]}, not {ours[name]}" for name in ours if ours[name] != theirs[name]]
-        if different:
+        if different := [f"{name} {theirs[name]}, not {ours[name]}" for name in ours if ours[name] != theirs[name]]:
             raise UserError(f"{self.path} was made for a different base model: one with {'; '.join(different)}")
         tensors = dict(self.tensors)
         for name, tensor in tensors.items():
@@ -120,12 +113,9 @@ def add_method(model: LLaMA, config: LoRAConfig | AdapterConfig) -> dict[str, Te
 def read_finetuned(
     path: Path, kind: Kind, alpha: float | None = None, base_path: Path | None = None, force: bool = False
 ) -> FinetunedFile:
-    """Read a file, or the best of a run's folder; check that it is of this kind and, by fingerprint, for this base.
+    """Read a file, or the best of a run's folder; check that it is of this kind and, unless `force`, for this base.
 
-    Args:
-        alpha: for a LoRA file of the archived Lit-LLaMA, which does not hold it.
-        base_path: the checkpoint of the base model, if it is to be compared with the one that was trained on.
-        force: use it on another base model of the same shape, too.
+    `alpha` is for a LoRA file of the archived Lit-LLaMA, which does not hold it.
     """
     if (best := path / FILE_NAMES[kind].replace(".pth", "-best.pth")).is_file():
         say(f"{path}: using {best.name}, which had the lowest validation loss")

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, tee
 from pathlib import Path
 
 from lit_llama.device import peak_memory
@@ -21,25 +21,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn, and how many at most.
-
-    Args:
-        temperature: divides the logits; 0 always takes the most likely token.
-        top_k: draw from the k most likely tokens only; None or 0: from all.
-        top_p: draw from the fewest tokens that together have this probability (nucleus, arXiv 1904.09751).
-        seed: of each prompt.
-    """
+    """How tokens are drawn, and how many at most."""
 
     max_new_tokens: int = 100
-    temperature: float = 0.8
-    top_k: int | None = 200
-    top_p: float | None = None
-    seed: int = 1234
-
-    def __post_init__(self) -> None:
-        top_p = 1.0 if self.top_p is None else self.top_p
-        if self.max_new_tokens < 1 or not 0 <= self.temperature < float("inf") or (self.top_k or 0) < 0 or top_p < 0:
-            raise UserError("--max_new_tokens must be at least 1; --temperature, --top_k and --top_p at least 0")
+    temperature: float = 0.8  # divides the logits; 0 always takes the most likely token
+    top_k: int | None = 200  # draw from the k most likely tokens only; None or 0: from all
+    top_p: float | None = None  # draw from the fewest that together have this probability (nucleus, arXiv 1904.09751)
+    seed: int = 1234  # of each prompt
 
 
 def sample(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -56,25 +44,9 @@ def sample(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def compile_steps(model: LLaMA) -> None:
-    """Compile the computation of a single token, once for all lengths of a text; on a GPU it becomes one CUDA graph.
-
-    Prompts are not compiled, since each has its own length.
-    """
+    """Compile the step of a single token, once for all lengths; prompts, each of its own length, are not compiled."""
     check_compilable(model)
     model.compiled = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
-
-
-def new_cache(model: LLaMA, batch_size: int, length: int) -> KVCache:
-    """An empty cache with room for `length` tokens; for compiled steps a power of two, since each size is compiled."""
-    room = min(max(256, 1 << (length - 1).bit_length()), model.config.block_size) if model.compiled else length
-    return model.new_cache(batch_size, room)
-
-
-def fix_shapes(cache: KVCache) -> None:
-    """Let steps have the same shapes at every length, and be recorded as a CUDA graph, which needs fixed addresses."""
-    cache.length = torch.tensor(cache.length, device=cache.layers[0][0].device)
-    for tensor in (cache.length, *chain(*cache.layers)):
-        torch._dynamo.mark_static_address(tensor)
 
 
 @torch.inference_mode()
@@ -101,11 +73,16 @@ def next_tokens(
     padding = [longest - len(prompt) for prompt in prompts]
     n_pad = torch.tensor(padding, device=device) if any(padding) else None
     idx = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=device)  # (B, T)
-    cache = cache or new_cache(model, len(prompts), longest + sampling.max_new_tokens)
+    room = longest + sampling.max_new_tokens
+    if model.compiled:  # for each size: a power of two, so that there are few
+        room = min(max(256, 1 << (room - 1).bit_length()), model.config.block_size)
+    cache = cache or model.new_cache(len(prompts), room)
     last = torch.arange(1, len(prompts) + 1, device=device) * longest - 1
     logits = model(idx, cache, last, n_pad)  # (B, V)
-    if model.compiled:
-        fix_shapes(cache)
+    if model.compiled:  # steps of all lengths have the same shapes; on a GPU, a CUDA graph needs fixed addresses
+        cache.length = torch.tensor(cache.length, device=device)
+        for tensor in (cache.length, *chain(*cache.layers)):
+            torch._dynamo.mark_static_address(tensor)
     for left in reversed(range(sampling.max_new_tokens)):
         tokens = sample(logits, sampling)  # (B,)
         ids = tokens.tolist()  # all that a step waits for
@@ -142,18 +119,11 @@ def generate_batch(
 
 
 def respond(
-    model: LLaMA,
-    tokenizer: Tokenizer,
-    prompts: list[str],
-    template: str,
-    context: str,
-    sampling: Sampling,
+    model: LLaMA, tokenizer: Tokenizer, prompts: list[str], template: str, context: str, sampling: Sampling
 ) -> None:
     """Print the model's answer to each prompt as it comes: text to stdout, time and memory to stderr.
 
-    Args:
-        prompts: instructions, to be rendered by the template. Of the plain one the prompt is printed, too.
-        context: the input that goes with the instruction, or "".
+    `context` is the input that goes with each prompt, or "". With the plain template, the prompt is printed, too.
     """
     tokenizer.check_fits(model.config.vocab_size)
     model.eval()
@@ -165,24 +135,16 @@ def respond(
             print(with_input(Message("user", prompt, context)), end="", flush=True)
         elif len(prompts) > 1:
             print(f"> {prompt}", file=sys.stderr)
-        answer: list[int] = []
         start = time.perf_counter()
-        tokens = kept(generate(model, ids, sampling, stop), answer)
+        tokens, answer = tee(generate(model, ids, sampling, stop))
         for piece in tokenizer.stream(tokens, after=ids if is_plain else []):
             print(piece, end="", flush=True)
         print(flush=True)
-        seconds = time.perf_counter() - start
-        if len(answer) == sampling.max_new_tokens:
-            print(f"(Cut after {len(answer)} tokens, the most that --max_new_tokens allows.)", file=sys.stderr)
-        print(f"Time for inference: {seconds:.2f} sec total, {len(answer) / seconds:.2f} tokens/sec", file=sys.stderr)
+        seconds, n = time.perf_counter() - start, len([*answer])
+        if n == sampling.max_new_tokens:
+            print(f"(Cut after {n} tokens, the most that --max_new_tokens allows.)", file=sys.stderr)
+        print(f"Time for inference: {seconds:.2f} sec total, {n / seconds:.2f} tokens/sec", file=sys.stderr)
     print(f"Memory used: {peak_memory(model.lm_head.weight.device):.2f} GB", file=sys.stderr)
-
-
-def kept(tokens: Iterator[int], into: list[int]) -> Iterator[int]:
-    """The same tokens, each added to a list on its way."""
-    for token in tokens:
-        into.append(token)
-        yield token
 
 
 def read_prompts(prompt: str, prompt_file: Path | None) -> list[str]:

@@ -6,7 +6,6 @@ nothing is compared.
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -63,13 +62,10 @@ def save_model_folder(
     prompt_style: str | None = None,
     tensors: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
-    """Write a model folder, in place of an older one as a whole.
+    """Write a model folder, in place of an older one as a whole; `files` are the tokenizer's.
 
-    Args:
-        files: the tokenizer's.
-        prompt_style: the template that the model was trained with, if any.
-        tensors: of a training run, those of `state`, which then tells only their shapes and dtypes. Its folder holds
-            other things, so the files are written one by one, the weights last.
+    With `tensors`, those of a training run, `state` tells only their shapes and dtypes. The run's folder holds other
+    things, so the files are written one by one, the weights last.
     """
     with replacing_folder(folder, MODEL_FILES) if tensors is None else nullcontext(folder) as part:
         fields = {**asdict(config), "prompt_style": prompt_style}
@@ -121,10 +117,7 @@ def load_model(
 def load_for_merging(
     path: Path, quantize: Quantization | None, dtype: torch.dtype, device: torch.device, nf4: bool = False
 ) -> LLaMA:
-    """A model that LoRA may be merged into before `finish_loading`: in `dtype`, or as it is stored and mapped.
-
-    The latter if it is to be quantised, so that it never takes more memory than what it is quantised to.
-    """
+    """A model that LoRA may be merged into before `finish_loading`; if it is to be quantised, it stays in its file."""
     return load_model(path, nf4=nf4) if quantize else load_model(path, dtype, device, nf4)
 
 
@@ -137,10 +130,7 @@ def finish_loading(model: LLaMA, quantize: Quantization | None, dtype: torch.dty
 
 
 def find_model(path: Path | None, default: Path = DEFAULT_MODEL) -> Path:
-    """The weights of a model that is named by its folder or its file.
-
-    If none is named, the default one, or if that does not exist the one written last among the folders beside its own.
-    """
+    """The weights at `path`, a folder or file; without one, of the default model, or of the last one beside it."""
     if path:
         return file_in(path)
     models = [] if default.exists() else list(default.parents[1].glob(f"[!.]*/{WEIGHTS}"))
@@ -162,10 +152,12 @@ def file_in(path: Path, name: str = WEIGHTS) -> Path:
 
 def suggest_script(path: Path) -> str:
     """The end of a message about a file or folder of another program: what it is, and what takes it."""
-    folder, names = (path, sorted(os.listdir(path))) if path.is_dir() else (path.parent, [path.name])
-    found = ((what, name) for pattern, what in FOREIGN.items() for name in names if re.fullmatch(pattern, name))
-    what, name = next(found, ("", ""))
-    return what and f"; it is {what.format(folder=folder, file=folder / name)}"
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    for pattern, what in FOREIGN.items():
+        for file in files:
+            if re.fullmatch(pattern, file.name):
+                return f"; it is {what.format(folder=file.parent, file=file)}"
+    return ""
 
 
 def read_config(path: Path, state: Mapping[str, Any]) -> LLaMAConfig:

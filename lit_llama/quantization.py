@@ -1,14 +1,12 @@
 """Weights in fewer bits: int8 for generation and evaluation, NF4 for a frozen base that LoRA or an adapter learns on.
 
 int8: a weight w of output channel i is stored as the integer q = round(w / s), where s is the largest |w| of the
-channel over 127, so that w differs from s q by at most s / 2. A fourth of the memory of float32, and of what a token
-reads of it. (Symmetric absmax, "vector-wise" in LLM.int8(), arXiv 2208.07339, section 2; but here activations keep
-their precision.)
+channel over 127, so that w differs from s q by at most s / 2. (Symmetric absmax, "vector-wise" in LLM.int8(), arXiv
+2208.07339, section 2; but here activations keep their precision.)
 
-NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3), by bitsandbytes: a matrix is cut into blocks of 64
-weights; each block is divided by its largest absolute value, and each weight becomes the nearest of 16 numbers, the
-quantiles of a normal distribution. The largest values of 256 blocks are quantised again, to 8 bits: 4.13 bits a weight
-in all.
+NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3), by bitsandbytes: each block of 64 weights is divided
+by its largest absolute value, and each weight becomes the nearest of 16 numbers, the quantiles of a normal
+distribution. The largest values of 256 blocks are quantised again, to 8 bits: 4.13 bits a weight in all.
 """
 
 import logging
@@ -33,9 +31,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, device: torch.device) -> None:
         super().__init__()
-        scale = (weight.abs().amax(1).float() / 127).to(
-            torch.bfloat16
-        )  # (out,); rounded first, so that q makes up for it
+        scale = (weight.abs().amax(1).float() / 127).bfloat16()  # (out,); rounded first, so that q makes up for it
         scale = scale.clamp(min=torch.finfo(torch.bfloat16).tiny)  # for a channel of zeros
         q = (weight.float() / scale.float()[:, None]).round_().clamp_(-127, 127)  # (out, in)
         self.weight = nn.Buffer(q.to(device, torch.int8))
@@ -55,8 +51,7 @@ class Int8Linear(nn.Module):
 def quantize_int8(model: LLaMA, dtype: torch.dtype, device: torch.device) -> None:
     """Put 8-bit layers in place of all linear ones, one by one, and all else on the device, in `dtype`.
 
-    Of a model whose weights are still mapped from their file (see `load_model`), no other copy is made. The embedding
-    stays as it is, also where the head shared it.
+    Of weights that are still mapped from their file, no other copy is made. The embedding stays as it is.
     """
     for name, layer in list(model.named_modules()):
         if type(layer) is Linear:
@@ -71,8 +66,7 @@ def quantize_int8(model: LLaMA, dtype: torch.dtype, device: torch.device) -> Non
 class NF4Weight(Tensor):
     """A matrix (out, in) that is stored in 4 bits a weight, and is dequantised by every operation that reads it.
 
-    A layer with such a weight computes as before. Its matrix product keeps only what is stored for the backward pass,
-    which dequantises the matrix again for the input's gradient.
+    A matrix product keeps only what is stored; the backward pass dequantises it again, for the input's gradient.
     """
 
     packed: Tensor  # two weights a byte
@@ -116,10 +110,9 @@ class NF4Weight(Tensor):
 
 
 def quantize_blocks(model: LLaMA, device: torch.device | str, dtype: torch.dtype | None) -> None:
-    """Quantise the matrices of all blocks, as QLoRA does, one by one: `device` never holds more than one
-    that is not quantised yet.
+    """Quantise the matrices of all blocks, as QLoRA does, one by one on `device`; embedding and head stay as they are.
 
-    Embedding and head stay as they are. `dtype` is what is quantised and computed in (None: as they are stored).
+    `dtype` is what is quantised and computed in (None: as they are stored).
     """
     for layer in model.transformer.h.modules():
         if isinstance(layer, Linear):
@@ -148,7 +141,6 @@ def bitsandbytes() -> Any:
         import bitsandbytes
     except ImportError:
         raise UserError("a 4-bit base needs bitsandbytes; run: pip install -e '.[nf4]'") from None
-    bitsandbytes.functional.quantize_4bit(
-        torch.zeros(64, device="cpu"), compress_statistics=True
-    )  # makes tables, for all
+    zeros = torch.zeros(64, device="cpu")
+    bitsandbytes.functional.quantize_4bit(zeros, compress_statistics=True)  # makes tables, for all
     return bitsandbytes

@@ -1,8 +1,4 @@
-"""Prepared records as a training run sees them: read from their folder, and drawn from it in optimizer steps.
-
-`lit_llama/data/preparation.py` says what such a folder holds. Length limit and prompt masking are choices of the
-training, so changing them needs no new preparation.
-"""
+"""Prepared records as a training run sees them: cut, masked, and drawn from their folder in optimizer steps."""
 
 import hashlib
 import json
@@ -42,13 +38,6 @@ class Dataset:
     room for a response is dropped and counted in `n_dropped`. Documents are cut into blocks, each a record of its own.
     With `mask_prompt` False, all tokens are trained on. `limit` takes the first so many of the records that are left.
     The arrays stay on the disk; 20 bytes of each record are held in memory.
-
-    Attributes:
-        index: the numbers, in the folder, of the records that are left (of a block, its document's).
-        starts: their first tokens, as places in `tokens`.
-        lengths: their tokens.
-        target_counts: how many of those are trained on.
-        prompt_style: the template that they were rendered by.
     """
 
     def __init__(
@@ -71,18 +60,17 @@ class Dataset:
         self.n_dropped = len(numbers) - len(left)
         left = left[:limit]
         self.n_cut = int((lengths < ends - starts)[left].sum())
-        self.index, self.starts = numbers[left], starts[left]
+        self.index = numbers[left]  # in the folder; of a block, its document's
+        self.starts = starts[left]  # as places in `tokens`
         self.lengths, self.target_counts = lengths[left].astype(np.int32), counts[left].astype(np.int32)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def n_tokens(self, records: Sequence[int] | np.ndarray) -> int:
-        """How many tokens these records have."""
         return int(self.lengths[records].sum())
 
     def n_targets(self, records: Sequence[int] | np.ndarray) -> int:
-        """How many tokens of these records are trained on."""
         return int(self.target_counts[records].sum())
 
     def record(self, i: int) -> Tensor:
@@ -121,7 +109,7 @@ class Dataset:
 def split_documents(
     numbers: np.ndarray, starts: np.ndarray, ends: np.ndarray, sizes: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """The same three of each record's blocks of at most its size, in tokens."""
+    """The same three of each record's blocks, which are of at most its size in tokens."""
     n = -(-(ends - starts) // sizes)  # blocks of each record
     place = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)  # of each block in its record
     block_starts = np.repeat(starts, n) + np.repeat(sizes, n) * place
@@ -129,7 +117,7 @@ def split_documents(
 
 
 def targets_before(places: np.ndarray, spans: np.ndarray, n_targets: np.ndarray) -> np.ndarray:
-    """How many tokens before each of some places lie in the spans, of which `n_targets` counts those before each."""
+    """How many tokens before each place are in spans; `n_targets` has the number of those before each span."""
     n = np.searchsorted(spans[:, 0], places)  # spans that start before each place; the last of them may end after it
     return n_targets[n] - np.maximum(spans[n - 1, 1] - places, 0) * (n > 0)
 
@@ -158,11 +146,10 @@ class Step:
         return self.dataset.n_targets(self.records)
 
     def share(self, rank: int, world_size: int) -> list[Batch]:
-        """The micro-batches that one of several processes computes; all get equally many, padded with empty ones."""
         return list(self.batches(rank, world_size))
 
     def batches(self, rank: int, world_size: int) -> Iterator[Batch]:
-        """An iterator over what `share` lists, which draws each micro-batch when its turn comes."""
+        """The micro-batches that one of several processes computes; all get equally many, padded with empty ones."""
         empty = [np.empty(0, np.int64)] * (-len(self.micro_batches) % world_size)
         return map(self.dataset.batch, (self.micro_batches + empty)[rank::world_size])
 
@@ -188,15 +175,11 @@ class BatchSchedule:
         """An optimizer step, counted from 0 over all epochs."""
         epoch, place = divmod(number, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._start_epoch(epoch)
+            self._epoch, self._order = epoch, shuffled(len(self.dataset), np.random.default_rng((self.seed, epoch)))
+            self._places = list(range(self.steps_per_epoch))
+            largest = max(self._places, key=lambda i: max(map(self.dataset.n_tokens, self._drawn(i).micro_batches)))
+            self._places.insert(0, self._places.pop(largest))
         return self._drawn(self._places[place])
-
-    def _start_epoch(self, epoch: int) -> None:
-        """Shuffle the records, and put the step with the largest micro-batch first."""
-        self._epoch, self._order = epoch, shuffled(len(self.dataset), np.random.default_rng((self.seed, epoch)))
-        self._places = list(range(self.steps_per_epoch))
-        largest = max(self._places, key=lambda i: max(map(self.dataset.n_tokens, self._drawn(i).micro_batches)))
-        self._places.insert(0, self._places.pop(largest))
 
     def _drawn(self, place: int) -> Step:
         """The records in one place of the shuffled order."""
@@ -211,14 +194,9 @@ def balance(records: np.ndarray, lengths: np.ndarray, size: int) -> list[np.ndar
     """
     n = math.ceil(len(records) / size)
     records = records[np.argsort(-lengths[records], kind="stable")]
-    micro_batch = snake_order(len(records), n)  # of each record
+    place = np.arange(len(records)) % (2 * n)
+    micro_batch = np.minimum(place, 2 * n - 1 - place)  # 0, 1, ... n - 1, n - 1, ... 1, 0, 0, 1, ...
     return np.split(records[np.argsort(micro_batch, kind="stable")], np.cumsum(np.bincount(micro_batch))[:-1])[:n]
-
-
-def snake_order(n: int, n_groups: int) -> np.ndarray:
-    """The groups of n items, in turn and back again: 0, 1, ... n_groups - 1, n_groups - 1, ... 1, 0, 0, 1, ..."""
-    place = np.arange(n) % (2 * n_groups)
-    return np.minimum(place, 2 * n_groups - 1 - place)
 
 
 def single_step(dataset: Dataset, micro_batch_size: int) -> Step:

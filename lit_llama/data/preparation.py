@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any
 
 from lit_llama.data.records import Fields, Row, conversation
 from lit_llama.data.sources import read_rows, split_records
@@ -36,24 +36,12 @@ N_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 
 CHUNK = 128  # rows that a process is given at once
 FEW = 16  # chunks that are tokenised before other processes would be ready
 MOST_REASONS = 5  # that are named
-BLOCK = 2**18  # values of an array that are checked at once
 TYPES = {
     "tokens": "<i4", "offsets": "<i8", "spans": "<i8", "documents": "<i4", "train": "<i4", "validation": "<i4",
 }  # fmt: skip
 DATA_FILES = rf"meta\.json|({'|'.join(TYPES)})\.bin|(train|validation)_\w+\.npy"  # .npy: of earlier versions
 META = {"sources": list, "tokenizer": str, "prompt_style": str, "records": Mapping}
 META |= {"split_seed": int | None, "sha256": Mapping}
-
-
-class Tokenised(NamedTuple):
-    """Some rows of a source: n records, with T tokens and S spans in all, and what is wrong with the other rows."""
-
-    tokens: np.ndarray  # (T,)
-    ends: np.ndarray  # (n,) of the records
-    spans: np.ndarray  # (S, 2)
-    documents: np.ndarray  # (d,) which of the records are documents
-    problems: list[tuple[str, str]]  # place and reason
-    n_spelled: int  # records that spell control tokens
 
 
 @dataclass(frozen=True)
@@ -65,9 +53,13 @@ class Encoder:
     fields: Fields = field(default_factory=Fields)
     skip_bad: bool = False
 
-    def tokenise(self, rows: list[Row]) -> Tokenised:
-        """The tokens of records, each up to the last that is trained on."""
-        tokens, ends, edges, documents, problems, n_spelled = [], [], [], [], [], 0
+    def tokenise(self, rows: list[Row]) -> tuple[dict[str, np.ndarray], list[tuple[str, str]], int]:
+        """The arrays of some records, each up to its last token that is trained on; what is wrong with other rows, and how many
+        records spell control tokens.
+
+        The offsets are where records end; all numbers count from the first of these records.
+        """
+        tokens, ends, spans, documents, problems, n_spelled = [], [], [], [], [], 0
         for place, row in rows:
             try:
                 record = conversation(row, self.fields)
@@ -79,14 +71,13 @@ class Encoder:
                 problems.append((place, f"does not fit: {error}"))
                 continue
             changes = np.flatnonzero(np.diff(trained, prepend=False, append=False))  # where a span starts or ends
-            edges += (len(tokens) + changes).tolist()
+            spans += (len(tokens) + changes).tolist()
             tokens += ids[: changes[-1]]
             documents += [len(ends)] * (len(record) == 1)
             n_spelled += any(re.search(self.tokenizer.control_pattern, message.content) for message in record)
             ends.append(len(tokens))
-        spans = np.array(edges, np.int64).reshape(-1, 2)
-        arrays = np.array(tokens, np.int32), np.array(ends, np.int64), spans, np.array(documents, np.int64)
-        return Tokenised(*arrays, problems, n_spelled)
+        found = {"tokens": tokens, "offsets": ends, "spans": spans, "documents": documents}
+        return {name: np.array(values, TYPES[name]) for name, values in found.items()}, problems, n_spelled
 
 
 def prepare(
@@ -97,46 +88,49 @@ def prepare(
     n_validation: int | None = None,
     num_workers: int = 1,
 ) -> None:
-    """Tokenise records into `data_dir`, whose earlier arrays are replaced as a whole.
+    """Tokenise the records of "train", and perhaps "validation", into `data_dir`, which is replaced as a whole.
 
-    Args:
-        sources: what the records of "train", and perhaps "validation", are read from.
-        split_seed: if given, the records of "train" are shuffled, and some of them held out as "validation".
-        n_validation: how many; None: 2,000, or a tenth if that is less.
-        num_workers: processes that tokenise; the result does not depend on it.
+    With a `split_seed`, those of "train" are shuffled, and `n_validation` of them held out (None: 2,000, or a tenth if
+    that is less). The result does not depend on the number of processes that tokenise.
     """
     for source in sources.values():
         if source.resolve().parent == data_dir.resolve() and re.fullmatch(DATA_FILES, source.name):
             raise UserError(f"{source} would be replaced; give another --data_dir")
     with files.replacing_folder(data_dir, DATA_FILES) as part:
-        arrays, splits = ArrayFiles(part), {}
+        append(part, "offsets", np.zeros(1))
+        splits, n_tokens, n, n_documents = {}, 0, 0, 0  # n records in all
         for split, source in sources.items():
-            splits[split] = arrays.append_records(tokenised(source, encoder, num_workers))
+            first = n
+            for arrays in tokenised(source, encoder, num_workers):
+                before = {"tokens": 0, "offsets": n_tokens, "spans": n_tokens, "documents": n}
+                for name, array in arrays.items():
+                    append(part, name, array + before[name])
+                n_tokens += len(arrays["tokens"])
+                n += len(arrays["offsets"])
+                n_documents += len(arrays["documents"])
+            splits[split] = np.arange(first, n)
         if not len(splits["train"]):
             raise UserError(f"no training records in {sources['train']}")
         if split_seed is not None:
             splits = split_records(len(splits["train"]), n_validation, split_seed)
         for split, numbers in splits.items():
-            arrays.append(split, numbers)
-        checksums = {name: sha256.hexdigest() for name, sha256 in arrays.sha256.items()}
+            append(part, split, numbers)
+        names = "offsets", "tokens", "spans", "documents", *splits
+        checksums = {name: digest(part / f"{name}.bin") for name in names}
         meta = {
             "sources": [{"path": str(path), "sha256": identify(path, checksums)} for path in sources.values()],
             "tokenizer": encoder.tokenizer.fingerprint(),
-            "prompt_style": STYLES["plain"] if arrays.n_documents == arrays.n_records else encoder.template,
+            "prompt_style": STYLES["plain"] if n_documents == n else encoder.template,
             "split_seed": split_seed,
             "records": {split: len(numbers) for split, numbers in splits.items()},
             "sha256": checksums,
         }
         files.write_file(part / "meta.json", json.dumps(meta, indent=2))
-    warn_if_few(len(splits.get("validation", ())))
-    if arrays.n_documents < arrays.n_records and turn_end(encoder.template, encoder.tokenizer) is None:
-        say("warning: the chat template puts no control token after an answer, so the model does not learn to end one")
-
-
-def warn_if_few(n: int) -> None:
-    if n < 2:
-        what = "one record to validate on: its loss says little" if n else "no records to validate on"
+    if (n_held_out := len(splits.get("validation", ()))) < 2:
+        what = "one record to validate on: its loss says little" if n_held_out else "no records to validate on"
         say(f"warning: {what}; hold out more, or give a --validation_file")
+    if n_documents < n and turn_end(encoder.template, encoder.tokenizer) is None:
+        say("warning: the chat template puts no control token after an answer, so the model does not learn to end one")
 
 
 def identify(source: Path, checksums: Mapping[str, str]) -> str:
@@ -144,24 +138,30 @@ def identify(source: Path, checksums: Mapping[str, str]) -> str:
     return digest(source) if source.is_file() else hashlib.sha256(json.dumps(checksums).encode()).hexdigest()
 
 
-def tokenised(source: Path, encoder: Encoder, num_workers: int) -> Iterator[Tokenised]:
+def append(folder: Path, name: str, array: np.ndarray) -> None:
+    with open(folder / f"{name}.bin", "ab") as file:
+        file.write(np.ascontiguousarray(array, TYPES[name]).data)
+
+
+def tokenised(source: Path, encoder: Encoder, num_workers: int) -> Iterator[dict[str, np.ndarray]]:
     """The records of a source; at its end, a UserError or a line counts those that cannot be used, by reason."""
-    n, n_spelled, places = 0, 0, defaultdict(list)
+    n_rows, n_spelled, places = 0, 0, defaultdict(list)
     results = in_processes(encoder.tokenise, chunks(source), num_workers)
-    for chunk in progress(results, f"Tokenising {source.name}", "record", count=lambda chunk: len(chunk.ends)):
-        yield chunk
-        n += len(chunk.ends) + len(chunk.problems)
-        n_spelled += chunk.n_spelled
-        for place, reason in chunk.problems:
+    what = f"Tokenising {source.name}"
+    for arrays, problems, n in progress(results, what, "record", count=lambda result: len(result[0]["offsets"])):
+        yield arrays
+        n_rows += len(arrays["offsets"]) + len(problems)
+        n_spelled += n
+        for place, reason in problems:
             places[reason].append(place)
-    if n_spelled > n / 20:
+    if n_spelled > n_rows / 20:
         say(
-            f"warning: {n_spelled:,} of {n:,} records of {source.name} spell control tokens, which are text there: "
+            f"warning: {n_spelled:,} of {n_rows:,} records of {source.name} spell control tokens, which are text there: "
             "if a chat template is in them already, give its messages instead"
         )
     if places:
         n_bad = sum(map(len, places.values()))
-        found = f"{source}: {n_bad:,} of {n:,} records cannot be used: {count_reasons(places)}"
+        found = f"{source}: {n_bad:,} of {n_rows:,} records cannot be used: {count_reasons(places)}"
         if encoder.skip_bad:
             say(f"warning: {found}; they are left out")
             return
@@ -172,20 +172,24 @@ def tokenised(source: Path, encoder: Encoder, num_workers: int) -> Iterator[Toke
 
 def count_reasons(places: Mapping[str, list[str]]) -> str:
     """What is wrong with records, the most frequent first, and where."""
-    reasons = sorted(places, key=lambda reason: -len(places[reason]))
-    named = [f"{places[reason][0]} {reason}" for reason in reasons[:MOST_REASONS]]
-    for i, reason in enumerate(reasons[:MOST_REASONS]):
-        others = [*places[reason][1:3], *([f"{len(places[reason]) - 3:,} more"] if len(places[reason]) > 3 else [])]
-        named[i] += f" (likewise {', '.join(others)})" if others else ""
-    more = len(reasons) - MOST_REASONS
-    return "; ".join(named) + (f"; and {more} more kinds" if more > 0 else "")
+    named = []
+    for reason, (first, *others) in sorted(places.items(), key=lambda item: -len(item[1])):
+        if len(others) > 2:
+            others[2:] = [f"{len(others) - 2:,} more"]
+        likewise = f" (likewise {', '.join(others)})" if others else ""
+        named.append(f"{first} {reason}{likewise}")
+    if len(named) > MOST_REASONS:
+        named[MOST_REASONS:] = [f"and {len(named) - MOST_REASONS} more kinds"]
+    return "; ".join(named)
 
 
 def chunks(source: Path) -> Iterator[list[Row]]:
     try:
-        rows = iter(read_rows(source))
+        rows = read_rows(source)
         while chunk := list(islice(rows, CHUNK)):
             yield chunk
+    except ImportError:
+        raise UserError(f"to read {source}, run: pip install -e '.[data]'; or give a JSON, JSONL or CSV file") from None
     except OSError as error:  # which would be taken for one of writing the folder
         raise UserError(f"could not read {source}: {error.strerror or error}") from None
 
@@ -223,34 +227,6 @@ def end_with_parent(_worker: int) -> None:
     Thread(target=watch, daemon=True).start()
 
 
-class ArrayFiles:
-    """The .bin files of a folder, which grow part by part; `sha256` has the state of each one's checksum."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.n_tokens, self.n_records, self.n_documents = folder, 0, 0, 0
-        self.sha256 = defaultdict(hashlib.sha256)
-        self.append("offsets", np.zeros(1))
-
-    def append(self, name: str, array: np.ndarray) -> None:
-        data = np.ascontiguousarray(array, TYPES[name]).data
-        with open(self.folder / f"{name}.bin", "ab") as file:
-            file.write(data)
-        self.sha256[name].update(data)
-
-    def append_records(self, chunks: Iterable[Tokenised]) -> np.ndarray:
-        """Write the records of a source; returns their numbers."""
-        first = self.n_records
-        for tokens, ends, spans, documents, *_ in chunks:
-            self.append("tokens", tokens)
-            self.append("offsets", self.n_tokens + ends)
-            self.append("spans", self.n_tokens + spans)
-            self.append("documents", self.n_records + documents)
-            self.n_tokens += len(tokens)
-            self.n_records += len(ends)
-            self.n_documents += len(documents)
-        return np.arange(first, self.n_records)
-
-
 def read_split(data_dir: Path, split: str) -> tuple[dict[str, Any], list[np.ndarray]]:
     """meta.json, and the arrays of tokens, offsets, spans, documents and the split's records, checked and mapped."""
     try:
@@ -268,8 +244,7 @@ def read_split(data_dir: Path, split: str) -> tuple[dict[str, Any], list[np.ndar
         say(f"{paths[0]} was read without comparing it with its checksum")
     checked = paths if files.check_all else paths[1:]
     wrong = [path.name for path in checked if digest(path) != meta["sha256"].get(path.stem)]
-    wrong += [paths[i].name for i in inconsistent(*arrays)]
-    if wrong:
+    if wrong := wrong or [paths[i].name for i in inconsistent(*arrays)]:
         raise UserError(f"{data_dir} is damaged: {wrong[0]} does not match the rest; prepare the data again")
     return meta, arrays
 
@@ -282,14 +257,10 @@ def map_array(path: Path) -> np.ndarray:
 def inconsistent(tokens: np.ndarray, offsets: np.ndarray, spans: np.ndarray, *records: np.ndarray) -> Iterator[int]:
     """Which of the arrays, counted from 0, cannot be right, whatever the records were."""
     edges = spans.reshape(-1)  # starts and ends in turn
-    if len(offsets) < 2 or (offsets[0], offsets[-1]) != (0, len(tokens)) or not is_increasing(offsets, 1):
+    if len(offsets) < 2 or (offsets[0], offsets[-1]) != (0, len(tokens)) or not (offsets[1:] > offsets[:-1]).all():
         yield 1
-    if not len(edges) or edges[0] < 0 or edges[-1] != len(tokens) or not is_increasing(edges, 0):
+    if not len(edges) or edges[0] < 0 or edges[-1] != len(tokens) or not (edges[1:] >= edges[:-1]).all():
         yield 2
     for i, numbers in enumerate(records, 3):
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(offsets) - 1:
             yield i
-
-
-def is_increasing(array: np.ndarray, min_step: int) -> bool:
-    return all((np.diff(array[i : i + BLOCK + 1]) >= min_step).all() for i in range(0, len(array), BLOCK))

@@ -7,15 +7,14 @@ as a whole. What a file calls these fields can be said with `Fields`. What carri
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 from lit_llama.prompt import Message, Role, check_order
-from lit_llama.storage.files import parse_json
 
 Conversation = list[Message]  # of a document: the answer alone
-Row = tuple[str, object]  # its place, such as "line 3", and what is there; bytes are a line of JSON, not yet parsed
+Row = tuple[str, object]  # its place, such as "line 3", and what is there: bytes of JSON, a value, or an error
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant"}  # of ShareGPT and others
 WEIGHTS = ("weight", "loss_weight", "train")  # 0 or false: not to be learned
 SYSTEMS = {"system", "system_prompt"}
@@ -23,13 +22,6 @@ UNUSED = {  # what changes the meaning of a record or a message, and has no use 
     "tools", "functions", "tool_calls", "function_call", "images", "image", "videos", "audios", "context",
     "reasoning_content", "thinking",
 }  # fmt: skip
-
-
-class Cells(NamedTuple):
-    """A row of a table that does not fit under its header."""
-
-    found: int
-    expected: int
 
 
 @dataclass(frozen=True)
@@ -47,8 +39,8 @@ class Fields:
 def conversation(row: object, fields: Fields) -> Conversation:
     """The messages of a record; a ValueError says what is wrong with it, or which of its fields has no use here."""
     row = parse_line(row) if isinstance(row, bytes) else row
-    if isinstance(row, Cells):
-        raise ValueError(f"has {row.found} cells, expected {row.expected} as in the header: quote what has a delimiter")
+    if isinstance(row, ValueError):
+        raise row
     if not isinstance(row, dict):
         raise ValueError(f"is of type {type(row).__name__}, not an object with fields")
     given = present(row, fields)
@@ -57,7 +49,7 @@ def conversation(row: object, fields: Fields) -> Conversation:
     if not all(map(is_learned, given.items())) or given.get("label") in (False, "false", "False"):
         raise ValueError("is marked as not to be learned (by its weight or label)")
     if turns is not None:
-        messages = list(map(partial(message, fields=fields), turns_of(turns)))
+        messages = [message(turn, fields) for turn in turns_of(turns)]
     elif text is not None and instruction is None:
         if other := given.keys() & {"role", "label"}:
             raise ValueError(f"has {min(other)!r} beside {fields.text!r}, so it is more than a document")
@@ -102,11 +94,8 @@ def is_learned(item: tuple[str, object]) -> bool:
 
 def turns_of(turns: object) -> list[Any]:
     """A list of messages, perhaps as JSON in a cell of a table."""
-    if isinstance(turns, str):
-        try:
-            turns = parse_json(turns)
-        except ValueError:
-            raise ValueError("has messages that are a text, not a list") from None
+    with suppress(ValueError, RecursionError):
+        turns = json.loads(turns) if isinstance(turns, str) else turns
     if not isinstance(turns, list):
         raise ValueError(f"has messages that are of type {type(turns).__name__}, not a list")
     return turns
@@ -129,9 +118,8 @@ def history(turns: Any) -> Iterator[Message]:
     for pair in turns or ():
         if not (isinstance(pair, list | tuple) and len(pair) == 2):
             raise ValueError("has a 'history' that is not a list of pairs of question and answer")
-        roles: tuple[Role, Role] = ("user", "assistant")
-        for role, text in zip(roles, pair, strict=True):
-            yield Message(role, as_text(text, "history"))
+        yield Message("user", as_text(pair[0], "history"))
+        yield Message("assistant", as_text(pair[1], "history"))
 
 
 def text_of(row: dict[str, Any], name: str) -> str:
@@ -166,8 +154,8 @@ def as_text(value: object, name: str) -> str:
 
 def parse_line(line: bytes) -> object:
     try:
-        return parse_json(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"is not text in UTF-8 (byte {error.start})") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("is not valid JSON") from None

@@ -3,30 +3,35 @@
 import csv
 import gzip
 import io
+import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-from lit_llama.data.records import Cells, Row, parse_line
+from lit_llama.data.records import Row, parse_line
 from lit_llama.errors import UserError
-from lit_llama.storage.files import parse_json, write_file
+from lit_llama.storage.files import write_file
 
 import numpy as np
 
+SUFFIXES = {".csv", ".tsv", ".txt", ".json", ".jsonl"}
 DELIMITERS = ",;\t|"
 
 
 def read_rows(source: Path) -> Iterator[Row]:
     """The rows of a file or data set, one by one. Text files may be compressed with gzip."""
-    readers = {".csv": csv_rows, ".tsv": csv_rows, ".txt": document, ".json": json_rows, ".jsonl": json_rows}
-    suffix = (source.with_suffix("") if source.suffix.lower() == ".gz" else source).suffix.lower()
+    suffix = Path(source.name.lower().removesuffix(".gz")).suffix
+    if source.is_file() and suffix == ".txt":
+        return iter([("it", {"text": read_all(source)})])
     if source.is_file():
-        return parquet_rows(source) if suffix == ".parquet" else readers.get(suffix, json_rows)(source)
-    if source.is_dir() or (len(source.parts) == 2 and suffix not in readers and not source.parent.exists()):
+        return {".csv": csv_rows, ".tsv": csv_rows, ".parquet": parquet_rows}.get(suffix, json_rows)(source)
+    is_name = len(source.parts) == 2 and suffix not in SUFFIXES and not source.parent.exists()  # of a data set
+    if source.is_dir() or is_name:
         return dataset_rows(source)
     raise UserError(f"{source} does not exist")
 
@@ -35,64 +40,52 @@ def open_binary(source: Path) -> Any:
     return gzip.open(source) if source.suffix.lower() == ".gz" else open(source, "rb")
 
 
-def open_text(source: Path) -> io.TextIOWrapper:
-    """A file to be read as UTF-8, or as UTF-16 if it begins with the mark of that."""
+@contextmanager
+def open_text(source: Path) -> Iterator[io.TextIOWrapper]:
+    """A file to be read as UTF-8, or as UTF-16 if it begins with the mark of that; a UserError says where it is not."""
     with open_binary(source) as file:
         encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    return io.TextIOWrapper(open_binary(source), encoding, newline="")
-
-
-def not_utf8(source: Path) -> UserError:
-    """An error that names the first byte of a file that is not UTF-8."""
-    with open_binary(source) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                place = f"line {number}, byte {error.start + 1} of it"
-                return UserError(f"{source} is not text in UTF-8 ({place}); convert it: iconv -f CP1252 -t UTF-8")
-    return UserError(f"{source} is not text in UTF-8 or UTF-16")
+    try:
+        with io.TextIOWrapper(open_binary(source), encoding, newline="") as file:
+            yield file
+    except UnicodeError:
+        with open_binary(source) as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError as error:
+                    place = f"line {number}, byte {error.start + 1} of it"
+                    remedy = "convert it: iconv -f CP1252 -t UTF-8"
+                    raise UserError(f"{source} is not text in UTF-8 ({place}); {remedy}") from None
+        raise UserError(f"{source} is not text in UTF-8 or UTF-16") from None
 
 
 def read_all(source: Path) -> str:
-    try:
-        with open_text(source) as file:
-            return file.read()
-    except UnicodeError:
-        raise not_utf8(source) from None
-
-
-def document(source: Path) -> Iterator[Row]:
-    yield "it", {"text": read_all(source)}
+    with open_text(source) as file:
+        return file.read()
 
 
 def csv_rows(source: Path) -> Iterator[Row]:
     """The rows of a table under its header; its delimiter is what divides the header into most cells."""
     csv.field_size_limit(2**31 - 1)
-    with open_text(source) as file:
-        try:
-            yield from rows_under_header(source, file)
-        except UnicodeError:
-            raise not_utf8(source) from None
-
-
-def rows_under_header(source: Path, file: io.TextIOWrapper) -> Iterator[Row]:
-    first = file.readline()
-    stated = re.fullmatch(r"sep=(.)\r?\n", first)  # as Excel has it
-    delimiter = stated[1] if stated else max(DELIMITERS, key=first.count)
-    reader = csv.reader(file if stated else chain([first], file), strict=True, delimiter=delimiter)
     names: list[str] = []
-    line = before = 2 if stated else 1
+    line = 1
     try:
-        for cells in reader:
-            while len(cells) > len(names) > 0 and not cells[-1].strip():
-                cells.pop()
-            if any(map(str.strip, cells)) and not names:
-                names = [name.strip() for name in cells]
-            elif any(map(str.strip, cells)):
-                fits = len(cells) == len(names)
-                yield f"line {line}", dict(zip(names, cells, strict=True)) if fits else Cells(len(cells), len(names))
-            line = reader.line_num + before
+        with open_text(source) as file:
+            first = file.readline()
+            stated = re.fullmatch(r"sep=(.)\r?\n", first)  # as Excel has it
+            delimiter = stated[1] if stated else max(DELIMITERS, key=first.count)
+            lines = chain(["\n" if stated else first], file)
+            for cells in (reader := csv.reader(lines, strict=True, delimiter=delimiter)):
+                while len(cells) > len(names) > 0 and not cells[-1].strip():
+                    cells.pop()
+                if any(map(str.strip, cells)) and not names:
+                    names = [name.strip() for name in cells]
+                elif any(map(str.strip, cells)):
+                    fits, found = len(cells) == len(names), f"has {len(cells)} cells, expected {len(names)}"
+                    wrong = f"{found} as in the header: quote what has a delimiter"
+                    yield f"line {line}", dict(zip(names, cells, strict=True)) if fits else ValueError(wrong)
+                line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{source}, line {line}: not valid CSV ({error})") from None
 
@@ -104,8 +97,8 @@ def json_rows(source: Path) -> Iterator[Row]:
             yield from ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
         return
     try:
-        content = parse_json(read_all(source))
-    except ValueError as error:
+        content = json.loads(read_all(source))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source} is neither a JSON list nor JSON lines: {error}") from None
     if isinstance(content, dict) and len(content) == 1:
         ((name, value),) = content.items()
@@ -126,11 +119,9 @@ def has_lines(source: Path) -> bool:
 
 
 def parquet_rows(source: Path) -> Iterator[Row]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise UserError(f"to read {source}, run: pip install -e '.[data]'; or give a JSON, JSONL or CSV file") from None
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
     try:
         rows = (row for batch in ParquetFile(source).iter_batches() for row in batch.to_pylist())
         yield from ((f"row {i}", row) for i, row in enumerate(rows, 1))
@@ -140,10 +131,8 @@ def parquet_rows(source: Path) -> Iterator[Row]:
 
 def dataset_rows(source: Path) -> Iterator[Row]:
     """The training split of a data set, by the library `datasets`: a folder, or a name on the hub."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError(f"to read {source}, run: pip install -e '.[data]'; or give a JSON, JSONL or CSV file") from None
+    from datasets import load_dataset
+
     try:
         rows = load_dataset(str(source), split="train")
     except Exception as error:  # of the library, or of one of the many beneath it
@@ -175,10 +164,7 @@ def download(url: str, path: Path) -> None:
         return
     try:
         with urlopen(url, timeout=60) as response:
-            content = response.read()
-            expected = response.headers.get("Content-Length")
+            content = response.read()  # all of it, or an HTTPException
     except (OSError, HTTPException) as error:
         raise UserError(f"could not download {url} ({error}); fetch it by other means and pass --data_file") from None
-    if expected and int(expected) != len(content):
-        raise UserError(f"the download of {url} broke off after {len(content)} of {expected} bytes; run this again")
     write_file(path, content)

@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.serialization import skip_data
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten_with_path, tree_map_only
 
 check_all = True  # --check_files of every script
 MADV_PAGEOUT = 21  # of Linux's mman.h
@@ -40,14 +40,15 @@ CONFIG = "config.json"  # of a model folder: says under "files" which others bel
 LOCK = ".lock"  # in a folder that is locked
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without them answers
 output_folders = ExitStack()  # that this process has locked
-atexit.register(output_folders.close)  # while all that it needs is still there
+release = output_folders.close
+atexit.register(release)  # while all that it needs is still there
 
 
 @contextmanager
 def exclusive_lock(path: Path, target: Path) -> Iterator[None]:
     """Lock `path`, a file that is there meanwhile; a UserError if another process is writing `target`.
 
-    This process may lock it again. The lock is the system's: it ends with the process, however that ends.
+    This process may lock it again. The system's lock ends with the process, however that ends.
     """
     lock = FileLock(path, timeout=0, thread_local=False, is_singleton=True, fallback_to_soft=False)
     try:
@@ -87,20 +88,14 @@ def lock_output_folder(folder: Path) -> None:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
 
 
-def release() -> None:
-    """Let go of all output folders."""
-    output_folders.close()
-
-
 def check_room(folder: Path, n_bytes: int) -> None:
     """Raise a UserError if a file of this size cannot be written to a folder."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    limit, free = resource.getrlimit(resource.RLIMIT_FSIZE)[0], shutil.disk_usage(folder).free
+    what = f"a file of {n_bytes / 1e9:.2g} GB is to be written to {folder}, "
     if limit != resource.RLIM_INFINITY and n_bytes > limit:
-        raise UserError(f"a file of {n_bytes / 1e9:.2g} GB is to be written, but ulimit -f allows {limit} bytes")
-    free = shutil.disk_usage(folder).free
+        raise UserError(f"{what}but ulimit -f allows {limit} bytes")
     if n_bytes > free:
-        there = f"{folder}, where only {free / 1e9:.2g} GB are free; make room or write elsewhere"
-        raise UserError(f"a file of {n_bytes / 1e9:.2g} GB is to be written to {there}")
+        raise UserError(f"{what}where only {free / 1e9:.2g} GB are free; make room or write elsewhere")
 
 
 @contextmanager
@@ -128,11 +123,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(folder: Path, owned: str) -> Iterator[Path]:
     """A folder to fill in place of `folder`, which at any moment is the old one or the whole new one.
 
-    Args:
-        owned: pattern of the file names that the format has. The old ones go; files of other names stay.
-
-    Raises:
-        UserError: if the folder cannot be replaced as a whole, before anything is written.
+    Old files go if their names match the pattern `owned`; others stay. A UserError if it cannot be replaced as a whole.
     """
     target = Path(os.path.realpath(folder))
     part = target.with_name(f".{target.name}.part")
@@ -217,22 +208,15 @@ def write_file(path: Path, content: bytes | str) -> None:
 def write_tensors(path: Path, content: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]] | None = None) -> None:
     """Write what torch.save would, but tensor by tensor, whole or not at all; it is read back first.
 
-    Args:
-        content: nested mappings. What is one tensor under several names is stored once.
-        tensors: those that `named_tensors` finds in the content, in its order; if they are given, those in the content
-            tell only shapes and dtypes. Each is let go before the next one is asked for, so that a process can write a
-            model that it could not hold.
-
-    Raises:
-        UserError: if a number is inf or nan, before an older file is replaced.
+    With `tensors`, in the order of `named_tensors`, those in `content` tell only shapes and dtypes. Each is let go
+    before the next one is asked for, so that a process can write a model that it could not hold. A UserError if a
+    number is inf or nan, before an older file is replaced.
     """
     tensors = iter(named_tensors(content) if tensors is None else tensors)
-    untouched = {  # which take no memory until they are written to
-        id(like): torch.empty(like.shape, dtype=like.dtype, device="cpu") for _, like in named_tensors(content)
-    }
+    untouched = cache(lambda like: torch.empty(like.shape, dtype=like.dtype, device="cpu"))  # takes no memory yet
     with replacing(path) as part:
         with skip_data():  # all but the numbers
-            torch.save(tree_map_only(Tensor, lambda like: untouched[id(like)], dict(content)), part)
+            torch.save(tree_map_only(Tensor, untouched, dict(content)), part)
         with ZipFile(part) as layout:
             names = layout.namelist()
             descriptions = {name: layout.read(name) for name in names if "/data/" not in name}
@@ -249,16 +233,13 @@ def write_tensors(path: Path, content: Mapping[str, Any], tensors: Iterable[tupl
                 raise UserError(f"{path} was not written: {damaged} is not read back as it was written; try again")
 
 
-def named_tensors(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def named_tensors(content: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
     """The tensors in nested mappings with their names, such as optimizer.state.0.exp_avg; each tensor once."""
-    found: dict[int, tuple[str, Tensor]] = {}
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            for inner, tensor in named_tensors(value, f"{prefix}{name}."):
-                found.setdefault(id(tensor), (inner, tensor))
-        elif isinstance(value, Tensor):
-            found.setdefault(id(value), (f"{prefix}{name}", value))
-    yield from found.values()
+    found: dict[Tensor, str] = {}
+    for keys, value in tree_flatten_with_path(dict(content))[0]:
+        if isinstance(value, Tensor):
+            found.setdefault(value, ".".join(str(getattr(key, "key", key)) for key in keys))
+    return [(name, tensor) for tensor, name in found.items()]
 
 
 def bytes_of(path: Path, name: str, tensor: Tensor) -> memoryview:
@@ -290,20 +271,16 @@ def check_apart(source: Path, target: Path) -> None:
 
 
 def read_file(path: Path, check_tensors: bool = True) -> dict[str, Any]:
-    """The mapping that torch.save wrote to `path`, after a check that it is intact. Tensors stay on the disk.
-
-    `check_tensors` is whether their bytes are checked, too; not needed if only their shapes matter.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
+    """The mapping that torch.save wrote, checked, with `check_tensors` to its last byte. Tensors stay on the disk."""
+    check_archive(path, check_tensors and check_all)
     if check_tensors and not check_all:
         print(f"{path} was read without comparing its tensors with their checksums", file=sys.stderr)
-    check_archive(path, check_tensors and check_all)
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
-        what = "holds more than weights (code, perhaps) and was not opened"
-        raise UserError(f"{path} {what}; get it elsewhere") from None
+        raise UserError(
+            f"{path} holds more than weights (perhaps code), and was not opened; get it elsewhere"
+        ) from None
     except Exception as error:  # a description that makes no sense ends in any of a dozen kinds
         if "Cannot allocate memory" in str(error):
             raise MemoryError(f"could not map {path}") from None
@@ -333,19 +310,11 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is not text in UTF-8 (byte {error.start}); convert it") from None
 
 
-def parse_json(text: str) -> Any:
-    """The value of JSON text; a ValueError if it has none, also if it is nested too deep to be read."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The fields of a JSON file."""
     try:
-        fields = parse_json(read_text(path))
-    except ValueError as error:
+        fields = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:  # the latter if it is nested too deep
         raise UserError(f"{path} is truncated or not valid JSON ({error}); get it again") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path} is not a JSON object; get it again")

@@ -1,11 +1,10 @@
 """What a training run reports: a progress bar or plain lines, metrics.csv and loss.png."""
 
 import csv
-import io
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +16,7 @@ from lit_llama.errors import UserError
 from lit_llama.progress import on_terminal
 from lit_llama.storage.files import replacing, write_file
 
+import numpy as np
 from lightning import Fabric
 from lightning.fabric.loggers import Logger
 from tqdm import tqdm
@@ -28,10 +28,7 @@ COLUMNS = (
 
 
 def make_logger(name: str | None, out_dir: Path) -> Logger | None:
-    """TensorBoard's logger, or any of Lightning's by its class, such as lightning.pytorch.loggers.WandbLogger.
-
-    It writes below `out_dir`, or where its library's environment variables say.
-    """
+    """TensorBoard's logger, or any of Lightning's by its class, such as lightning.pytorch.loggers.WandbLogger."""
     if name is None:
         return None
     try:
@@ -50,11 +47,8 @@ def make_logger(name: str | None, out_dir: Path) -> Logger | None:
 class TrainingLog:
     """Reports each optimizer step and each validation. Only the first of several processes writes.
 
-    Args:
-        out_dir: where metrics.csv goes; with `first_step` > 0 its rows up to there are kept and continued.
-        n_steps: optimizer steps of the whole run.
-        first_step: optimizer steps that were done before, in a run that is resumed.
-        interval: steps between two lines, when not on a terminal that shows a bar.
+    Of a run that is resumed after `first_step` of `n_steps`, the rows of metrics.csv up to there are kept. `interval`
+    is the number of steps between two lines, where there is no terminal that shows a bar.
     """
 
     def __init__(self, fabric: Fabric, out_dir: Path, n_steps: int, first_step: int, interval: int) -> None:
@@ -70,7 +64,7 @@ class TrainingLog:
         self.started = self.last = time.perf_counter()
         self.training_seconds = 0.0
         if fabric.is_global_zero:
-            write_file(self.path, to_csv(self.rows, header=True))
+            write_file(self.path, "\n".join((",".join(COLUMNS), *map(to_csv, self.rows), "")))
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -85,12 +79,12 @@ class TrainingLog:
         self.last = now
         self.records, self.tokens = self.records + data.n_records, self.tokens + data.n_tokens
         memory = peak_memory(self.fabric.device)
-        left = self.training_seconds / (step - self.first_step) * (self.n_steps - step)
         values = {"train_loss": loss, "learning_rate": learning_rate, "gradient_norm": gradient_norm}
         self._row(step, **values, tokens_per_second=speed, memory_gb=memory)
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s, {memory:.1f} GB", refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and (step % self.interval == 0 or step == self.n_steps):
+            left = self.training_seconds / (step - self.first_step) * (self.n_steps - step)
             rates = f"{speed:.0f} tokens/s, {memory:.2f} GB, {tqdm.format_interval(left)} left"
             self.say(f"step {step}/{self.n_steps}: loss {loss:.4f}, {rates}")
 
@@ -120,17 +114,13 @@ class TrainingLog:
             logger.save()  # now, since a run may be killed at any time
         if self.fabric.is_global_zero:
             with open(self.path, "a", newline="", encoding="utf-8") as file:
-                file.write(to_csv([row]))
+                file.write(f"{to_csv(row)}\n")
 
 
-def to_csv(rows: Iterable[dict[str, Any]], header: bool = False) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS)
-    if header:
-        writer.writeheader()
-    for row in rows:
-        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
-    return text.getvalue()
+def to_csv(row: Mapping[str, Any]) -> str:
+    """A line of metrics.csv; what the row does not have stays empty."""
+    values = (row.get(name, "") for name in COLUMNS)
+    return ",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in values)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -158,22 +148,22 @@ def plot_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure = Figure(figsize=(8, 5.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    train, validation, norms = (
-        [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
-        for name in ("train_loss", "validation_loss", "gradient_norm")
+    names = "step", "train_loss", "validation_loss", "gradient_norm"
+    steps, losses, validation, norms = (
+        np.array([[row.get(name, math.nan) for name in names] for row in rows]).reshape(-1, 4).T
     )
-    if train:
-        steps, losses = zip(*train, strict=True)
-        n = max(1, len(losses) // 10)
-        means = [sum(losses[i : i + n]) / n for i in range(len(losses) - n + 1)]
-        axes.plot(steps, losses, color="#c9d8ea", linewidth=1, label="training, each step")
-        axes.plot(steps[n - 1 :], means, color="#3a6ea5", linewidth=2, label=f"training, mean of {n} steps")
-    if validation:
-        axes.plot(*zip(*validation, strict=True), color="#c0392b", linewidth=2, marker="o", label="validation")
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        for point in {validation[0], validation[-1]}:
-            axes.annotate(f"{point[1]:.2f}", point, (0, 9), textcoords="offset points", ha="center", bbox=box)
-    below.plot(*zip(*norms or [(0, 0)], strict=True), color="#7a7a7a", linewidth=1)
+    trained, validated = np.isfinite(losses), np.isfinite(validation)
+    if n := trained.sum():
+        n = max(1, n // 10)
+        means = np.convolve(losses[trained], np.ones(n) / n, "valid")
+        axes.plot(steps[trained], losses[trained], color="#c9d8ea", linewidth=1, label="training, each step")
+        axes.plot(steps[trained][n - 1 :], means, color="#3a6ea5", linewidth=2, label=f"training, mean of {n} steps")
+    axes.plot(steps[validated], validation[validated], color="#c0392b", linewidth=2, marker="o", label="validation")
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    for i in np.flatnonzero(validated)[[0, -1]] if validated.any() else ():
+        text, point = f"{validation[i]:.2f}", (steps[i], validation[i])
+        axes.annotate(text, point, (0, 9), textcoords="offset points", ha="center", bbox=box)
+    below.plot(steps[trained], norms[trained], color="#7a7a7a", linewidth=1)
     axes.set(title=title, ylabel="cross-entropy per response token (nats)")
     below.set(xlabel="optimizer step", ylabel="gradient norm", ylim=(0, None))
     axes.margins(y=0.1)

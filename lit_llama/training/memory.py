@@ -87,10 +87,8 @@ def for_all_blocks(llama: LLaMA, trace: Callable[[nn.ModuleList], Counter], n: i
     is_trained = [any(parameter.requires_grad for parameter in block.parameters()) for block in blocks]
     first = max(0, min([*is_trained, True].index(True), len(blocks) - n))
     few = total = trace(blocks[first : first + n])
-    for left, more in (
-        (first, blocks[first - 1 : first + n]),
-        (len(blocks) - first - n, blocks[first : first + n + 1]),
-    ):
+    before, after = blocks[first - 1 : first + n], blocks[first : first + n + 1]
+    for left, more in ((first, before), (len(blocks) - first - n, after)):
         if left > 0:
             found = trace(more)
             total = Counter({key: total[key] + left * (found[key] - few[key]) for key in total | found})

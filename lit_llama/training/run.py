@@ -40,23 +40,20 @@ def launch(
 ) -> Fabric:
     """Fabric, with one process running for each device of each node.
 
-    Args:
-        strategy: "ddp" for a whole model on each device, "fsdp" for a model that is spread over them, "auto" for the
-            former if there is more than one device.
+    `strategy` is "fsdp" for a model that is spread over the devices, "ddp" or "auto" for a whole one on each.
     """
     n, gpus = devices * num_nodes, torch.cuda.device_count()
     if devices > (gpus or CPU_PROCESSES * (os.cpu_count() or 1)):
         has = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else f"no GPU and {os.cpu_count()} CPU cores"
         raise UserError(f"{devices} devices were requested, but this machine has {has}; lower --devices")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would build a plan for every new length of a record
-    chosen: Any = "auto"
+    # all processes read the same file and draw the same random numbers
+    chosen: Any = DDPStrategy(init_sync=False) if n > 1 else "auto"
     if strategy == "fsdp" and precision == "16-mixed":
         raise UserError("16-mixed is for whole models; with --strategy fsdp, give --precision 32-true or bf16-mixed")
     if strategy == "fsdp":
         spread = partial(shard, compute_dtype=storage_dtype(precision))
         chosen = ModelParallelStrategy(spread, data_parallel_size=n, tensor_parallel_size=1)
-    elif n > 1:
-        chosen = DDPStrategy(init_sync=False)  # all processes read the same file and draw the same random numbers
     try:
         fabric = Fabric(devices=devices, num_nodes=num_nodes, strategy=chosen, precision=precision, loggers=logger)
         connect_again()
@@ -91,10 +88,9 @@ def load_base(fabric: Fabric, path: Path, dtype: torch.dtype, quantize: Quantize
 def shard(model: LLaMA, mesh: DeviceMesh, compute_dtype: torch.dtype) -> LLaMA:
     """Spread a model over the devices, block by block, so that none of them ever holds all of it.
 
-    `mesh` is Fabric's, which also has a dimension for tensor parallelism; given whole, it would mean replication.
-    Frozen parameters are stored in `compute_dtype`, trained ones in float32, in which small updates are not lost.
-    Parameters are gathered in `compute_dtype`; gradients are summed in float32. The head belongs to the model's own
-    group, which stays gathered during a step: its gradient is computed together with the loss, chunk by chunk.
+    Frozen parameters are stored in `compute_dtype`, trained ones in float32, in which small updates are not lost; all
+    are gathered in `compute_dtype`, and gradients summed in float32. The head belongs to the model's own group, which
+    stays gathered during a step: its gradient is computed together with the loss, chunk by chunk.
     """
     whole = {name: parameter.data for name, parameter in model.named_parameters()}  # most of it mapped from a file
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -104,7 +100,7 @@ def shard(model: LLaMA, mesh: DeviceMesh, compute_dtype: torch.dtype) -> LLaMA:
             if not isinstance(parameter, DTensor):  # make room, which takes no memory on a CPU until it is written to
                 dtype = torch.float32 if parameter.requires_grad else compute_dtype
                 parameter.data = torch.empty_like(parameter, dtype=dtype, device=mesh.device_type)
-        fully_shard(module, mesh=mesh["data_parallel"], mp_policy=policy)
+        fully_shard(module, mesh=mesh["data_parallel"], mp_policy=policy)  # the other dimension would replicate it
     for name, parameter in model.named_parameters():
         fill(parameter, whole[name])
     return model
@@ -116,10 +112,9 @@ def fill(target: Tensor, whole: Tensor) -> None:
     if not isinstance(target, DTensor):
         target.copy_(whole)
         return
-    mesh = target.device_mesh
-    rows = dict(enumerate(whole.chunk(mesh.size())))  # fewer than devices if there are few rows
-    if mesh.get_local_rank() in rows:
-        target.to_local().copy_(rows[mesh.get_local_rank()])
+    rank, rows = target.device_mesh.get_local_rank(), whole.chunk(target.device_mesh.size())
+    if rank < len(rows):  # fewer than devices if there are few rows
+        target.to_local().copy_(rows[rank])
 
 
 def compile_blocks(llama: LLaMA) -> None:
@@ -144,22 +139,19 @@ def validation_loss(fabric: Fabric, model: nn.Module, dataset: Dataset, micro_ba
 
 
 class StopSignal:
-    """Turns SIGINT, SIGTERM and SIGHUP into a request to stop after the step that is running. A second stops at once.
-
-    A process whose terminal is gone (SIGHUP) cannot write to it; one that is to survive that (nohup) is left alone.
-    """
+    """Turns SIGINT, SIGTERM and SIGHUP into a request to stop after the running step. A second stops at once."""
 
     status = 128 + signal.SIGTERM  # if the signal reached another of several processes
 
     def __init__(self) -> None:
         self.requested = False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has SIGHUP
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.requested, self.status = True, 128 + number
-        if number == signal.SIGHUP:
+        if number == signal.SIGHUP:  # the terminal is gone
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from lit_llama.data import preparation
 from lit_llama.data.batches import BatchSchedule, Dataset, balance, loss_sum
 from lit_llama.data.preparation import TYPES, Encoder, prepare
 from lit_llama.errors import UserError
@@ -179,23 +178,6 @@ def test_an_epoch_is_a_shuffle_cut_into_steps_of_which_the_largest_comes_first(
 def test_records_go_to_micro_batches_in_turn_and_back_the_longest_first() -> None:
     lengths = np.array([1, 9, 5, 8, 2, 7, 3])
     assert [part.tolist() for part in balance(np.arange(7), lengths, 3)] == [[1, 4, 0], [3, 6], [5, 2]]
-
-
-@pytest.mark.parametrize("limit", [None, 5])
-@pytest.mark.parametrize("documents", [False, True])
-def test_a_data_set_checked_block_by_block_is_the_same(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, documents: bool, limit: int | None
-) -> None:
-    rows = [{"text": f"{i} " * i} if documents else as_row(long_conversation(i % 5 + 1)) for i in range(1, 12)]
-    prepare_records(tmp_path / "data", {"train": rows}, tokenizer.path, "plain" if documents else "zephyr")
-    found = []
-    for block in (2**20, 3, 1):
-        monkeypatch.setattr(preparation, "BLOCK", block)
-        dataset = Dataset(tmp_path / "data", "train", 60, limit=limit)
-        assert len(dataset) >= 5
-        measures = (dataset.index, dataset.lengths, dataset.target_counts, dataset.batch(range(len(dataset))).input_ids)
-        found.append(([measure.tolist() for measure in measures], dataset.n_dropped, dataset.n_cut))
-    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

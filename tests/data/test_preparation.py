@@ -141,7 +141,6 @@ import lit_llama.data.batches, lit_llama.data.preparation
 from lit_llama.data.batches import Dataset
 from lit_llama.data.preparation import Encoder, prepare
 from lit_llama.tokenizer import Tokenizer
-lit_llama.data.preparation.BLOCK = 2**10
 encoder = Encoder(Tokenizer(Path({str(model_folder / "tokenizer.json")!r})), "plain")
 {actions[0]}"""
     peak = peak_of(before, actions[1])

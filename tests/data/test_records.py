@@ -119,7 +119,7 @@ def test_a_csv_with_line_breaks_in_its_cells(tmp_path: Path) -> None:
         ('{"messages": [{"role": "user", "content": "x"}]}', "ends in a question"),
         ('{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]}', "take turns"),
         ('{"messages": []}', "has no messages"),
-        ('{"messages": "hello"}', "messages that are a text, not a list"),
+        ('{"messages": "hello"}', "messages that are of type str, not a list"),
         ('{"messages": {"role": "user"}}', "messages that are of type dict, not a list"),
         ('{"messages": [{"role": "user"}]}', "no 'value', only 'role'"),
         ('{"text": "a"}\nb\n{"text": "c"}\n{}', "2 of 4 .* line 2 is not valid JSON; line 4 has no 'instruction'"),
