@@ -15,7 +15,6 @@ reasoning models do, has no such prompt: there the answer begins where it stands
 """
 
 import re
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -142,12 +141,11 @@ def encode(template: str, messages: Sequence[Message], tokenizer: Tokenizer) -> 
     """
     check_order(messages)
     template = stored_template("plain" if messages[0].role == "assistant" else template)
-    text, mask, edges, prompts = find_answers(template, messages, tokenizer)
-    learned = [message.learned for message in messages if message.role == "assistant"]
+    text, mask, answers, prompts = find_answers(template, messages, tokenizer)
+    edges, learns = [edge for answer in answers for edge in answer[:2]], any(learned for _, _, learned in answers)
 
     def is_trained(place: int) -> bool:
-        n_edges = bisect_right(edges, place)
-        return n_edges % 2 == 1 and learned[n_edges // 2]
+        return any(start <= place < end and learned for start, end, learned in answers)
 
     ids, trained, place = [], [], 0
     for control in (*re.finditer(tokenizer.control_pattern, mask), None):
@@ -159,7 +157,7 @@ def encode(template: str, messages: Sequence[Message], tokenizer: Tokenizer) -> 
             if a in prompts and new[: len(before)] != before:
                 n, place, before, new = len(ids), a, [], tokenizer.encode(text[a:b], bos=False, within=True)
             same = next((i for i, pair in enumerate(zip(before, new, strict=False)) if len({*pair}) > 1), len(before))
-            ids[n:], trained[n + same :] = new, [any(learned)] * (same < len(before))  # for a token across an edge
+            ids[n:], trained[n + same :] = new, [learns] * (same < len(before))  # for a token across an edge
             trained += [is_trained(a)] * (len(ids) - len(trained))
         if control:
             ids.append(tokenizer.control_id(control[0].strip()))
@@ -170,53 +168,51 @@ def encode(template: str, messages: Sequence[Message], tokenizer: Tokenizer) -> 
 
 def find_answers(
     template: str, messages: Sequence[Message], tokenizer: Tokenizer
-) -> tuple[str, str, list[int], set[int]]:
+) -> tuple[str, str, list[tuple[int, int, bool]], set[int]]:
     """The text of a conversation; the same with a mark for each character of the messages; and places in them.
 
-    These are where the answers start and end, in turn, and those of them at which a prompt ends.
+    These are where each answer starts and ends, and whether it is learned, and the starts at which a prompt ends.
     """
     names, (marked, said) = names_of(template, tokenizer), mark(messages)
-    fixed = tuple(names.items())
-    signs = f"[{''.join(said)}]" if said else "(?!)"
-
-    def masked(n: int) -> str:
-        return re.sub(signs, lambda sign: sign[0] * len(said[sign[0]]), rendered_marks(template, marked[:n], fixed))
-
-    text, mask = rendered(template, messages, names), masked(len(messages))
-    if re.sub(signs, lambda sign: said[sign[0]], rendered_marks(template, marked, fixed)) != text:
+    fixed, as_long = tuple(names.items()), {sign: chr(sign) * len(text) for sign, text in said.items()}
+    text, with_marks = rendered(template, messages, names), rendered_marks(template, marked, fixed)
+    if with_marks.translate(said) != text:
         raise UserError("the chat template changes what a message says, or goes by it; choose another --prompt_style")
-    edges, prompts, after = [], set(), re.compile(f"{signs}|{tokenizer.control_pattern}")
+    mask, any_mark = with_marks.translate(as_long), f"[{chr(FIRST_MARK)}-{chr(FIRST_MARK + len(said))}]"
+    answers, prompts, after = [], set(), re.compile(f"{any_mark}|{tokenizer.control_pattern}")
     for i, message in enumerate(messages):
-        own = "".join(sign for sign in marked[i].content + marked[i].input if sign in said)
+        own = "".join(re.findall(any_mark, marked[i].content + marked[i].input))
         places = [match.span() for match in re.finditer(f"[{own}]+", mask)] if own else []
         if own and not places:
             raise UserError(f"the chat template leaves out what message {i + 1} says, that of the {message.role}")
         if message.role == "assistant":
-            prompt, before = masked(i), re.split(signs, marked[i].content)[0]  # space, or the tag of a thought
+            before = re.split(any_mark, marked[i].content)[0]  # space, or the tag of a thought
             start = places[0][0] if places else len(mask)
             start -= len(before) * mask.endswith(before, 0, start)
+            prompt = rendered_marks(template, marked[:i], fixed).translate(as_long)
             if mask.startswith(prompt):
                 start = len(prompt)
                 prompts.add(start)
             end = places[-1][1] if places else start
             token = after.search(mask, end)
-            edges += [start, token.end() if token and token[0] not in said else end]
-    return text, mask, edges, prompts
+            end = token.end() if token and ord(token[0][0]) not in said else end
+            answers.append((start, end, message.learned))
+    return text, mask, answers, prompts
 
 
-def mark(messages: Sequence[Message]) -> tuple[tuple[Message, ...], dict[str, str]]:
-    """The messages with a mark for what each says, and what the marks stand for.
+def mark(messages: Sequence[Message]) -> tuple[tuple[Message, ...], dict[int, str]]:
+    """The messages with a mark, a character, for what each says, and what the marks stand for.
 
     The space around a text stays, which a template may strip, and the tags of a thought, at which one may cut.
     """
-    said: dict[str, str] = {}
+    said: dict[int, str] = {}
 
     def marked(text: str) -> str:
         parts = re.split("(</?think>)", text)
         for i in range(0, len(parts), 2):
             if inner := parts[i].strip():
-                sign = chr(FIRST_MARK + len(said))
-                said[sign], parts[i] = inner, parts[i].replace(inner, sign, 1)
+                sign = FIRST_MARK + len(said)
+                said[sign], parts[i] = inner, parts[i].replace(inner, chr(sign), 1)
         return "".join(parts)
 
     return tuple(m._replace(content=marked(m.content), input=marked(m.input)) for m in messages), said

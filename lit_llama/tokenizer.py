@@ -37,7 +37,6 @@ class Tokenizer:
         bos_id: the id that begins plain text, or None for a model that was trained without one.
         eos_id: the id that ends a response.
         end_ids: all ids that end a response: the eos, and every eos_token_id that the model's own files name.
-        control: the ids of the tokens that no text becomes.
         names: texts of tokens by the names that chat templates have for them: "eos_token", "bos_token" (which plain
             text may begin without) and others.
     """
@@ -56,19 +55,21 @@ class Tokenizer:
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of wrong types
                 raise UserError(f"it, or a file beside it, does not list tokens ({short(str(error))})") from None
         if self._sp:
-            self._set_up_sentencepiece(begins=fields.get("add_bos_token") is not False)
+            own = {"bos_token": self._sp.bos_id(), "eos_token": self._sp.eos_id()}
+            self.names = {name: self.token(i) for name, i in own.items() if i >= 0} | self.names
+            self.vocab_size, self._first_space = self._sp.vocab_size(), False
+            begins = fields.get("add_bos_token") is not False
+            self.bos_id = self._id(self.names.get("bos_token", "")) if begins else None
         else:
             self._set_up_hf()
         eos = self.names.get("eos_token")
-        names = (eos,) if eos else EOS_TOKENS
-        found = [token_id for token_id in map(self._id, names) if token_id is not None]
+        found = [token_id for token_id in map(self._id, (eos,) if eos else EOS_TOKENS) if token_id is not None]
         if not found:
-            raise UserError(f"{path} has no end-of-sequence token (looked for {', '.join(names)})")
+            raise UserError(f"{path} has no end-of-sequence token (looked for {eos or ', '.join(EOS_TOKENS)})")
         self.eos_id = found[0]
-        self.names = {name: text for name, text in self.names.items() if self._id(text) is not None}
-        for name, token_id in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
-            if token_id is not None:
-                self.names.setdefault(name, self.token(token_id))
+        own = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        known = {name: text for name, text in self.names.items() if self._id(text) is not None}
+        self.names = {name: self.token(i) for name, i in own.items() if i is not None} | known
         ends = [self._read(name).get("eos_token_id") for name in (ENDS_NAME, CONFIG)]
         ends = [i for end in ends for i in (end if isinstance(end, list) else [end]) if type(i) is int]
         self.end_ids = frozenset({self.eos_id, *(i for i in ends if 0 <= i < self.vocab_size)})
@@ -87,9 +88,11 @@ class Tokenizer:
         if "added_tokens_decoder" not in fields:
             fields |= {name: value for name, value in older.items() if value}  # the very first are empty
             texts = [fields.get(name) for name in SPECIAL] + list(fields.get("additional_special_tokens") or ())
-            controls = [text.get("content") if isinstance(text, dict) else text for text in texts]
-            flags = {text: {"special": text in controls, "normalized": text not in controls} for text in numbers}
-            fields["added_tokens_decoder"] = {i: {"content": text, **flags[text]} for text, i in numbers.items()}
+            special = [text.get("content") if isinstance(text, dict) else text for text in texts]
+            fields["added_tokens_decoder"] = {
+                i: {"content": text, "special": text in special, "normalized": text not in special}
+                for text, i in numbers.items()
+            }
         return fields
 
     def _add(self, listed: dict[str, Any]) -> bool:
@@ -110,23 +113,12 @@ class Tokenizer:
                 raise UserError(f"{short(token.content)} is number {i} there, and {ours} in {self.path.name}")
         return bool(new)
 
-    def _set_up_sentencepiece(self, begins: bool) -> None:
-        self.vocab_size = self._sp.vocab_size()
-        self.control = frozenset(filter(self._sp.is_control, range(self.vocab_size)))
-        self._first_space = False
-        for name, token_id in (("bos_token", self._sp.bos_id()), ("eos_token", self._sp.eos_id())):
-            if token_id >= 0:
-                self.names.setdefault(name, self.token(token_id))
-        self.bos_id = self._id(self.names.get("bos_token", "")) if begins else None
-
     def _set_up_hf(self) -> None:
         self._hf.no_truncation()
         self._hf.no_padding()
         self._hf.encode_special_tokens = True  # text is text: what users write never becomes a control token
         self._first_space = getattr(self._hf.pre_tokenizer, "prepend_scheme", "") == "first"
-        added = self._hf.get_added_tokens_decoder()
-        self.vocab_size = max([self._hf.get_vocab_size(), *(i + 1 for i in added)])  # there may be gaps
-        self.control = frozenset(i for i, token in added.items() if token.special)
+        self.vocab_size = max([self._hf.get_vocab_size(), *(i + 1 for i in self.added)])  # there may be gaps
         text, whole = (self._hf.encode("a", add_special_tokens=special).ids for special in (False, True))
         self.bos_id = None if whole[: len(text)] == text else whole[0]  # what its own post-processor puts in front
 
@@ -153,25 +145,27 @@ class Tokenizer:
         return [*ids, self.eos_id] if eos else ids
 
     @cached_property
+    def added(self) -> dict[int, AddedToken]:
+        """The tokens that are not pieces of text, by their ids. A special one is what no text becomes."""
+        if self._hf:
+            return self._hf.get_added_tokens_decoder()
+        tokens = (AddedToken(self.token(i), special=self._sp.is_control(i)) for i in range(self._sp.vocab_size()))
+        return {i: token for i, token in enumerate(tokens) if is_control(token)}
+
+    @cached_property
     def controls(self) -> dict[str, int]:
         """The ids of the control tokens, which only a template's own words become, by their names."""
-        if self._sp:
-            pieces = {self._sp.id_to_piece(i): i for i in range(self.vocab_size)}
-            return {name: i for name, i in pieces.items() if self._sp.is_control(i) or LIKE_CONTROL.fullmatch(name)}
-        added = self._hf.get_added_tokens_decoder()
-        return {t.content: i for i, t in added.items() if t.special or LIKE_CONTROL.fullmatch(t.content)}
+        return {token.content: i for i, token in self.added.items() if is_control(token)}
 
     @cached_property
     def control_pattern(self) -> str:
         """Finds control tokens in a template's own words, with the space that some of them swallow."""
-        added = {} if self._sp else {token.content: token for token in self._hf.get_added_tokens_decoder().values()}
-
-        def pattern(name: str) -> str:
-            left, right = (r"\s*" * getattr(added.get(name), side, False) for side in ("lstrip", "rstrip"))
-            return left + re.escape(name) + right
-
-        names = sorted({*self.controls, *ALWAYS_CONTROL}, key=len, reverse=True)
-        return f"(?:{'|'.join(map(pattern, names))})"
+        patterns = {name: re.escape(name) for name in ALWAYS_CONTROL}
+        for token in map(self.added.__getitem__, self.controls.values()):
+            left, right = r"\s*" * token.lstrip, r"\s*" * token.rstrip
+            patterns[token.content] = f"{left}{re.escape(token.content)}{right}"
+        longest_first = sorted(patterns, key=len, reverse=True)
+        return f"(?:{'|'.join(map(patterns.__getitem__, longest_first))})"
 
     def control_id(self, name: str) -> int:
         if name not in self.controls:
@@ -197,11 +191,9 @@ class Tokenizer:
         for control, run in groupby((i for i in ids if i < self.vocab_size), self._sp.is_control):
             if control:
                 text += "".join(map(self._sp.id_to_piece, run))
-            elif text:
-                text += self._sp.decode(list(run))
-            else:  # in the middle of a text, perhaps: its first token keeps its space
-                anchor = self._sp.encode("a")
-                text += self._sp.decode([*anchor, *run])[1:]
+            else:
+                before = "" if text else "a"  # in the middle of a text, the first token keeps its space
+                text += self._sp.decode([*self._sp.encode(before), *run])[len(before) :]
         return text
 
     def stream(self, ids: Iterable[int], after: list[int] | None = None) -> Iterator[str]:
@@ -236,8 +228,9 @@ class Tokenizer:
 
         A pad token, or another that no text becomes, may be missing there.
         """
-        missing = range(n_rows, self.vocab_size)
-        if not self.control.issuperset(missing) or self.eos_id in missing or self.bos_id in missing:
+        missing = {*range(n_rows, self.vocab_size)}
+        special = {i for i, token in self.added.items() if token.special}
+        if missing - special or missing & {self.bos_id, self.eos_id}:
             raise UserError(f"{self.path} has {self.vocab_size} tokens, the model {n_rows}; give its own tokenizer")
 
     def report_missing(self, n_rows: int) -> None:
@@ -258,6 +251,10 @@ def load(path: Path) -> tuple[Any, Any]:
         return SentencePieceProcessor(model_file=str(path)), None
     except Exception:  # both libraries raise bare exceptions
         raise UserError(f"{path} is not a tokenizer, or is truncated; copy it again") from None
+
+
+def is_control(token: AddedToken) -> bool:
+    return token.special or LIKE_CONTROL.fullmatch(token.content) is not None
 
 
 def text_of(name: str, token: Any) -> str:

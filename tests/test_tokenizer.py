@@ -219,8 +219,8 @@ def test_added_tokens_come_with_both_kinds(tokenizer: Tokenizer, tmp_path: Path,
     write(tmp_path, **added_files(n)[way])
     ours = Tokenizer(tmp_path / tokenizer.path.name)
     assert (ours.vocab_size, ours.eos_id) == (n + 2, n)
-    assert n in ours.control
-    assert n + 1 not in ours.control
+    assert n in ours.controls.values()
+    assert n + 1 not in ours.controls.values()
     for text in (*TEXTS, ADDED[0]):  # a control token's name in a text stays text
         assert ours.encode(text, bos=False) == tokenizer.encode(text, bos=False)
     assert ours.encode("say[call]", bos=False)[-1] == n + 1
