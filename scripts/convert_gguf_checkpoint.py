@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from lit_llama.cli import run
 from lit_llama.errors import UserError, error_context, short
-from lit_llama.formats.gguf import CHAT_TEMPLATE, ROPE_FREQS, TENSOR_NAMES, rope_divisors
+from lit_llama.formats.gguf import CHAT_TEMPLATE, FIELDS, ROPE_FREQS, TENSOR_NAMES, rope_divisors
 from lit_llama.formats.huggingface import check_known
 from lit_llama.formats.tokenizers import from_gguf
 from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling
@@ -156,25 +156,19 @@ def check_supported(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> Non
     if scaling not in ("none", "linear"):
         raise UserError(f"{path} stretches its rotary frequencies in the {scaling} way; expected linear or Llama 3.1's")
     with error_context(path, "get another model"):
-        known = [f"llama.{name}" for name in KNOWN.split()]
+        known = {f"llama.{name}" for name in KNOWN.split()}
         check_known({name: value for name, value in metadata.items() if name.startswith("llama.")}, known)
 
 
 def read_config(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> LLaMAConfig:
     check_supported(metadata, tensors)
+    metadata.setdefault("llama.attention.head_count_kv", 0)  # as many as query heads
+    metadata.setdefault("llama.rope.freq_base", 10000.0)
     try:
-        values = {
-            "block_size": metadata["llama.context_length"],
-            "vocab_size": int(tensors["token_embd.weight"].shape[-1]),  # may be padded beyond the tokenizer's
-            "n_layer": metadata["llama.block_count"],
-            "n_head": metadata["llama.attention.head_count"],
-            "n_embd": metadata["llama.embedding_length"],
-            "n_kv_head": metadata.get("llama.attention.head_count_kv", 0),
-            "n_hidden": metadata["llama.feed_forward_length"],
-            "norm_eps": shortest(metadata["llama.attention.layer_norm_rms_epsilon"]),
-            "rope_base": metadata.get("llama.rope.freq_base", 10000.0),
-            "tie_embeddings": "output.weight" not in tensors,
-        }
+        values = {ours: metadata[theirs] for ours, theirs in FIELDS.items()}
+        values["norm_eps"] = shortest(values["norm_eps"])
+        values["vocab_size"] = int(tensors["token_embd.weight"].shape[-1])  # may be padded beyond the tokenizer's
+        values["tie_embeddings"] = "output.weight" not in tensors
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{metadata.path} does not describe a LLaMA ({error}); get another model") from None
     with error_context(metadata.path, "get another model"):

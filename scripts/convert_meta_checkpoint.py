@@ -100,7 +100,7 @@ def read_config(folder: Path, shard: dict[str, Any], n_shards: int) -> LLaMAConf
             "rope_scaling": scaling and asdict(scaling),
         }
         with error_context(folder / "params.json", "download it again"):
-            check_known(params, PARAMS.split())
+            check_known(params, {*PARAMS.split()})
             return from_fields(LLaMAConfig, values)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{folder} does not describe a LLaMA ({error!r}); download it again") from None

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lit_llama.errors import UserError
+from lit_llama.formats.huggingface import NAMES
 from lit_llama.formats.peft import parts
 from lit_llama.lora import LoRAConfig
 from lit_llama.model import LLaMAConfig, stretch_frequencies
@@ -26,13 +27,18 @@ TENSOR_NAMES = {
     "ffn_down": "mlp.c_proj.weight",
 }
 MODULE_NAMES = {  # of what PEFT adds LoRA to
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+    **{f"self_attn.{letter}_proj": f"attn_{letter}" for letter in "qkv"},
+    **{NAMES[ours].removesuffix(".weight"): theirs for theirs, ours in TENSOR_NAMES.items()},
+}
+FIELDS = {  # of LLaMAConfig
+    "block_size": "llama.context_length",
+    "n_layer": "llama.block_count",
+    "n_head": "llama.attention.head_count",
+    "n_embd": "llama.embedding_length",
+    "n_kv_head": "llama.attention.head_count_kv",
+    "n_hidden": "llama.feed_forward_length",
+    "norm_eps": "llama.attention.layer_norm_rms_epsilon",
+    "rope_base": "llama.rope.freq_base",
 }
 ROPE_FREQS = "rope_freqs.weight"
 CHAT_TEMPLATE = "tokenizer.chat_template"
@@ -62,23 +68,12 @@ def rope_divisors(config: LLaMAConfig) -> Tensor:
 
 
 def model_metadata(config: LLaMAConfig) -> dict[str, Any]:
-    scaling = config.rope_scaling
-    linear = scaling and not scaling.original_block_size
-    stretched = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": scaling.factor} if scaling else {}
-    return {
-        **(stretched if linear else {}),
-        "general.type": "model",
-        "llama.context_length": config.block_size,
-        "llama.vocab_size": config.vocab_size,
-        "llama.block_count": config.n_layer,
-        "llama.embedding_length": config.n_embd,
-        "llama.feed_forward_length": config.n_hidden,
-        "llama.attention.head_count": config.n_head,
-        "llama.attention.head_count_kv": config.n_kv_head,
-        "llama.attention.layer_norm_rms_epsilon": config.norm_eps,
-        "llama.rope.dimension_count": config.head_size,
-        "llama.rope.freq_base": float(config.rope_base),
-    }
+    fields = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
+    fields |= {"general.type": "model", "llama.vocab_size": config.vocab_size}
+    fields |= {"llama.rope.dimension_count": config.head_size, "llama.rope.freq_base": float(config.rope_base)}
+    if (scaling := config.rope_scaling) and not scaling.original_block_size:
+        fields |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": scaling.factor}
+    return fields
 
 
 def lora_to_gguf(state: Mapping[str, Tensor], base: LLaMAConfig, lora: LoRAConfig) -> Iterator[tuple[str, Tensor]]:
@@ -90,7 +85,7 @@ def lora_to_gguf(state: Mapping[str, Tensor], base: LLaMAConfig, lora: LoRAConfi
         )
     for module, layer, rows_A, rows_B, _ in parts(base, lora):
         number, _, name = module.removeprefix("model.layers.").partition(".")
-        theirs = f"blk.{number}.{MODULE_NAMES[name]}" if name else "output"
+        theirs = f"blk.{number}.{MODULE_NAMES[name]}" if name else MODULE_NAMES[module]
         yield f"{theirs}.weight.lora_a", state[f"{layer}.lora_A"][rows_A]  # (r, in)
         yield f"{theirs}.weight.lora_b", state[f"{layer}.lora_B"][rows_B]  # (out, r)
 

@@ -3,10 +3,10 @@
 import base64
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 from lit_llama.errors import UserError
 from lit_llama.tokenizer import CONFIG_NAME, CONTROL, ENDS_NAME, USER_DEFINED, Tokenizer, tokenizer_in
@@ -15,6 +15,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as HFTokenizer
 
+T = TypeVar("T", str, bytes)
 NORMAL, UNUSED, BYTE = 1, 5, 6  # more of SentencePiece's types, which GGUF has taken over for all tokenizers
 SPACE = "\u2581"  # how SentencePiece writes it
 
@@ -28,17 +29,11 @@ LLAMA_3 = [
     pre_tokenizers.Split(Regex(LLAMA_3_PATTERN), "isolated"),
     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
 ]
-PRE_TOKENIZERS = {  # llama.cpp's names for how text is cut before the byte pairs are merged
-    "default": BYTES,
-    "gpt-2": BYTES,
-    "smollm": DIGITS,
-    "minerva-7b": DIGITS,
-    "llama-bpe": LLAMA_3,
-    "llama-v3": LLAMA_3,
-    "llama3": LLAMA_3,
-    "falcon3": LLAMA_3,
+PRE_TOKENIZERS = {  # llama.cpp's names for how text is cut before the byte pairs are merged; the first is written
+    **dict.fromkeys(("gpt-2", "default"), BYTES),
+    **dict.fromkeys(("smollm", "minerva-7b"), DIGITS),
+    **dict.fromkeys(("llama-bpe", "llama-v3", "llama3", "falcon3"), LLAMA_3),
 }
-WRITTEN_PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe")  # the name of each way that is written
 GGUF_ENDS = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]  # the ends of an answer
 LLAMA_3_NAMES = (
     *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
@@ -70,16 +65,14 @@ def from_gguf(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes | str]
         known = f"SentencePiece (llama) and byte-level BPE (gpt2: {', '.join(PRE_TOKENIZERS)}) are"
         raise UserError(f"the tokenizer of {path} ({model}, {pre}) is not supported; {known}")
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    add_bos = metadata.get("tokenizer.ggml.add_bos_token", PRE_TOKENIZERS[pre] is LLAMA_3)  # older files do not say
-    marks = Marks(
-        bos=tokens[metadata["tokenizer.ggml.bos_token_id"]] if "tokenizer.ggml.bos_token_id" in metadata else None,
-        eos=tokens[metadata["tokenizer.ggml.eos_token_id"]],
-        special=[token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL],
-        added=[token for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED],
-        begins=add_bos,
-    )
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    return byte_level_bpe(tokens, merges, pre, marks) | files
+    kinds = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER_DEFINED)]
+    added = [AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in kinds]
+    names = {"eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]]}
+    if "tokenizer.ggml.bos_token_id" in metadata:
+        names["bos_token"] = tokens[metadata["tokenizer.ggml.bos_token_id"]]
+    begins = metadata.get("tokenizer.ggml.add_bos_token", PRE_TOKENIZERS[pre] is LLAMA_3)  # older files do not say
+    return byte_level_bpe(pre, tokens, merges, added, names, begins) | files
 
 
 def sentencepiece_from_gguf(path: Path, metadata: Mapping[str, Any]) -> bytes:
@@ -101,12 +94,7 @@ def sentencepiece_from_gguf(path: Path, metadata: Mapping[str, Any]) -> bytes:
     normalizer.name, normalizer.remove_extra_whitespaces, normalizer.escape_whitespaces = "identity", False, True
     normalizer.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     content = model.SerializeToString()
-    try:
-        SentencePieceProcessor(model_proto=content)
-    except RuntimeError as error:
-        raise UserError(
-            f"the tokenizer of {path} is not a valid SentencePiece model ({error}); get the file elsewhere"
-        ) from None
+    SentencePieceProcessor(model_proto=content)  # raises a RuntimeError if it is not valid
     return content
 
 
@@ -153,9 +141,10 @@ def sentencepiece_to_gguf(path: Path, content: bytes, n_rows: int) -> dict[str, 
 
 def bpe_to_gguf(path: Path, content: bytes, n_rows: int) -> dict[str, Any]:
     fields = json.loads(HFTokenizer.from_buffer(content).to_str())
-    pre = next((name for name in WRITTEN_PRE_TOKENIZERS if is_cut_as(fields, name)), None)
+    ways = ((pre, json.loads(byte_level_bpe(pre, [], [], [], {}, False)["tokenizer.json"])) for pre in PRE_TOKENIZERS)
+    pre = next((pre for pre, example in ways if how_cut(example) == how_cut(fields)), None)
     if not pre:
-        known = f"byte-level BPE as of {', '.join(WRITTEN_PRE_TOKENIZERS)}, or SentencePiece's tokenizer.model"
+        known = f"byte-level BPE as of {', '.join(PRE_TOKENIZERS)}, or SentencePiece's tokenizer.model"
         raise UserError(f"{path} cuts text in a way for which no name of llama.cpp is known; expected {known}")
     added = {token["id"]: token for token in fields["added_tokens"]}
     texts = {i: token for token, i in fields["model"]["vocab"].items()}
@@ -170,21 +159,11 @@ def bpe_to_gguf(path: Path, content: bytes, n_rows: int) -> dict[str, Any]:
     }
 
 
-def is_cut_as(fields: Mapping[str, Any], pre: str) -> bool:
-    """Whether a tokenizer.json is byte-level BPE that cuts text before merging as llama.cpp does under this name."""
-    reference = HFTokenizer(models.BPE(ignore_merges=PRE_TOKENIZERS[pre] is LLAMA_3))
-    reference.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
-    theirs, ours = (
-        (each["model"]["type"], each["model"].get("ignore_merges"), each["normalizer"], steps(each["pre_tokenizer"]))
-        for each in (fields, json.loads(reference.to_str()))
-    )
-    return theirs == ours
-
-
-def steps(pre_tokenizer: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The steps that text is cut in, without what does not change the tokens."""
-    several = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
-    return [{name: value for name, value in step.items() if name != "trim_offsets"} for step in several]
+def how_cut(fields: Mapping[str, Any]) -> tuple[Any, ...]:
+    """How a tokenizer.json cuts text and merges, without what does not change the tokens."""
+    model, cut = fields["model"], fields["pre_tokenizer"] or {}
+    steps = [{**step, "trim_offsets": None} for step in cut.get("pretokenizers", [cut])]
+    return model["type"], model.get("ignore_merges"), fields["normalizer"], steps
 
 
 def is_tiktoken(path: Path) -> bool:
@@ -203,12 +182,17 @@ def from_tiktoken(path: Path) -> dict[str, bytes | str]:
     chars = {token: token.decode("latin-1").translate(BYTE_TO_CHAR) for token in ranks}
     merges = []
     for token in ranks:
-        splits = ((token[:i], token[i:]) for i in range(1, len(token)))
-        pairs = [(left, right) for left, right in splits if left in ranks and right in ranks]
-        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        pairs = sorted(splits(token, ranks), key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
         merges += [(chars[left], chars[right]) for left, right in pairs]
-    bos, eos = LLAMA_3_SPECIAL[:2]
-    return byte_level_bpe([*chars.values(), *LLAMA_3_SPECIAL], merges, "llama-bpe", Marks(bos, eos, LLAMA_3_SPECIAL))
+    special = [AddedToken(token, special=True) for token in LLAMA_3_SPECIAL]
+    names = {"eos_token": LLAMA_3_SPECIAL[1], "bos_token": LLAMA_3_SPECIAL[0]}
+    return byte_level_bpe("llama-bpe", [*chars.values(), *LLAMA_3_SPECIAL], merges, special, names, begins=True)
+
+
+def splits(token: T, others: Collection[T]) -> list[tuple[T, T]]:
+    """The ways to split a token into two others."""
+    pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
+    return [(left, right) for left, right in pairs if left in others and right in others]
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -224,32 +208,31 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-class Marks(NamedTuple):
-    """The tokens that are found in text before anything else; only the special ones are left out in decoding."""
-
-    bos: str | None  # of templates, if there are any
-    eos: str
-    special: Sequence[str]
-    added: Sequence[str] = ()
-    begins: bool = True  # whether plain text begins with the bos, too
-
-
 def byte_level_bpe(
-    tokens: Sequence[str], merges: Sequence[tuple[str, str]], pre: str, marks: Marks
+    pre: str,
+    tokens: Iterable[str],
+    merges: Sequence[tuple[str, ...]],
+    added: Sequence[AddedToken],
+    names: Mapping[str, str],
+    begins: bool,
 ) -> dict[str, bytes | str]:
-    """A byte-level BPE tokenizer as files: tokens by id, merges by rank, the name of how text is cut before."""
+    """A byte-level BPE tokenizer as files.
+
+    Args:
+        pre: the name of how text is cut before it is merged.
+        tokens: all of them, in the order of their ids.
+        merges: in the order of their ranks.
+        added: those that are found in text before anything else, or not at all (special ones).
+        names: of the bos and eos, as templates call them.
+        begins: whether plain text begins with the bos, too.
+    """
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = HFTokenizer(models.BPE(vocabulary, merges, ignore_merges=PRE_TOKENIZERS[pre] is LLAMA_3))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in marks.special])
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in marks.added])
-    names = {"eos_token": marks.eos}
-    if bos := marks.bos:
-        names["bos_token"] = bos
-        if marks.begins:
-            special = [(bos, vocabulary[bos])]
-            tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=special)
+    tokenizer.add_tokens(added)
+    if begins and (bos := names.get("bos_token")):
+        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
     return {"tokenizer.json": tokenizer.to_str(), CONFIG_NAME: json.dumps(names, indent=2)}
 
 
@@ -267,8 +250,7 @@ def from_sentencepiece(path: Path) -> dict[str, str]:
     texts = {pieces[i] for i in ids if not sp.is_byte(i)} - {*special}
     merges = []
     for piece in sorted(texts, key=lambda piece: (-sp.get_score(sp.piece_to_id(piece)), piece)):
-        splits = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
-        merges += [pair for pair in splits if pair[0] in texts and pair[1] in texts]
+        merges += splits(piece, texts)
     vocabulary, unk = {piece: i for i, piece in enumerate(pieces)}, pieces[sp.unk_id()]
     tokenizer = HFTokenizer(models.BPE(vocabulary, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
     prefix = sp.encode_as_pieces("a")[0].startswith(SPACE)  # whether a text begins as if a space came before it

@@ -64,13 +64,6 @@ def test_a_sentencepiece_model_may_end_in_an_added_token(tmp_path: Path) -> None
     assert ours.decode([*sp.encode("that"), ours.eos_id]) == "that"
 
 
-def test_sentencepiece_with_a_piece_twice_is_refused(tmp_path: Path) -> None:
-    metadata = sentencepiece_metadata(train_sentencepiece(tmp_path / "original.model"))
-    metadata["tokenizer.ggml.tokens"][-1] = metadata["tokenizer.ggml.tokens"][-2]
-    with pytest.raises(UserError, match=r"model\.gguf"):
-        from_gguf(Path("model.gguf"), metadata)
-
-
 def test_sentencepiece_needs_protobuf(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
     with pytest.raises(UserError, match=r"model\.gguf.*pip install protobuf"):

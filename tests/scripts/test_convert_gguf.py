@@ -66,6 +66,14 @@ def test_a_sentencepiece_tokenizer_comes_along(tmp_path: Path) -> None:
     assert ours.decode(ours.encode(text)) == text
 
 
+def test_sentencepiece_with_a_piece_twice_is_refused(tmp_path: Path) -> None:
+    metadata = sentencepiece_metadata(train_sentencepiece(tmp_path / "original.model"))
+    metadata["tokenizer.ggml.tokens"][-1] = metadata["tokenizer.ggml.tokens"][-2]
+    write_gguf(tmp_path / "m.gguf", metadata)
+    with pytest.raises(UserError, match=r"m\.gguf does not describe a tokenizer \(.*already defined"):
+        convert_gguf_checkpoint.main(tmp_path / "m.gguf", tmp_path / "out")
+
+
 def llama_3_divisors(factor: float, low: float, high: float, original: float) -> np.ndarray:
     """What llama.cpp stores as rope_freqs, by wavelengths as it computes them."""
     size, divisors = GGUF_CONFIG.head_size, []
