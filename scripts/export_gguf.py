@@ -10,7 +10,6 @@ from lit_llama.errors import UserError
 from lit_llama.finetuned import read_finetuned
 from lit_llama.formats.gguf import CHAT_TEMPLATE, lora_metadata, lora_to_gguf, model_metadata, to_gguf
 from lit_llama.formats.hf_tokenizer import TEMPLATE_NAME
-from lit_llama.formats.ollama import modelfile
 from lit_llama.formats.tokenizers import to_gguf as tokenizer_metadata
 from lit_llama.model_folder import find_model, load_model, own_template, read_config
 from lit_llama.progress import progress
@@ -19,6 +18,7 @@ from lit_llama.storage.files import check_apart, check_finite, read_file, replac
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 
 import numpy as np
+from modelfile import modelfile
 from torch import Tensor
 
 try:
