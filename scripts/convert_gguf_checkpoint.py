@@ -10,9 +10,8 @@ from typing import Any, BinaryIO
 
 from lit_llama.cli import run
 from lit_llama.errors import UserError, error_context, short
-from lit_llama.formats.gguf import CHAT_TEMPLATE, FIELDS, ROPE_FREQS, TENSOR_NAMES, rope_divisors
+from lit_llama.formats.gguf import CHAT_TEMPLATE, FIELDS, ROPE_FREQS, TENSOR_NAMES, rope_divisors, tokenizer_from_gguf
 from lit_llama.formats.huggingface import check_known
-from lit_llama.formats.tokenizers import from_gguf
 from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling
 from lit_llama.model_folder import check_complete, save_model_folder
 from lit_llama.progress import progress
@@ -60,7 +59,7 @@ def main(gguf_path: Path, out_dir: Path) -> None:
     metadata, tensors = read_gguf(gguf_path)
     config = read_config(metadata, tensors)
     try:
-        tokenizer = from_gguf(gguf_path, metadata)
+        tokenizer = tokenizer_from_gguf(gguf_path, metadata)
     except UserError:
         raise
     except Exception as error:  # fields of the wrong type or length, or a library's own

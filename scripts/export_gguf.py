@@ -8,9 +8,8 @@ from typing import Any, Literal, NamedTuple
 from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.finetuned import read_finetuned
-from lit_llama.formats.gguf import CHAT_TEMPLATE, lora_metadata, lora_to_gguf, model_metadata, to_gguf
-from lit_llama.formats.hf_tokenizer import TEMPLATE_NAME
-from lit_llama.formats.tokenizers import to_gguf as tokenizer_metadata
+from lit_llama.formats.gguf import CHAT_TEMPLATE, lora_to_gguf, model_metadata, to_gguf, tokenizer_metadata
+from lit_llama.formats.tokenizers import TEMPLATE_NAME
 from lit_llama.model_folder import find_model, load_model, own_template, read_config
 from lit_llama.progress import progress
 from lit_llama.prompt import find_template, portable, stop_ids
@@ -113,7 +112,8 @@ def template_metadata(template: str, tokenizer: Tokenizer) -> dict[str, Any]:
 def read_lora(path: Path, base_path: Path, alpha: float | None, force: bool) -> Content:
     base = read_config(base_path, read_file(base_path))
     lora = read_finetuned(path, "lora", alpha, base_path, force)
-    metadata = {"general.name": lora.path.stem} | lora_metadata(lora.config)
+    metadata = {"general.name": lora.path.stem, "general.type": "adapter", "adapter.type": "lora"}
+    metadata |= {"adapter.lora.alpha": float(lora.config.alpha)}
     return Content(metadata, dict(lora_to_gguf(lora.tensors_for(base), base, lora.config)), lora.prompt_style)
 
 

@@ -1,22 +1,27 @@
-"""Tokenizers of other formats, turned into the files that `lit_llama.tokenizer.Tokenizer` reads; to GGUF and back."""
+"""Tokenizers as files of Hugging Face's, with a chat template: made from SentencePiece, tiktoken and others."""
 
 import base64
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lit_llama.errors import UserError
-from lit_llama.tokenizer import CONFIG_NAME, CONTROL, ENDS_NAME, USER_DEFINED, Tokenizer, tokenizer_in
+from lit_llama.prompt import portable
+from lit_llama.storage.files import read_json, read_text
+from lit_llama.tokenizer import CONFIG_NAME, Tokenizer, tokenizer_in
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as HFTokenizer
 
 T = TypeVar("T", str, bytes)
-NORMAL, UNUSED, BYTE = 1, 5, 6  # more of SentencePiece's types, which GGUF has taken over for all tokenizers
+TEMPLATE_NAME = "chat_template.jinja"  # where transformers keeps it today; it reads tokenizer_config.json, too
+TOKENIZER_FILES = (
+    r"tokenizer\.(json|model)|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja"
+)
+LEFT_OUT = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "auto_map", "backend")
 SPACE = "\u2581"  # how SentencePiece writes it
 
 BYTES = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -34,7 +39,6 @@ PRE_TOKENIZERS = {  # llama.cpp's names for how text is cut before the byte pair
     **dict.fromkeys(("smollm", "minerva-7b"), DIGITS),
     **dict.fromkeys(("llama-bpe", "llama-v3", "llama3", "falcon3"), LLAMA_3),
 }
-GGUF_ENDS = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]  # the ends of an answer
 LLAMA_3_NAMES = (
     *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
     *("finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"),
@@ -52,118 +56,6 @@ def read_tokenizer(*folders: Path) -> dict[str, bytes | str]:
     for path in filter(None, map(tokenizer_in, folders)):
         return from_tiktoken(path) if is_tiktoken(path) else dict(Tokenizer(path).files())
     return {}
-
-
-def from_gguf(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes | str]:
-    """The tokenizer that the metadata of the GGUF at `path` describes, as files by their names."""
-    ends = [metadata[name] for name in GGUF_ENDS if name in metadata]
-    files = {ENDS_NAME: json.dumps({"eos_token_id": ends})} if len({*ends}) > 1 else {}
-    model, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre", "default")
-    if model == "llama":
-        return {"tokenizer.model": sentencepiece_from_gguf(path, metadata), **files}
-    if model != "gpt2" or pre not in PRE_TOKENIZERS:
-        known = f"SentencePiece (llama) and byte-level BPE (gpt2: {', '.join(PRE_TOKENIZERS)}) are"
-        raise UserError(f"the tokenizer of {path} ({model}, {pre}) is not supported; {known}")
-    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    kinds = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER_DEFINED)]
-    added = [AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in kinds]
-    names = {"eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]]}
-    if "tokenizer.ggml.bos_token_id" in metadata:
-        names["bos_token"] = tokens[metadata["tokenizer.ggml.bos_token_id"]]
-    begins = metadata.get("tokenizer.ggml.add_bos_token", PRE_TOKENIZERS[pre] is LLAMA_3)  # older files do not say
-    return byte_level_bpe(pre, tokens, merges, added, names, begins) | files
-
-
-def sentencepiece_from_gguf(path: Path, metadata: Mapping[str, Any]) -> bytes:
-    """A `tokenizer.model` with the same pieces, scores and settings as the one that the GGUF was made from."""
-    model = model_proto(path)()
-    tokens, types = metadata["tokenizer.ggml.tokens"], list(metadata["tokenizer.ggml.token_type"])
-    has_bos = metadata.get("tokenizer.ggml.add_bos_token", True)
-    unk = metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    bos = metadata.get("tokenizer.ggml.bos_token_id", 1) if has_bos else unk
-    eos = metadata.get("tokenizer.ggml.eos_token_id", 2)
-    for token_id in (bos, eos) if has_bos else (eos,):
-        types[token_id] = CONTROL  # SentencePiece knows a bos or eos, which it finds by its name, only as this
-    for token, score, kind in zip(tokens, metadata["tokenizer.ggml.scores"], types, strict=True):
-        model.pieces.add(piece=token, score=score, type=kind)
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = trainer.BPE, len(tokens), BYTE in types
-    trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = unk, bos if has_bos else -1, eos, -1
-    trainer.unk_piece, trainer.bos_piece, trainer.eos_piece = tokens[unk], tokens[bos], tokens[eos]
-    normalizer.name, normalizer.remove_extra_whitespaces, normalizer.escape_whitespaces = "identity", False, True
-    normalizer.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    content = model.SerializeToString()
-    SentencePieceProcessor(model_proto=content)  # raises a RuntimeError if it is not valid
-    return content
-
-
-def model_proto(path: Path) -> Any:
-    """SentencePiece's class of what is in its files."""
-    try:
-        return import_module("sentencepiece.sentencepiece_model_pb2").ModelProto
-    except ImportError:
-        raise UserError(f"to convert the tokenizer of {path}, install protobuf: pip install protobuf") from None
-
-
-def to_gguf(tokenizer: Tokenizer, n_rows: int, stops: Collection[int] = ()) -> dict[str, Any]:
-    """The metadata by which llama.cpp gives the same ids, for a model of so many rows whose answers end at `stops`."""
-    write = bpe_to_gguf if tokenizer.path.suffix == ".json" else sentencepiece_to_gguf
-    bos = tokenizer.controls.get(tokenizer.names.get("bos_token", ""), tokenizer.eos_id)  # else llama.cpp assumes one
-    ends = [tokenizer.eos_id, *sorted({*stops, *tokenizer.end_ids} - {tokenizer.eos_id})]
-    return {
-        **write(tokenizer.path, next(iter(tokenizer.files().values())), n_rows),
-        **dict(zip(GGUF_ENDS, ends, strict=False)),
-        "tokenizer.ggml.bos_token_id": bos,
-        "tokenizer.ggml.add_bos_token": tokenizer.bos_id is not None,
-        "tokenizer.ggml.add_eos_token": False,
-    }
-
-
-def sentencepiece_to_gguf(path: Path, content: bytes, n_rows: int) -> dict[str, Any]:
-    model = model_proto(path).FromString(content)
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    if trainer.model_type != trainer.BPE or normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
-        raise UserError(f"{path} changes text or is not BPE, which llama.cpp does not do; expected one as LLaMA's")
-    pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces[:n_rows]]
-    pieces += [(f"[PAD{i}]", -1000.0, UNUSED) for i in range(len(pieces), n_rows)]
-    tokens, scores, types = zip(*pieces, strict=True)
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.tokens": list(tokens),
-        "tokenizer.ggml.scores": list(scores),
-        "tokenizer.ggml.token_type": list(types),
-        "tokenizer.ggml.unknown_token_id": trainer.unk_id,
-        "tokenizer.ggml.add_space_prefix": normalizer.add_dummy_prefix,
-    }
-
-
-def bpe_to_gguf(path: Path, content: bytes, n_rows: int) -> dict[str, Any]:
-    fields = json.loads(HFTokenizer.from_buffer(content).to_str())
-    ways = ((pre, json.loads(byte_level_bpe(pre, [], [], [], {}, False)["tokenizer.json"])) for pre in PRE_TOKENIZERS)
-    pre = next((pre for pre, example in ways if how_cut(example) == how_cut(fields)), None)
-    if not pre:
-        known = f"byte-level BPE as of {', '.join(PRE_TOKENIZERS)}, or SentencePiece's tokenizer.model"
-        raise UserError(f"{path} cuts text in a way for which no name of llama.cpp is known; expected {known}")
-    added = {token["id"]: token for token in fields["added_tokens"]}
-    texts = {i: token for token, i in fields["model"]["vocab"].items()}
-    texts |= {i: token["content"] for i, token in added.items()}
-    types = {i: CONTROL if token["special"] else USER_DEFINED for i, token in added.items()}
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": [texts.get(i, f"[PAD{i}]") for i in range(n_rows)],
-        "tokenizer.ggml.token_type": [types.get(i, NORMAL if i in texts else UNUSED) for i in range(n_rows)],
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in fields["model"]["merges"]],
-    }
-
-
-def how_cut(fields: Mapping[str, Any]) -> tuple[Any, ...]:
-    """How a tokenizer.json cuts text and merges, without what does not change the tokens."""
-    model, cut = fields["model"], fields["pre_tokenizer"] or {}
-    steps = [{**step, "trim_offsets": None} for step in cut.get("pretokenizers", [cut])]
-    return model["type"], model.get("ignore_merges"), fields["normalizer"], steps
 
 
 def is_tiktoken(path: Path) -> bool:
@@ -211,8 +103,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 def byte_level_bpe(
     pre: str,
     tokens: Iterable[str],
-    merges: Sequence[tuple[str, ...]],
-    added: Sequence[AddedToken],
+    merges: Sequence[tuple[str, str]],
+    added: list[AddedToken],
     names: Mapping[str, str],
     begins: bool,
 ) -> dict[str, bytes | str]:
@@ -264,3 +156,37 @@ def from_sentencepiece(path: Path) -> dict[str, str]:
         tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, ours.bos_id)])
     names = {"unk_token": unk, **ours.names}
     return {"tokenizer.json": tokenizer.to_str(), CONFIG_NAME: json.dumps(names, indent=2)}
+
+
+def tokenizer_files(tokenizer: Tokenizer, template: str | None) -> dict[str, bytes | str]:
+    """A tokenizer.json and a tokenizer_config.json, which say all that the tokenizer's own files do.
+
+    The class is the one that reads a tokenizer.json as it is, in transformers 4 and 5: others build it anew from its
+    vocabulary. The chat template that the tokenizer has stays, be it one of several, if it is this one or if there is
+    no other.
+    """
+    files: dict[str, bytes | str] = dict(tokenizer.files())
+    if "tokenizer.json" not in files:
+        files |= from_sentencepiece(tokenizer.path)
+    fields = {name: value for name, value in json.loads(files.get(CONFIG_NAME, "{}")).items() if name not in LEFT_OUT}
+    fields |= {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.names}
+    if template and default(fields.get("chat_template")) != template:
+        fields["chat_template"] = portable(template, tokenizer)
+    kept = {name: content for name, content in files.items() if name in ("tokenizer.json", "tokenizer.model")}
+    return {**kept, CONFIG_NAME: json.dumps(fields, indent=2)}
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template of a folder of Hugging Face's, if any: a file of its own, or else in the tokenizer's config."""
+    file, config = folder / TEMPLATE_NAME, folder / CONFIG_NAME
+    if file.is_file():
+        return read_text(file)
+    return default(read_json(config).get("chat_template")) if config.is_file() else None
+
+
+def default(template: object) -> str | None:
+    """The template that is used unless another is asked for, of several that have names."""
+    if isinstance(template, list):
+        named = [each for each in template if isinstance(each, dict) and each.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    return template if isinstance(template, str) else None
