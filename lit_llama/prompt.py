@@ -15,7 +15,7 @@ reasoning models do, has no such prompt: there the answer begins where it stands
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +28,7 @@ from lit_llama.storage.files import read_text
 from lit_llama.tokenizer import Tokenizer
 
 Role = Literal["system", "user", "assistant"]
+Names = tuple[tuple[str, str], ...]  # what a template calls tokens, and their texts
 
 
 class Message(NamedTuple):
@@ -101,6 +102,7 @@ STYLES = {
 }
 TEXTS = [STYLES[name] for name in ("plain", "alpaca", "alpaca-stanford")]  # they begin as any text of the model
 EXCHANGED = [Message("user", "Hi"), Message("assistant", "Hi")]  # what templates are tried with
+TURNS = re.compile("(system )?(user assistant )*user( assistant)?|assistant")  # a document is an answer alone
 FIRST_MARK = 0xF0000  # from here on, characters are for private use
 
 
@@ -173,9 +175,9 @@ def find_answers(
 
     These are where each answer starts and ends, and whether it is learned, and the starts at which a prompt ends.
     """
-    names, (marked, said) = names_of(template, tokenizer), mark(messages)
-    fixed, as_long = tuple(names.items()), {sign: chr(sign) * len(text) for sign, text in said.items()}
-    text, with_marks = rendered(template, messages, names), rendered_marks(template, marked, fixed)
+    names, (marked, said) = tuple(names_of(template, tokenizer).items()), mark(messages)
+    text, with_marks = rendered(template, messages, names), rendered_marks(template, marked, names)
+    as_long = {sign: chr(sign) * len(text) for sign, text in said.items()}
     if with_marks.translate(said) != text:
         raise UserError("the chat template changes what a message says, or goes by it; choose another --prompt_style")
     mask, any_mark = with_marks.translate(as_long), f"[{chr(FIRST_MARK)}-{chr(FIRST_MARK + len(said))}]"
@@ -189,7 +191,7 @@ def find_answers(
             before = re.split(any_mark, marked[i].content)[0]  # space, or the tag of a thought
             start = places[0][0] if places else len(mask)
             start -= len(before) * mask.endswith(before, 0, start)
-            prompt = rendered_marks(template, marked[:i], fixed).translate(as_long)
+            prompt = rendered_marks(template, marked[:i], names).translate(as_long)
             if mask.startswith(prompt):
                 start = len(prompt)
                 prompts.add(start)
@@ -218,19 +220,16 @@ def mark(messages: Sequence[Message]) -> tuple[tuple[Message, ...], dict[int, st
     return tuple(m._replace(content=marked(m.content), input=marked(m.input)) for m in messages), said
 
 
-def rendered(template: str, messages: Sequence[Message], names: Mapping[str, str]) -> str:
+def rendered(template: str, messages: Sequence[Message], names: Names) -> str:
     """The text that a template makes of messages; if the last is not an answer, it asks for one."""
     if "message['input']" in template:
         fields = [message._asdict() for message in messages]
     else:
         fields = [{"role": message.role, "content": with_input(message)} for message in messages]
-    return render(template, fields, names, ask=not messages or messages[-1].role != "assistant")
+    return render(template, fields, dict(names), ask=not messages or messages[-1].role != "assistant")
 
 
-@lru_cache(256)
-def rendered_marks(template: str, marked: tuple[Message, ...], names: tuple[tuple[str, str], ...]) -> str:
-    """The same with marks for what is said, which are alike in most records."""
-    return rendered(template, marked, dict(names))
+rendered_marks = lru_cache(256)(rendered)  # with marks for what is said, conversations are alike in most records
 
 
 def with_input(question: Message) -> str:
@@ -275,7 +274,7 @@ def tried(template: object) -> str | None:
     if not isinstance(template, str):
         return None
     try:
-        rendered(template, EXCHANGED, {"bos_token": "<s>", "eos_token": "</s>"})
+        rendered(template, EXCHANGED, (("bos_token", "<s>"), ("eos_token", "</s>")))
     except UserError as error:
         say(f"warning: {error}; pass --prompt_style where one is asked")
     return template
@@ -293,7 +292,5 @@ def takes_turns(template: str, tokenizer: Tokenizer) -> bool:
 def check_order(messages: Sequence[Message]) -> None:
     """Raise a UserError unless questions and answers take turns, perhaps after a system message."""
     roles = [message.role for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    in_turn = all(role == ("user", "assistant")[i % 2] for i, role in enumerate(turns))
-    if not (turns and in_turn) and roles != ["assistant"]:  # a document is an answer alone
+    if not TURNS.fullmatch(" ".join(roles)):
         raise UserError(f"user and assistant must take turns, after at most one system message; found {roles}")

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from lit_llama.errors import UserError, error_context, short
+from lit_llama.errors import UserError, check_type, error_context, short
 from lit_llama.storage.files import CONFIG, check_listed, read_json
 from lit_llama.storage.integrity import digest
 
@@ -50,7 +50,9 @@ class Tokenizer:
         with error_context(path.with_name(CONFIG_NAME), "copy it again"):
             try:
                 fields = self._read_fields()
-                self.names = {name: text_of(name, fields[name]) for name in SPECIAL if fields.get(name)}
+                self.names = {name: text_of(fields[name]) for name in SPECIAL if fields.get(name)}
+                for name, text in self.names.items():
+                    check_type(name, text, str)
                 self.has_more = self._add(fields.get("added_tokens_decoder") or {})
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of wrong types
                 raise UserError(f"it, or a file beside it, does not list tokens ({short(str(error))})") from None
@@ -87,8 +89,8 @@ class Tokenizer:
         fields, older, numbers, _ = map(self._read, BESIDE)
         if "added_tokens_decoder" not in fields:
             fields |= {name: value for name, value in older.items() if value}  # the very first are empty
-            texts = [fields.get(name) for name in SPECIAL] + list(fields.get("additional_special_tokens") or ())
-            special = [text.get("content") if isinstance(text, dict) else text for text in texts]
+            more = fields.get("additional_special_tokens") or ()
+            special = [*map(text_of, map(fields.get, SPECIAL)), *map(text_of, more)]
             fields["added_tokens_decoder"] = {
                 i: {"content": text, "special": text in special, "normalized": text not in special}
                 for text, i in numbers.items()
@@ -257,11 +259,8 @@ def is_control(token: AddedToken) -> bool:
     return token.special or LIKE_CONTROL.fullmatch(token.content) is not None
 
 
-def text_of(name: str, token: Any) -> str:
-    text = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(text, str):
-        raise UserError(f"{name} is {short(token)}, expected text")
-    return text
+def text_of(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def piece(text: str, kind: int) -> bytes:
