@@ -78,8 +78,9 @@ def main(
     else:
         content = read_lora(lora_path, checkpoint_path, lora_alpha, force)
         content = content._replace(template=find_template(prompt_style, content.template))
-        path = Path(base_model).expanduser()
-        model, adapter = relative(path, out_dir) if path.is_file() else base_model, f"./lora-{dtype}.gguf"
+        model, adapter = base_model, f"./lora-{dtype}.gguf"
+        if (path := Path(base_model).expanduser()).is_file():  # a Modelfile names it from its own folder on
+            model = os.path.join(".", os.path.relpath(path.resolve(), out_dir.resolve()))
     ollama = modelfile(model, adapter, content.template, tokenizer)
     with replacing_folder(out_dir, FILES.format("lora" if adapter else "model")) as part:
         write_gguf(part / (adapter or model), content, dtype)
@@ -97,16 +98,10 @@ def read_model(path: Path, tokenizer: Tokenizer, style: str | None) -> Content:
     stops = stop_ids(template, tokenizer) if template else ()
     metadata = name | model_metadata(model.config) | tokenizer_metadata(tokenizer, model.config.vocab_size, stops)
     if template:
-        metadata |= template_metadata(template, tokenizer)
+        metadata[CHAT_TEMPLATE] = portable(template, tokenizer)
+        if not any(name and name in template for name in ("bos_token", tokenizer.names.get("bos_token"))):
+            metadata["tokenizer.ggml.add_bos_token"] = False  # llama.cpp would put one before the template
     return Content(metadata, dict(to_gguf(model.state_dict(), model.config)), template)
-
-
-def template_metadata(template: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    metadata: dict[str, Any] = {CHAT_TEMPLATE: portable(template, tokenizer)}
-    if not any(name and name in template for name in ("bos_token", tokenizer.names.get("bos_token"))):
-        # llama.cpp would put one before the template
-        metadata["tokenizer.ggml.add_bos_token"] = False
-    return metadata
 
 
 def read_lora(path: Path, base_path: Path, alpha: float | None, force: bool) -> Content:
@@ -115,11 +110,6 @@ def read_lora(path: Path, base_path: Path, alpha: float | None, force: bool) -> 
     metadata = {"general.name": lora.path.stem, "general.type": "adapter", "adapter.type": "lora"}
     metadata |= {"adapter.lora.alpha": float(lora.config.alpha)}
     return Content(metadata, dict(lora_to_gguf(lora.tensors_for(base), base, lora.config)), lora.prompt_style)
-
-
-def relative(path: Path, folder: Path) -> str:
-    """A path as a Modelfile in the folder names it."""
-    return os.path.join(".", os.path.relpath(path.resolve(), folder.resolve()))
 
 
 def write_gguf(path: Path, content: Content, dtype: str) -> None:

@@ -261,7 +261,7 @@ def test_an_added_token_with_a_number_that_it_cannot_have_is_refused(tokenizer: 
 
 
 def test_of_two_files_the_one_with_the_added_tokens_is_taken(tmp_path: Path, sentencepiece_file: Path) -> None:
-    for name, content in from_sentencepiece(sentencepiece_file).items():
+    for name, content in from_sentencepiece(Tokenizer(sentencepiece_file)).items():
         (tmp_path / name).write_text(content)
     shutil.copy(sentencepiece_file, tmp_path)
     assert find_tokenizer(tmp_path, tmp_path).path.name == "tokenizer.model"  # they are the same

@@ -10,7 +10,7 @@ from typing import TypeVar
 from lit_llama.errors import UserError
 from lit_llama.prompt import portable
 from lit_llama.storage.files import read_json, read_text
-from lit_llama.tokenizer import CONFIG_NAME, Tokenizer, tokenizer_in
+from lit_llama.tokenizer import CONFIG_NAME, FILE_NAMES, Tokenizer, tokenizer_in
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -128,13 +128,12 @@ def byte_level_bpe(
     return {"tokenizer.json": tokenizer.to_str(), CONFIG_NAME: json.dumps(names, indent=2)}
 
 
-def from_sentencepiece(path: Path) -> dict[str, str]:
+def from_sentencepiece(ours: Tokenizer) -> dict[str, str]:
     """A SentencePiece `tokenizer.model` of BPE as the Hugging Face files that give the same ids.
 
     SentencePiece merges the pair of neighbours whose union has the highest score: every way to split a piece into two
     others is a merge.
     """
-    ours = Tokenizer(path)
     sp = SentencePieceProcessor(model_proto=ours.files()["tokenizer.model"])
     ids = range(sp.vocab_size())
     pieces = [sp.id_to_piece(i) for i in ids]
@@ -167,12 +166,12 @@ def tokenizer_files(tokenizer: Tokenizer, template: str | None) -> dict[str, byt
     """
     files: dict[str, bytes | str] = dict(tokenizer.files())
     if "tokenizer.json" not in files:
-        files |= from_sentencepiece(tokenizer.path)
+        files |= from_sentencepiece(tokenizer)
     fields = {name: value for name, value in json.loads(files.get(CONFIG_NAME, "{}")).items() if name not in LEFT_OUT}
     fields |= {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.names}
     if template and default(fields.get("chat_template")) != template:
         fields["chat_template"] = portable(template, tokenizer)
-    kept = {name: content for name, content in files.items() if name in ("tokenizer.json", "tokenizer.model")}
+    kept = {name: files[name] for name in FILE_NAMES if name in files}
     return {**kept, CONFIG_NAME: json.dumps(fields, indent=2)}
 
 
@@ -187,6 +186,6 @@ def read_chat_template(folder: Path) -> str | None:
 def default(template: object) -> str | None:
     """The template that is used unless another is asked for, of several that have names."""
     if isinstance(template, list):
-        named = [each for each in template if isinstance(each, dict) and each.get("name") == "default"]
-        template = named[0].get("template") if named else None
+        named = (each for each in template if isinstance(each, dict) and each.get("name") == "default")
+        template = next(named, {}).get("template")
     return template if isinstance(template, str) else None
