@@ -53,7 +53,7 @@ class Tokenizer:
                 self.names = {name: text_of(fields[name]) for name in SPECIAL if fields.get(name)}
                 for name, text in self.names.items():
                     check_type(name, text, str)
-                self.has_more = self._add(fields.get("added_tokens_decoder") or {})
+                self._whole = self._add(fields.get("added_tokens_decoder") or {})
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of wrong types
                 raise UserError(f"it, or a file beside it, does not list tokens ({short(str(error))})") from None
         if self._sp:
@@ -97,8 +97,8 @@ class Tokenizer:
             }
         return fields
 
-    def _add(self, listed: dict[str, Any]) -> bool:
-        """Add tokens, by their ids, that the file itself lacks; returns whether there were any."""
+    def _add(self, listed: dict[str, Any]) -> bytes | None:
+        """Add tokens, by their ids; returns the file with those that it lacks, if it lacks any."""
         numbered = {
             int(i): AddedToken(token["content"], **{flag: bool(token.get(flag)) for flag in FLAGS})
             for i, token in listed.items()
@@ -113,7 +113,9 @@ class Tokenizer:
         for i, token in numbered.items():
             if (ours := self._id(token.content)) != i:
                 raise UserError(f"{short(token.content)} is number {i} there, and {ours} in {self.path.name}")
-        return bool(new)
+        if not new:
+            return None
+        return self._sp.serialized_model_proto() if self._sp else self._hf.to_str().encode()
 
     def _set_up_hf(self) -> None:
         self._hf.no_truncation()
@@ -217,9 +219,7 @@ class Tokenizer:
 
     def files(self) -> dict[str, bytes]:
         """The files by which it is read again, under the names by which they are found next to a model."""
-        own = self.path.read_bytes()
-        if self.has_more:
-            own = self._sp.serialized_model_proto() if self._sp else self._hf.to_str().encode()
+        own = self._whole or self.path.read_bytes()
         paths = {name: self.path.with_name(name) for name in BESIDE[:3]}
         files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
         ends = {ENDS_NAME: json.dumps({"eos_token_id": sorted(self.end_ids)}).encode()} if len(self.end_ids) > 1 else {}
