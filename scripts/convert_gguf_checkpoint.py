@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from lit_llama.cli import run
 from lit_llama.errors import UserError, error_context, short
 from lit_llama.formats.gguf import CHAT_TEMPLATE, FIELDS, ROPE_FREQS, TENSOR_NAMES, rope_divisors, tokenizer_from_gguf
-from lit_llama.formats.huggingface import check_known
+from lit_llama.formats.huggingface import Expected, check_known
 from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling
 from lit_llama.model_folder import check_complete, save_model_folder
 from lit_llama.progress import progress
@@ -35,6 +35,13 @@ KNOWN = """context_length vocab_size block_count embedding_length feed_forward_l
     attention.head_count attention.head_count_kv attention.layer_norm_rms_epsilon attention.key_length
     attention.value_length attention.causal rope.dimension_count rope.freq_base rope.scale_linear rope.scaling.type
     rope.scaling.factor rope.scaling.original_context_length rope.scaling.finetuned"""
+EXPECTED: Expected = {
+    "general.type": ((None, "model"), "it holds no model; a LoRA is imported from PEFT's format, by import_peft.py"),
+    "general.architecture": (("llama",), "it is of another architecture than 'llama'"),
+    "llama.attention.causal": ((None, True), "it is not a language model"),
+    "llama.expert_count": ((None, 0), "a mixture of experts is not supported"),
+    "llama.rope.scaling.type": ((None, "none", "linear"), "rotary frequencies are stretched in another way than here"),
+}
 ROWS = 1024  # dequantised at a time; a whole tensor at once takes several times its size
 
 
@@ -134,23 +141,12 @@ def read_number(file: BinaryIO, form: str) -> int:
 
 def check_supported(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> None:
     """Raise a UserError for what LLaMA does not have."""
-    path, architecture = metadata.path, metadata["general.architecture"]
-    if metadata.get("general.type") == "adapter":
-        raise UserError(f"{path} holds a LoRA, which is not imported from this format; get PEFT's for import_peft.py")
-    if architecture != "llama":
-        raise UserError(f"{path} holds a model of architecture {architecture!r}, expected 'llama'")
-    if "token_embd.weight" not in tensors:
-        raise UserError(f"{path} has no weights, only a vocabulary; get the model itself")
-    if not metadata.get("llama.attention.causal", True):
-        raise UserError(f"{path} has attention.causal false: it is not a language model; get another model")
-    if experts := metadata.get("llama.expert_count", 0):
-        raise UserError(f"{path} holds a mixture of {experts} experts, which is not supported; get a dense model")
-    scaling = metadata.get("llama.rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
-        raise UserError(f"{path} stretches its rotary frequencies in the {scaling} way; expected linear or Llama 3.1's")
-    with error_context(path, "get another model"):
+    with error_context(metadata.path, "get another model"):
         known = {f"llama.{name}" for name in KNOWN.split()}
-        check_known({name: value for name, value in metadata.items() if name.startswith("llama.")}, known)
+        said = {name: value for name, value in metadata.items() if name.startswith("llama.") or name in EXPECTED}
+        check_known(said, known, EXPECTED)
+        if "token_embd.weight" not in tensors:
+            raise UserError("it has no weights, only a vocabulary")
 
 
 def read_config(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> LLaMAConfig:
