@@ -108,15 +108,9 @@ def byte_level_bpe(
     names: Mapping[str, str],
     begins: bool,
 ) -> dict[str, bytes | str]:
-    """A byte-level BPE tokenizer as files.
+    """A byte-level BPE tokenizer as files: tokens by id, merges by rank, `pre` the name of how text is cut before.
 
-    Args:
-        pre: the name of how text is cut before it is merged.
-        tokens: all of them, in the order of their ids.
-        merges: in the order of their ranks.
-        added: those that are found in text before anything else, or not at all (special ones).
-        names: of the bos and eos, as templates call them.
-        begins: whether plain text begins with the bos, too.
+    Of what was added, a special token is found in no text. If it `begins`, plain text starts with the bos.
     """
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = HFTokenizer(models.BPE(vocabulary, merges, ignore_merges=PRE_TOKENIZERS[pre] is LLAMA_3))
