@@ -15,8 +15,7 @@ reasoning models do, has no such prompt: there the answer begins where it stands
 """
 
 import re
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +30,7 @@ from lit_llama.tokenizer import Tokenizer
 from torch import Tensor
 
 Role = Literal["system", "user", "assistant"]
+Names = tuple[tuple[str, str], ...]  # what a template calls tokens, and their texts
 
 
 class Message(NamedTuple):
@@ -104,6 +104,7 @@ STYLES = {
 }
 TEXTS = [STYLES[name] for name in ("plain", "alpaca", "alpaca-stanford")]  # they begin as any text of the model
 EXCHANGED = [Message("user", "Hi"), Message("assistant", "Hi")]  # what templates are tried with
+TURNS = re.compile("(system )?(user assistant )*user( assistant)?|assistant")  # a document is an answer alone
 FIRST_MARK = 0xF0000  # from here on, characters are for private use
 
 
@@ -144,12 +145,11 @@ def encode(template: str, messages: Sequence[Message], tokenizer: Tokenizer) -> 
     """
     check_order(messages)
     template = stored_template("plain" if messages[0].role == "assistant" else template)
-    text, mask, edges, prompts = find_answers(template, messages, tokenizer)
-    learned = [message.learned for message in messages if message.role == "assistant"]
+    text, mask, answers, prompts = find_answers(template, messages, tokenizer)
+    edges, learns = [edge for answer in answers for edge in answer[:2]], any(learned for _, _, learned in answers)
 
     def is_trained(place: int) -> bool:
-        n_edges = bisect_right(edges, place)
-        return n_edges % 2 == 1 and learned[n_edges // 2]
+        return any(start <= place < end and learned for start, end, learned in answers)
 
     ids, trained, place = [], [], 0
     for control in (*re.finditer(tokenizer.control_pattern, mask), None):
@@ -161,7 +161,7 @@ def encode(template: str, messages: Sequence[Message], tokenizer: Tokenizer) -> 
             if a in prompts and new[: len(before)] != before:
                 n, place, before, new = len(ids), a, [], tokenizer.encode(text[a:b], bos=False, within=True)
             same = next((i for i, pair in enumerate(zip(before, new, strict=False)) if len({*pair}) > 1), len(before))
-            ids[n:], trained[n + same :] = new, [any(learned)] * (same < len(before))  # for a token across an edge
+            ids[n:], trained[n + same :] = new, [learns] * (same < len(before))  # for a token across an edge
             trained += [is_trained(a)] * (len(ids) - len(trained))
         if control:
             ids.append(tokenizer.control_id(control[0].strip()))
@@ -172,71 +172,66 @@ def encode(template: str, messages: Sequence[Message], tokenizer: Tokenizer) -> 
 
 def find_answers(
     template: str, messages: Sequence[Message], tokenizer: Tokenizer
-) -> tuple[str, str, list[int], set[int]]:
+) -> tuple[str, str, list[tuple[int, int, bool]], set[int]]:
     """The text of a conversation; the same with a mark for each character of the messages; and places in them.
 
-    These are where the answers start and end, in turn, and those of them at which a prompt ends.
+    These are where each answer starts and ends, and whether it is learned, and the starts at which a prompt ends.
     """
-    names, (marked, said) = names_of(template, tokenizer), mark(messages)
-    fixed = tuple(names.items())
-    signs = f"[{''.join(said)}]" if said else "(?!)"
-
-    def masked(n: int) -> str:
-        return re.sub(signs, lambda sign: sign[0] * len(said[sign[0]]), rendered_marks(template, marked[:n], fixed))
-
-    text, mask = rendered(template, messages, names), masked(len(messages))
-    if re.sub(signs, lambda sign: said[sign[0]], rendered_marks(template, marked, fixed)) != text:
+    names, (marked, said) = tuple(names_of(template, tokenizer).items()), mark(messages)
+    text, with_marks = rendered(template, messages, names), rendered_marks(template, marked, names)
+    as_long = {sign: chr(sign) * len(text) for sign, text in said.items()}
+    if with_marks.translate(said) != text:
         raise UserError("the chat template changes what a message says, or goes by it; choose another --prompt_style")
-    edges, prompts, after = [], set(), re.compile(f"{signs}|{tokenizer.control_pattern}")
+    mask, any_mark = with_marks.translate(as_long), f"[{chr(FIRST_MARK)}-{chr(FIRST_MARK + len(said))}]"
+    answers, prompts, after = [], set(), re.compile(f"{any_mark}|{tokenizer.control_pattern}")
     for i, message in enumerate(messages):
-        own = "".join(sign for sign in marked[i].content + marked[i].input if sign in said)
+        own = "".join(re.findall(any_mark, marked[i].content + marked[i].input))
         places = [match.span() for match in re.finditer(f"[{own}]+", mask)] if own else []
         if own and not places:
             raise UserError(f"the chat template leaves out what message {i + 1} says, that of the {message.role}")
         if message.role == "assistant":
-            prompt, before = masked(i), re.split(signs, marked[i].content)[0]  # space, or the tag of a thought
+            before = re.split(any_mark, marked[i].content)[0]  # space, or the tag of a thought
             start = places[0][0] if places else len(mask)
             start -= len(before) * mask.endswith(before, 0, start)
+            prompt = rendered_marks(template, marked[:i], names).translate(as_long)
             if mask.startswith(prompt):
                 start = len(prompt)
                 prompts.add(start)
             end = places[-1][1] if places else start
             token = after.search(mask, end)
-            edges += [start, token.end() if token and token[0] not in said else end]
-    return text, mask, edges, prompts
+            end = token.end() if token and ord(token[0][0]) not in said else end
+            answers.append((start, end, message.learned))
+    return text, mask, answers, prompts
 
 
-def mark(messages: Sequence[Message]) -> tuple[tuple[Message, ...], dict[str, str]]:
-    """The messages with a mark for what each says, and what the marks stand for.
+def mark(messages: Sequence[Message]) -> tuple[tuple[Message, ...], dict[int, str]]:
+    """The messages with a mark, a character, for what each says, and what the marks stand for.
 
     The space around a text stays, which a template may strip, and the tags of a thought, at which one may cut.
     """
-    said: dict[str, str] = {}
+    said: dict[int, str] = {}
 
     def marked(text: str) -> str:
         parts = re.split("(</?think>)", text)
         for i in range(0, len(parts), 2):
             if inner := parts[i].strip():
-                sign = chr(FIRST_MARK + len(said))
-                said[sign], parts[i] = inner, parts[i].replace(inner, sign, 1)
+                sign = FIRST_MARK + len(said)
+                said[sign], parts[i] = inner, parts[i].replace(inner, chr(sign), 1)
         return "".join(parts)
 
     return tuple(m._replace(content=marked(m.content), input=marked(m.input)) for m in messages), said
 
 
-def rendered(template: str, messages: Sequence[Message], names: Mapping[str, str]) -> str:
+def rendered(template: str, messages: Sequence[Message], names: Names) -> str:
     """The text that a template makes of messages; if the last is not an answer, it asks for one."""
     if "message['input']" in template:
         fields = [message._asdict() for message in messages]
     else:
         fields = [{"role": message.role, "content": with_input(message)} for message in messages]
-    return render(template, fields, names, ask=not messages or messages[-1].role != "assistant")
+    return render(template, fields, dict(names), ask=not messages or messages[-1].role != "assistant")
 
 
-@lru_cache(256)
-def rendered_marks(template: str, marked: tuple[Message, ...], names: tuple[tuple[str, str], ...]) -> str:
-    """The same with marks for what is said, which are alike in most records."""
-    return rendered(template, marked, dict(names))
+rendered_marks = lru_cache(256)(rendered)  # with marks for what is said, conversations are alike in most records
 
 
 def with_input(question: Message) -> str:
@@ -292,7 +287,7 @@ def tried(template: object) -> str | None:
     if not isinstance(template, str):
         return None
     try:
-        rendered(template, EXCHANGED, {"bos_token": "<s>", "eos_token": "</s>"})
+        rendered(template, EXCHANGED, (("bos_token", "<s>"), ("eos_token", "</s>")))
     except UserError as error:
         say(f"warning: {error}; pass --prompt_style where one is asked")
     return template
@@ -310,7 +305,5 @@ def takes_turns(template: str, tokenizer: Tokenizer) -> bool:
 def check_order(messages: Sequence[Message]) -> None:
     """Raise a UserError unless questions and answers take turns, perhaps after a system message."""
     roles = [message.role for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    in_turn = all(role == ("user", "assistant")[i % 2] for i, role in enumerate(turns))
-    if not (turns and in_turn) and roles != ["assistant"]:  # a document is an answer alone
+    if not TURNS.fullmatch(" ".join(roles)):
         raise UserError(f"user and assistant must take turns, after at most one system message; found {roles}")

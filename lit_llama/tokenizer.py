@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from lit_llama.errors import UserError, error_context, short
+from lit_llama.errors import UserError, check_type, error_context, short
 from lit_llama.storage.files import CONFIG, check_listed, read_json
 from lit_llama.storage.integrity import digest
 
@@ -37,7 +37,6 @@ class Tokenizer:
         bos_id: the id that begins plain text, or None for a model that was trained without one.
         eos_id: the id that ends a response.
         end_ids: all ids that end a response: the eos, and every eos_token_id that the model's own files name.
-        control: the ids of the tokens that no text becomes.
         names: texts of tokens by the names that chat templates have for them: "eos_token", "bos_token" (which plain
             text may begin without) and others.
     """
@@ -51,24 +50,28 @@ class Tokenizer:
         with error_context(path.with_name(CONFIG_NAME), "copy it again"):
             try:
                 fields = self._read_fields()
-                self.names = {name: text_of(name, fields[name]) for name in SPECIAL if fields.get(name)}
-                self.has_more = self._add(fields.get("added_tokens_decoder") or {})
+                self.names = {name: text_of(fields[name]) for name in SPECIAL if fields.get(name)}
+                for name, text in self.names.items():
+                    check_type(name, text, str)
+                self._whole = self._add(fields.get("added_tokens_decoder") or {})
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of wrong types
                 raise UserError(f"it, or a file beside it, does not list tokens ({short(str(error))})") from None
         if self._sp:
-            self._set_up_sentencepiece(begins=fields.get("add_bos_token") is not False)
+            own = {"bos_token": self._sp.bos_id(), "eos_token": self._sp.eos_id()}
+            self.names = {name: self.token(i) for name, i in own.items() if i >= 0} | self.names
+            self.vocab_size, self._first_space = self._sp.vocab_size(), False
+            begins = fields.get("add_bos_token") is not False
+            self.bos_id = self._id(self.names.get("bos_token", "")) if begins else None
         else:
             self._set_up_hf()
         eos = self.names.get("eos_token")
-        names = (eos,) if eos else EOS_TOKENS
-        found = [token_id for token_id in map(self._id, names) if token_id is not None]
+        found = [token_id for token_id in map(self._id, (eos,) if eos else EOS_TOKENS) if token_id is not None]
         if not found:
-            raise UserError(f"{path} has no end-of-sequence token (looked for {', '.join(names)})")
+            raise UserError(f"{path} has no end-of-sequence token (looked for {eos or ', '.join(EOS_TOKENS)})")
         self.eos_id = found[0]
-        self.names = {name: text for name, text in self.names.items() if self._id(text) is not None}
-        for name, token_id in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
-            if token_id is not None:
-                self.names.setdefault(name, self.token(token_id))
+        own = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        known = {name: text for name, text in self.names.items() if self._id(text) is not None}
+        self.names = {name: self.token(i) for name, i in own.items() if i is not None} | known
         ends = [self._read(name).get("eos_token_id") for name in (ENDS_NAME, CONFIG)]
         ends = [i for end in ends for i in (end if isinstance(end, list) else [end]) if type(i) is int]
         self.end_ids = frozenset({self.eos_id, *(i for i in ends if 0 <= i < self.vocab_size)})
@@ -86,14 +89,16 @@ class Tokenizer:
         fields, older, numbers, _ = map(self._read, BESIDE)
         if "added_tokens_decoder" not in fields:
             fields |= {name: value for name, value in older.items() if value}  # the very first are empty
-            texts = [fields.get(name) for name in SPECIAL] + list(fields.get("additional_special_tokens") or ())
-            controls = [text.get("content") if isinstance(text, dict) else text for text in texts]
-            flags = {text: {"special": text in controls, "normalized": text not in controls} for text in numbers}
-            fields["added_tokens_decoder"] = {i: {"content": text, **flags[text]} for text, i in numbers.items()}
+            more = fields.get("additional_special_tokens") or ()
+            special = [*map(text_of, map(fields.get, SPECIAL)), *map(text_of, more)]
+            fields["added_tokens_decoder"] = {
+                i: {"content": text, "special": text in special, "normalized": text not in special}
+                for text, i in numbers.items()
+            }
         return fields
 
-    def _add(self, listed: dict[str, Any]) -> bool:
-        """Add tokens, by their ids, that the file itself lacks; returns whether there were any."""
+    def _add(self, listed: dict[str, Any]) -> bytes | None:
+        """Add tokens, by their ids; returns the file with those that it lacks, if it lacks any."""
         numbered = {
             int(i): AddedToken(token["content"], **{flag: bool(token.get(flag)) for flag in FLAGS})
             for i, token in listed.items()
@@ -108,25 +113,16 @@ class Tokenizer:
         for i, token in numbered.items():
             if (ours := self._id(token.content)) != i:
                 raise UserError(f"{short(token.content)} is number {i} there, and {ours} in {self.path.name}")
-        return bool(new)
-
-    def _set_up_sentencepiece(self, begins: bool) -> None:
-        self.vocab_size = self._sp.vocab_size()
-        self.control = frozenset(filter(self._sp.is_control, range(self.vocab_size)))
-        self._first_space = False
-        for name, token_id in (("bos_token", self._sp.bos_id()), ("eos_token", self._sp.eos_id())):
-            if token_id >= 0:
-                self.names.setdefault(name, self.token(token_id))
-        self.bos_id = self._id(self.names.get("bos_token", "")) if begins else None
+        if not new:
+            return None
+        return self._sp.serialized_model_proto() if self._sp else self._hf.to_str().encode()
 
     def _set_up_hf(self) -> None:
         self._hf.no_truncation()
         self._hf.no_padding()
         self._hf.encode_special_tokens = True  # text is text: what users write never becomes a control token
         self._first_space = getattr(self._hf.pre_tokenizer, "prepend_scheme", "") == "first"
-        added = self._hf.get_added_tokens_decoder()
-        self.vocab_size = max([self._hf.get_vocab_size(), *(i + 1 for i in added)])  # there may be gaps
-        self.control = frozenset(i for i, token in added.items() if token.special)
+        self.vocab_size = max([self._hf.get_vocab_size(), *(i + 1 for i in self.added)])  # there may be gaps
         text, whole = (self._hf.encode("a", add_special_tokens=special).ids for special in (False, True))
         self.bos_id = None if whole[: len(text)] == text else whole[0]  # what its own post-processor puts in front
 
@@ -153,25 +149,27 @@ class Tokenizer:
         return [*ids, self.eos_id] if eos else ids
 
     @cached_property
+    def added(self) -> dict[int, AddedToken]:
+        """The tokens that are not pieces of text, by their ids. A special one is what no text becomes."""
+        if self._hf:
+            return self._hf.get_added_tokens_decoder()
+        tokens = (AddedToken(self.token(i), special=self._sp.is_control(i)) for i in range(self._sp.vocab_size()))
+        return {i: token for i, token in enumerate(tokens) if is_control(token)}
+
+    @cached_property
     def controls(self) -> dict[str, int]:
         """The ids of the control tokens, which only a template's own words become, by their names."""
-        if self._sp:
-            pieces = {self._sp.id_to_piece(i): i for i in range(self.vocab_size)}
-            return {name: i for name, i in pieces.items() if self._sp.is_control(i) or LIKE_CONTROL.fullmatch(name)}
-        added = self._hf.get_added_tokens_decoder()
-        return {t.content: i for i, t in added.items() if t.special or LIKE_CONTROL.fullmatch(t.content)}
+        return {token.content: i for i, token in self.added.items() if is_control(token)}
 
     @cached_property
     def control_pattern(self) -> str:
         """Finds control tokens in a template's own words, with the space that some of them swallow."""
-        added = {} if self._sp else {token.content: token for token in self._hf.get_added_tokens_decoder().values()}
-
-        def pattern(name: str) -> str:
-            left, right = (r"\s*" * getattr(added.get(name), side, False) for side in ("lstrip", "rstrip"))
-            return left + re.escape(name) + right
-
-        names = sorted({*self.controls, *ALWAYS_CONTROL}, key=len, reverse=True)
-        return f"(?:{'|'.join(map(pattern, names))})"
+        patterns = {name: re.escape(name) for name in ALWAYS_CONTROL}
+        for token in map(self.added.__getitem__, self.controls.values()):
+            left, right = r"\s*" * token.lstrip, r"\s*" * token.rstrip
+            patterns[token.content] = f"{left}{re.escape(token.content)}{right}"
+        longest_first = sorted(patterns, key=len, reverse=True)
+        return f"(?:{'|'.join(map(patterns.__getitem__, longest_first))})"
 
     def control_id(self, name: str) -> int:
         if name not in self.controls:
@@ -197,11 +195,9 @@ class Tokenizer:
         for control, run in groupby((i for i in ids if i < self.vocab_size), self._sp.is_control):
             if control:
                 text += "".join(map(self._sp.id_to_piece, run))
-            elif text:
-                text += self._sp.decode(list(run))
-            else:  # in the middle of a text, perhaps: its first token keeps its space
-                anchor = self._sp.encode("a")
-                text += self._sp.decode([*anchor, *run])[1:]
+            else:
+                before = "" if text else "a"  # in the middle of a text, the first token keeps its space
+                text += self._sp.decode([*self._sp.encode(before), *run])[len(before) :]
         return text
 
     def stream(self, ids: Iterable[int], after: list[int] | None = None) -> Iterator[str]:
@@ -223,9 +219,7 @@ class Tokenizer:
 
     def files(self) -> dict[str, bytes]:
         """The files by which it is read again, under the names by which they are found next to a model."""
-        own = self.path.read_bytes()
-        if self.has_more:
-            own = self._sp.serialized_model_proto() if self._sp else self._hf.to_str().encode()
+        own = self._whole or self.path.read_bytes()
         paths = {name: self.path.with_name(name) for name in BESIDE[:3]}
         files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
         ends = {ENDS_NAME: json.dumps({"eos_token_id": sorted(self.end_ids)}).encode()} if len(self.end_ids) > 1 else {}
@@ -236,8 +230,9 @@ class Tokenizer:
 
         A pad token, or another that no text becomes, may be missing there.
         """
-        missing = range(n_rows, self.vocab_size)
-        if not self.control.issuperset(missing) or self.eos_id in missing or self.bos_id in missing:
+        missing = {*range(n_rows, self.vocab_size)}
+        special = {i for i, token in self.added.items() if token.special}
+        if missing - special or missing & {self.bos_id, self.eos_id}:
             raise UserError(f"{self.path} has {self.vocab_size} tokens, the model {n_rows}; give its own tokenizer")
 
     def report_missing(self, n_rows: int) -> None:
@@ -260,11 +255,12 @@ def load(path: Path) -> tuple[Any, Any]:
         raise UserError(f"{path} is not a tokenizer, or is truncated; copy it again") from None
 
 
-def text_of(name: str, token: Any) -> str:
-    text = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(text, str):
-        raise UserError(f"{name} is {short(token)}, expected text")
-    return text
+def is_control(token: AddedToken) -> bool:
+    return token.special or LIKE_CONTROL.fullmatch(token.content) is not None
+
+
+def text_of(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def piece(text: str, kind: int) -> bytes:

@@ -10,9 +10,8 @@ from typing import Any, BinaryIO
 
 from lit_llama.cli import run
 from lit_llama.errors import UserError, error_context, short
-from lit_llama.formats.gguf import CHAT_TEMPLATE, ROPE_FREQS, TENSOR_NAMES, rope_divisors
-from lit_llama.formats.huggingface import check_known
-from lit_llama.formats.tokenizers import from_gguf
+from lit_llama.formats.gguf import CHAT_TEMPLATE, FIELDS, ROPE_FREQS, TENSOR_NAMES, rope_divisors, tokenizer_from_gguf
+from lit_llama.formats.huggingface import Expected, check_known
 from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling
 from lit_llama.model_folder import check_complete, save_model_folder
 from lit_llama.progress import progress
@@ -36,6 +35,13 @@ KNOWN = """context_length vocab_size block_count embedding_length feed_forward_l
     attention.head_count attention.head_count_kv attention.layer_norm_rms_epsilon attention.key_length
     attention.value_length attention.causal rope.dimension_count rope.freq_base rope.scale_linear rope.scaling.type
     rope.scaling.factor rope.scaling.original_context_length rope.scaling.finetuned"""
+EXPECTED: Expected = {
+    "general.type": ((None, "model"), "it holds no model; a LoRA is imported from PEFT's format, by import_peft.py"),
+    "general.architecture": (("llama",), "it is of another architecture than 'llama'"),
+    "llama.attention.causal": ((None, True), "it is not a language model"),
+    "llama.expert_count": ((None, 0), "a mixture of experts is not supported"),
+    "llama.rope.scaling.type": ((None, "none", "linear"), "rotary frequencies are stretched in another way than here"),
+}
 ROWS = 1024  # dequantised at a time; a whole tensor at once takes several times its size
 
 
@@ -60,7 +66,7 @@ def main(gguf_path: Path, out_dir: Path) -> None:
     metadata, tensors = read_gguf(gguf_path)
     config = read_config(metadata, tensors)
     try:
-        tokenizer = from_gguf(gguf_path, metadata)
+        tokenizer = tokenizer_from_gguf(gguf_path, metadata)
     except UserError:
         raise
     except Exception as error:  # fields of the wrong type or length, or a library's own
@@ -109,72 +115,49 @@ def check_sizes(path: Path) -> None:
         magic, _, n_tensors, n_fields = struct.unpack("<4sIQQ", file.read(24))
         if magic != b"GGUF" or n_tensors > MOST_TENSORS or n_fields > MOST_FIELDS:
             raise ValueError(f"it begins with {magic!r}, {n_tensors} tensors and {n_fields} fields")
-        left = os.path.getsize(path)
         for _ in range(n_fields):
-            skip(file, read_number(file, "Q"), left)
-            skip_values(file, read_number(file, "I"), 1, left)
+            skip_values(file, STRING, 1)  # its name
+            skip_values(file, read_number(file, "I"), 1)
 
 
-def skip_values(file: BinaryIO, kind: int, n: int, left: int) -> None:
+def skip_values(file: BinaryIO, kind: int, n: int) -> None:
     """Go over values of metadata; arrays hold at most MOST_VALUES, and none holds arrays."""
     if kind in SIZES:
-        skip(file, n * SIZES[kind], left)
+        file.seek(n * SIZES[kind], os.SEEK_CUR)
     elif kind == STRING:
         for _ in range(n):
-            skip(file, read_number(file, "Q"), left)
+            file.seek(read_number(file, "Q"), os.SEEK_CUR)
     else:
         inner, many = read_number(file, "I"), read_number(file, "Q")
         if kind != ARRAY or inner == ARRAY or many > MOST_VALUES:
             raise ValueError(f"a field is of type {kind} and has {many} values of type {inner}")
-        skip_values(file, inner, many, left)
-
-
-def skip(file: BinaryIO, n: int, left: int) -> None:
-    if n > left - file.tell():
-        raise ValueError("it ends within its metadata")
-    file.seek(n, 1)
+        skip_values(file, inner, many)
 
 
 def read_number(file: BinaryIO, form: str) -> int:
+    """The next number; a struct.error at the end of the file."""
     return struct.unpack(f"<{form}", file.read(struct.calcsize(form)))[0]
 
 
 def check_supported(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> None:
     """Raise a UserError for what LLaMA does not have."""
-    path, architecture = metadata.path, metadata["general.architecture"]
-    if metadata.get("general.type") == "adapter":
-        raise UserError(f"{path} holds a LoRA, which is not imported from this format; get PEFT's for import_peft.py")
-    if architecture != "llama":
-        raise UserError(f"{path} holds a model of architecture {architecture!r}, expected 'llama'")
-    if "token_embd.weight" not in tensors:
-        raise UserError(f"{path} has no weights, only a vocabulary; get the model itself")
-    if not metadata.get("llama.attention.causal", True):
-        raise UserError(f"{path} has attention.causal false: it is not a language model; get another model")
-    if experts := metadata.get("llama.expert_count", 0):
-        raise UserError(f"{path} holds a mixture of {experts} experts, which is not supported; get a dense model")
-    scaling = metadata.get("llama.rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
-        raise UserError(f"{path} stretches its rotary frequencies in the {scaling} way; expected linear or Llama 3.1's")
-    with error_context(path, "get another model"):
-        known = [f"llama.{name}" for name in KNOWN.split()]
-        check_known({name: value for name, value in metadata.items() if name.startswith("llama.")}, known)
+    with error_context(metadata.path, "get another model"):
+        known = {f"llama.{name}" for name in KNOWN.split()}
+        said = {name: value for name, value in metadata.items() if name.startswith("llama.") or name in EXPECTED}
+        check_known(said, known, EXPECTED)
+        if "token_embd.weight" not in tensors:
+            raise UserError("it has no weights, only a vocabulary")
 
 
 def read_config(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> LLaMAConfig:
     check_supported(metadata, tensors)
+    metadata.setdefault("llama.attention.head_count_kv", 0)  # as many as query heads
+    metadata.setdefault("llama.rope.freq_base", 10000.0)
     try:
-        values = {
-            "block_size": metadata["llama.context_length"],
-            "vocab_size": int(tensors["token_embd.weight"].shape[-1]),  # may be padded beyond the tokenizer's
-            "n_layer": metadata["llama.block_count"],
-            "n_head": metadata["llama.attention.head_count"],
-            "n_embd": metadata["llama.embedding_length"],
-            "n_kv_head": metadata.get("llama.attention.head_count_kv", 0),
-            "n_hidden": metadata["llama.feed_forward_length"],
-            "norm_eps": shortest(metadata["llama.attention.layer_norm_rms_epsilon"]),
-            "rope_base": metadata.get("llama.rope.freq_base", 10000.0),
-            "tie_embeddings": "output.weight" not in tensors,
-        }
+        values = {ours: metadata[theirs] for ours, theirs in FIELDS.items()}
+        values["norm_eps"] = shortest(values["norm_eps"])
+        values["vocab_size"] = int(tensors["token_embd.weight"].shape[-1])  # may be padded beyond the tokenizer's
+        values["tie_embeddings"] = "output.weight" not in tensors
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{metadata.path} does not describe a LLaMA ({error}); get another model") from None
     with error_context(metadata.path, "get another model"):

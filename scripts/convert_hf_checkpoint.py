@@ -9,9 +9,8 @@ from typing import Any, Literal, cast
 
 from lit_llama.cli import run
 from lit_llama.errors import UserError, short
-from lit_llama.formats.hf_tokenizer import read_chat_template
 from lit_llama.formats.huggingface import config_from_hf, from_hf
-from lit_llama.formats.tokenizers import read_tokenizer
+from lit_llama.formats.tokenizers import read_chat_template, read_tokenizer
 from lit_llama.model_folder import check_complete, load_model, own_template, save_model_folder, suggest_script
 from lit_llama.progress import progress
 from lit_llama.prompt import encode_prompt, tried

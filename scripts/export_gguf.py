@@ -8,10 +8,8 @@ from typing import Any, Literal, NamedTuple
 from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.finetuned import read_finetuned
-from lit_llama.formats.gguf import CHAT_TEMPLATE, lora_metadata, lora_to_gguf, model_metadata, to_gguf
-from lit_llama.formats.hf_tokenizer import TEMPLATE_NAME
-from lit_llama.formats.ollama import modelfile
-from lit_llama.formats.tokenizers import to_gguf as tokenizer_metadata
+from lit_llama.formats.gguf import CHAT_TEMPLATE, lora_to_gguf, model_metadata, to_gguf, tokenizer_metadata
+from lit_llama.formats.tokenizers import TEMPLATE_NAME
 from lit_llama.model_folder import find_model, load_model, own_template, read_config
 from lit_llama.progress import progress
 from lit_llama.prompt import find_template, portable, stop_ids
@@ -19,6 +17,7 @@ from lit_llama.storage.files import check_apart, check_finite, read_file, replac
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 
 import numpy as np
+from modelfile import modelfile
 from torch import Tensor
 
 try:
@@ -79,8 +78,9 @@ def main(
     else:
         content = read_lora(lora_path, checkpoint_path, lora_alpha, force)
         content = content._replace(template=find_template(prompt_style, content.template))
-        path = Path(base_model).expanduser()
-        model, adapter = relative(path, out_dir) if path.is_file() else base_model, f"./lora-{dtype}.gguf"
+        model, adapter = base_model, f"./lora-{dtype}.gguf"
+        if (path := Path(base_model).expanduser()).is_file():  # a Modelfile names it from its own folder on
+            model = os.path.join(".", os.path.relpath(path.resolve(), out_dir.resolve()))
     ollama = modelfile(model, adapter, content.template, tokenizer)
     with replacing_folder(out_dir, FILES.format("lora" if adapter else "model")) as part:
         write_gguf(part / (adapter or model), content, dtype)
@@ -98,28 +98,18 @@ def read_model(path: Path, tokenizer: Tokenizer, style: str | None) -> Content:
     stops = stop_ids(template, tokenizer) if template else ()
     metadata = name | model_metadata(model.config) | tokenizer_metadata(tokenizer, model.config.vocab_size, stops)
     if template:
-        metadata |= template_metadata(template, tokenizer)
+        metadata[CHAT_TEMPLATE] = portable(template, tokenizer)
+        if not any(name and name in template for name in ("bos_token", tokenizer.names.get("bos_token"))):
+            metadata["tokenizer.ggml.add_bos_token"] = False  # llama.cpp would put one before the template
     return Content(metadata, dict(to_gguf(model.state_dict(), model.config)), template)
-
-
-def template_metadata(template: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    metadata: dict[str, Any] = {CHAT_TEMPLATE: portable(template, tokenizer)}
-    if not any(name and name in template for name in ("bos_token", tokenizer.names.get("bos_token"))):
-        # llama.cpp would put one before the template
-        metadata["tokenizer.ggml.add_bos_token"] = False
-    return metadata
 
 
 def read_lora(path: Path, base_path: Path, alpha: float | None, force: bool) -> Content:
     base = read_config(base_path, read_file(base_path))
     lora = read_finetuned(path, "lora", alpha, base_path, force)
-    metadata = {"general.name": lora.path.stem} | lora_metadata(lora.config)
+    metadata = {"general.name": lora.path.stem, "general.type": "adapter", "adapter.type": "lora"}
+    metadata |= {"adapter.lora.alpha": float(lora.config.alpha)}
     return Content(metadata, dict(lora_to_gguf(lora.tensors_for(base), base, lora.config)), lora.prompt_style)
-
-
-def relative(path: Path, folder: Path) -> str:
-    """A path as a Modelfile in the folder names it."""
-    return os.path.join(".", os.path.relpath(path.resolve(), folder.resolve()))
 
 
 def write_gguf(path: Path, content: Content, dtype: str) -> None:

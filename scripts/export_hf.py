@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from lit_llama.cli import run
-from lit_llama.formats.hf_tokenizer import TOKENIZER_FILES, tokenizer_files
 from lit_llama.formats.huggingface import hf_config, to_hf
+from lit_llama.formats.tokenizers import TOKENIZER_FILES, tokenizer_files
 from lit_llama.model_folder import find_model, load_model, own_template
 from lit_llama.progress import progress
 from lit_llama.prompt import find_template, stop_ids

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lit_llama.cli import run
 from lit_llama.finetuned import base_is_nf4, read_finetuned
-from lit_llama.formats.hf_tokenizer import TOKENIZER_FILES, tokenizer_files
 from lit_llama.formats.peft import peft_config, to_peft
+from lit_llama.formats.tokenizers import TOKENIZER_FILES, tokenizer_files
 from lit_llama.model_folder import find_model, read_config
 from lit_llama.storage.files import read_file, replacing_folder, write_file, write_safetensors
 from lit_llama.tokenizer import find_tokenizer

@@ -6,8 +6,8 @@ from pathlib import Path
 from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.finetuned import describe, save_finetuned
-from lit_llama.formats.hf_tokenizer import read_chat_template
 from lit_llama.formats.peft import config_from_peft, from_peft
+from lit_llama.formats.tokenizers import read_chat_template
 from lit_llama.model_folder import find_model, own_template, read_config, suggest_script
 from lit_llama.prompt import find_template, name_of
 from lit_llama.storage.files import check_apart, read_file, read_json, read_safetensors

@@ -11,7 +11,7 @@ from lit_llama.tokenizer import Tokenizer, find_tokenizer
 import pytest
 import sentencepiece
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import processors
+from tokenizers import models, pre_tokenizers, processors
 
 TEXTS = ["Hello, world", "  two  spaces ", "naïve café, 東京 and 🙂🙃", "x = [1, 2]\n\ty += 10", ""]
 
@@ -219,8 +219,8 @@ def test_added_tokens_come_with_both_kinds(tokenizer: Tokenizer, tmp_path: Path,
     write(tmp_path, **added_files(n)[way])
     ours = Tokenizer(tmp_path / tokenizer.path.name)
     assert (ours.vocab_size, ours.eos_id) == (n + 2, n)
-    assert n in ours.control
-    assert n + 1 not in ours.control
+    assert n in ours.controls.values()
+    assert n + 1 not in ours.controls.values()
     for text in (*TEXTS, ADDED[0]):  # a control token's name in a text stays text
         assert ours.encode(text, bos=False) == tokenizer.encode(text, bos=False)
     assert ours.encode("say[call]", bos=False)[-1] == n + 1
@@ -232,6 +232,17 @@ def test_added_tokens_come_with_both_kinds(tokenizer: Tokenizer, tmp_path: Path,
     again = Tokenizer(copy / tokenizer.path.name)
     assert (again.vocab_size, again.eos_id) == (n + 2, n)
     assert pickle.loads(pickle.dumps(ours)).vocab_size == n + 2
+
+
+def test_files_with_added_tokens_do_not_depend_on_what_was_encoded_before(tmp_path: Path) -> None:
+    hf = HFTokenizer(models.BPE({"<unk>": 0, "</s>": 1, "a": 2}, [], unk_token="<unk>"))
+    hf.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    hf.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, **added_files(3)[0])
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    before = tokenizer.files()
+    tokenizer.encode("a", within=True)
+    assert tokenizer.files() == before
 
 
 def test_an_added_token_with_a_number_that_it_cannot_have_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -261,7 +272,7 @@ def test_an_added_token_with_a_number_that_it_cannot_have_is_refused(tokenizer: 
 
 
 def test_of_two_files_the_one_with_the_added_tokens_is_taken(tmp_path: Path, sentencepiece_file: Path) -> None:
-    for name, content in from_sentencepiece(sentencepiece_file).items():
+    for name, content in from_sentencepiece(Tokenizer(sentencepiece_file)).items():
         (tmp_path / name).write_text(content)
     shutil.copy(sentencepiece_file, tmp_path)
     assert find_tokenizer(tmp_path, tmp_path).path.name == "tokenizer.model"  # they are the same

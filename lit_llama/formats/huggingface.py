@@ -35,7 +35,8 @@ FIELDS = {  # of config.json, with our names and what transformers takes if they
     "tie_word_embeddings": ("tie_embeddings", False),
 }
 OTHERS = "max_sequence_length num_key_value_heads head_dim rope_theta rope_scaling rope_parameters dtype torch_dtype"
-EXPECTED: dict[str, tuple[tuple[Any, ...], str]] = {  # the values that LLaMA has, and what others mean
+Expected = Mapping[str, tuple[tuple[Any, ...], str]]  # the values that fields must have, and what others mean
+EXPECTED: Expected = {
     "model_type": (("llama",), "it is of another architecture than 'llama'"),
     "architectures": ((None, [], ["LlamaForCausalLM"], ["LLaMAForCausalLM"]), "it is not a language model with a head"),
     "quantization_config": ((None, {}), "its weights are quantised; get the model that it was made from"),
@@ -120,10 +121,10 @@ def from_hf(
         if layer in names:
             state[prefix + names[layer]] = tensor
         elif layer in QKV:
-            parts = qkv.setdefault(f"{prefix}attn.c_attn.weight", {})
+            parts = qkv.setdefault(prefix, {})
             parts[QKV[layer]] = tensor
             if len(parts) == 3:
-                del qkv[f"{prefix}attn.c_attn.weight"]
+                del qkv[prefix]
                 if any(parts[x].shape != (n, config.n_embd) for x, n in zip("qkv", config.qkv_sizes, strict=True)):
                     raise UserError(f"q, k or v of layer {number} has a shape that config.json does not imply")
                 q, k = pairs_from_halves(parts["q"], config.n_head), pairs_from_halves(parts["k"], config.n_kv_head)
@@ -163,14 +164,11 @@ def config_from_hf(fields: Mapping[str, Any]) -> LLaMAConfig:
     Raises:
         UserError: if a field says what LLaMA does not do, or may say so: one that is not known, and set.
     """
-    for name, (values, meaning) in EXPECTED.items():
-        if fields.get(name) not in values:
-            raise UserError(f"{name} is {said(fields.get(name))}: {meaning}")
-    check_known(fields, {*FIELDS, *OTHERS.split(), *EXPECTED, *HARMLESS.split()})
+    check_known(fields, {*FIELDS, *OTHERS.split(), *HARMLESS.split()}, EXPECTED)
+    fields = {"max_position_embeddings": fields.get("max_sequence_length", 2048), **fields}
     values = {ours: fields.get(theirs, default) for theirs, (ours, default) in FIELDS.items()}
     for theirs, (ours, default) in FIELDS.items():
         check_type(theirs, values[ours], type(default))
-    values["block_size"] = fields.get("max_position_embeddings", fields.get("max_sequence_length", 2048))
     values["n_kv_head"] = fields.get("num_key_value_heads") or values["n_head"]
     head_size = fields.get("head_dim") or values["n_embd"] // values["n_head"]
     if head_size * values["n_head"] != values["n_embd"]:
@@ -183,7 +181,7 @@ def config_from_hf(fields: Mapping[str, Any]) -> LLaMAConfig:
     if kind not in SCALING:
         raise UserError(f"rope_scaling is of type {kind!r}, expected {', '.join(SCALING)}; get another model")
     names = SCALING[kind]
-    check_known(rope, {"rope_type", "type", "rope_theta", *SCALING["llama3"]}, "rope_scaling's ")
+    check_known(rope, {"rope_type", "type", "rope_theta", *SCALING["llama3"]}, whose="rope_scaling's ")
     if missing := [name for name in names if name not in rope]:
         raise UserError(f"rope_scaling does not have {missing[0]}")
     values["rope_scaling"] = {ours: rope[theirs] for theirs, ours in names.items()} or None
@@ -191,17 +189,14 @@ def config_from_hf(fields: Mapping[str, Any]) -> LLaMAConfig:
     return from_fields(LLaMAConfig, values)
 
 
-def check_known(fields: Mapping[str, Any], known: Iterable[str], whose: str = "") -> None:
-    """Raise a UserError at a field that is set and not known, which may change what is computed."""
-    for name in sorted({*fields} - {*known}):
+def check_known(fields: Mapping[str, Any], known: set[str], expected: Expected | None = None, whose: str = "") -> None:
+    """Raise a UserError at a field that changes what is computed, or may do so: it is set, and neither is known."""
+    for name, (values, meaning) in (expected or {}).items():
+        if fields.get(name) not in values:
+            raise UserError(f"{name} is {fields.get(name)!a:.60}: {meaning}")
+    for name in sorted({*fields} - known - {*(expected or ())}):
         if fields[name] and not name.startswith("_"):
             raise UserError(
-                f"{whose}{name} is {said(fields[name])}, which is not known here and may change what is computed; "
+                f"{whose}{name} is {fields[name]!a:.60}, which is not known here and may change what is computed; "
                 "take it out if it does not"
             )
-
-
-def said(value: Any) -> str:
-    """A value of a JSON file for a message."""
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

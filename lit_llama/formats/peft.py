@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from lit_llama.errors import UserError, short
-from lit_llama.formats.huggingface import NAMES, check_known, halves_from_pairs, pairs_from_halves, said
+from lit_llama.formats.huggingface import NAMES, Expected, check_known, halves_from_pairs, pairs_from_halves
 from lit_llama.lora import LoRAConfig, lora_shapes
 from lit_llama.model import LLaMAConfig
 from lit_llama.storage.checks import from_fields
@@ -31,7 +31,7 @@ MODULES = {  # what a target is called there
 WRAPPERS = ("base_model", "model", "module", "_orig_mod", "_fsdp_wrapped_module")  # of names
 SAVED_ALONG = {"embed_tokens.weight": "transformer.wte.weight", "lm_head.weight": "lm_head.weight"}
 NOT_PLAIN = "only plain LoRA can be imported"
-EXPECTED: dict[str, tuple[tuple[Any, ...], str]] = {  # the values that plain LoRA has, and what others mean
+EXPECTED: Expected = {
     "peft_type": (("LORA",), NOT_PLAIN),
     "bias": ((None, "none"), "biases were trained, which LLaMA does not have"),
     "init_lora_weights": ((None, True, False, "gaussian", "orthogonal", "eva"), "it changes the base model, too"),
@@ -141,10 +141,7 @@ def peft_config(lora: LoRAConfig, base_name: str) -> dict[str, Any]:
 
 def config_from_peft(fields: dict[str, Any], names: Collection[str]) -> LoRAConfig:
     """The inverse, for a file that has tensors of these names."""
-    for name, (values, meaning) in EXPECTED.items():
-        if fields.get(name) not in values:
-            raise UserError(f"{name} is {said(fields.get(name))}: {meaning}")
-    check_known(fields, {*EXPECTED, *HARMLESS.split(), "r", "lora_alpha", "use_rslora"})
+    check_known(fields, {"r", "lora_alpha", "use_rslora", *HARMLESS.split()}, EXPECTED)
     first = next(iter(names), None)
     if first is None:
         raise UserError("its file has no tensors: the training that wrote it did not save them")

@@ -1,21 +1,27 @@
-"""Tokenizers of other formats, turned into the files that `lit_llama.tokenizer.Tokenizer` reads; to GGUF and back."""
+"""Tokenizers as files of Hugging Face's, with a chat template: made from SentencePiece, tiktoken and others."""
 
 import base64
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
-from importlib import import_module
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TypeVar
 
 from lit_llama.errors import UserError
-from lit_llama.tokenizer import CONFIG_NAME, CONTROL, ENDS_NAME, USER_DEFINED, Tokenizer, tokenizer_in
+from lit_llama.prompt import portable
+from lit_llama.storage.files import read_json, read_text
+from lit_llama.tokenizer import CONFIG_NAME, FILE_NAMES, Tokenizer, tokenizer_in
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as HFTokenizer
 
-NORMAL, UNUSED, BYTE = 1, 5, 6  # more of SentencePiece's types, which GGUF has taken over for all tokenizers
+T = TypeVar("T", str, bytes)
+TEMPLATE_NAME = "chat_template.jinja"  # where transformers keeps it today; it reads tokenizer_config.json, too
+TOKENIZER_FILES = (
+    r"tokenizer\.(json|model)|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja"
+)
+LEFT_OUT = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "auto_map", "backend")
 SPACE = "\u2581"  # how SentencePiece writes it
 
 BYTES = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -28,18 +34,11 @@ LLAMA_3 = [
     pre_tokenizers.Split(Regex(LLAMA_3_PATTERN), "isolated"),
     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
 ]
-PRE_TOKENIZERS = {  # llama.cpp's names for how text is cut before the byte pairs are merged
-    "default": BYTES,
-    "gpt-2": BYTES,
-    "smollm": DIGITS,
-    "minerva-7b": DIGITS,
-    "llama-bpe": LLAMA_3,
-    "llama-v3": LLAMA_3,
-    "llama3": LLAMA_3,
-    "falcon3": LLAMA_3,
+PRE_TOKENIZERS = {  # llama.cpp's names for how text is cut before the byte pairs are merged; the first is written
+    **dict.fromkeys(("gpt-2", "default"), BYTES),
+    **dict.fromkeys(("smollm", "minerva-7b"), DIGITS),
+    **dict.fromkeys(("llama-bpe", "llama-v3", "llama3", "falcon3"), LLAMA_3),
 }
-WRITTEN_PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe")  # the name of each way that is written
-GGUF_ENDS = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]  # the ends of an answer
 LLAMA_3_NAMES = (
     *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
     *("finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"),
@@ -59,134 +58,6 @@ def read_tokenizer(*folders: Path) -> dict[str, bytes | str]:
     return {}
 
 
-def from_gguf(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes | str]:
-    """The tokenizer that the metadata of the GGUF at `path` describes, as files by their names."""
-    ends = [metadata[name] for name in GGUF_ENDS if name in metadata]
-    files = {ENDS_NAME: json.dumps({"eos_token_id": ends})} if len({*ends}) > 1 else {}
-    model, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre", "default")
-    if model == "llama":
-        return {"tokenizer.model": sentencepiece_from_gguf(path, metadata), **files}
-    if model != "gpt2" or pre not in PRE_TOKENIZERS:
-        known = f"SentencePiece (llama) and byte-level BPE (gpt2: {', '.join(PRE_TOKENIZERS)}) are"
-        raise UserError(f"the tokenizer of {path} ({model}, {pre}) is not supported; {known}")
-    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    add_bos = metadata.get("tokenizer.ggml.add_bos_token", PRE_TOKENIZERS[pre] is LLAMA_3)  # older files do not say
-    marks = Marks(
-        bos=tokens[metadata["tokenizer.ggml.bos_token_id"]] if "tokenizer.ggml.bos_token_id" in metadata else None,
-        eos=tokens[metadata["tokenizer.ggml.eos_token_id"]],
-        special=[token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL],
-        added=[token for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED],
-        begins=add_bos,
-    )
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    return byte_level_bpe(tokens, merges, pre, marks) | files
-
-
-def sentencepiece_from_gguf(path: Path, metadata: Mapping[str, Any]) -> bytes:
-    """A `tokenizer.model` with the same pieces, scores and settings as the one that the GGUF was made from."""
-    model = model_proto(path)()
-    tokens, types = metadata["tokenizer.ggml.tokens"], list(metadata["tokenizer.ggml.token_type"])
-    has_bos = metadata.get("tokenizer.ggml.add_bos_token", True)
-    unk = metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    bos = metadata.get("tokenizer.ggml.bos_token_id", 1) if has_bos else unk
-    eos = metadata.get("tokenizer.ggml.eos_token_id", 2)
-    for token_id in (bos, eos) if has_bos else (eos,):
-        types[token_id] = CONTROL  # SentencePiece knows a bos or eos, which it finds by its name, only as this
-    for token, score, kind in zip(tokens, metadata["tokenizer.ggml.scores"], types, strict=True):
-        model.pieces.add(piece=token, score=score, type=kind)
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = trainer.BPE, len(tokens), BYTE in types
-    trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = unk, bos if has_bos else -1, eos, -1
-    trainer.unk_piece, trainer.bos_piece, trainer.eos_piece = tokens[unk], tokens[bos], tokens[eos]
-    normalizer.name, normalizer.remove_extra_whitespaces, normalizer.escape_whitespaces = "identity", False, True
-    normalizer.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    content = model.SerializeToString()
-    try:
-        SentencePieceProcessor(model_proto=content)
-    except RuntimeError as error:
-        raise UserError(
-            f"the tokenizer of {path} is not a valid SentencePiece model ({error}); get the file elsewhere"
-        ) from None
-    return content
-
-
-def model_proto(path: Path) -> Any:
-    """SentencePiece's class of what is in its files."""
-    try:
-        return import_module("sentencepiece.sentencepiece_model_pb2").ModelProto
-    except ImportError:
-        raise UserError(f"to convert the tokenizer of {path}, install protobuf: pip install protobuf") from None
-
-
-def to_gguf(tokenizer: Tokenizer, n_rows: int, stops: Collection[int] = ()) -> dict[str, Any]:
-    """The metadata by which llama.cpp gives the same ids, for a model of so many rows whose answers end at `stops`."""
-    write = bpe_to_gguf if tokenizer.path.suffix == ".json" else sentencepiece_to_gguf
-    bos = tokenizer.controls.get(tokenizer.names.get("bos_token", ""), tokenizer.eos_id)  # else llama.cpp assumes one
-    ends = [tokenizer.eos_id, *sorted({*stops, *tokenizer.end_ids} - {tokenizer.eos_id})]
-    return {
-        **write(tokenizer.path, next(iter(tokenizer.files().values())), n_rows),
-        **dict(zip(GGUF_ENDS, ends, strict=False)),
-        "tokenizer.ggml.bos_token_id": bos,
-        "tokenizer.ggml.add_bos_token": tokenizer.bos_id is not None,
-        "tokenizer.ggml.add_eos_token": False,
-    }
-
-
-def sentencepiece_to_gguf(path: Path, content: bytes, n_rows: int) -> dict[str, Any]:
-    model = model_proto(path).FromString(content)
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    if trainer.model_type != trainer.BPE or normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
-        raise UserError(f"{path} changes text or is not BPE, which llama.cpp does not do; expected one as LLaMA's")
-    pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces[:n_rows]]
-    pieces += [(f"[PAD{i}]", -1000.0, UNUSED) for i in range(len(pieces), n_rows)]
-    tokens, scores, types = zip(*pieces, strict=True)
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.tokens": list(tokens),
-        "tokenizer.ggml.scores": list(scores),
-        "tokenizer.ggml.token_type": list(types),
-        "tokenizer.ggml.unknown_token_id": trainer.unk_id,
-        "tokenizer.ggml.add_space_prefix": normalizer.add_dummy_prefix,
-    }
-
-
-def bpe_to_gguf(path: Path, content: bytes, n_rows: int) -> dict[str, Any]:
-    fields = json.loads(HFTokenizer.from_buffer(content).to_str())
-    pre = next((name for name in WRITTEN_PRE_TOKENIZERS if is_cut_as(fields, name)), None)
-    if not pre:
-        known = f"byte-level BPE as of {', '.join(WRITTEN_PRE_TOKENIZERS)}, or SentencePiece's tokenizer.model"
-        raise UserError(f"{path} cuts text in a way for which no name of llama.cpp is known; expected {known}")
-    added = {token["id"]: token for token in fields["added_tokens"]}
-    texts = {i: token for token, i in fields["model"]["vocab"].items()}
-    texts |= {i: token["content"] for i, token in added.items()}
-    types = {i: CONTROL if token["special"] else USER_DEFINED for i, token in added.items()}
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": [texts.get(i, f"[PAD{i}]") for i in range(n_rows)],
-        "tokenizer.ggml.token_type": [types.get(i, NORMAL if i in texts else UNUSED) for i in range(n_rows)],
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in fields["model"]["merges"]],
-    }
-
-
-def is_cut_as(fields: Mapping[str, Any], pre: str) -> bool:
-    """Whether a tokenizer.json is byte-level BPE that cuts text before merging as llama.cpp does under this name."""
-    reference = HFTokenizer(models.BPE(ignore_merges=PRE_TOKENIZERS[pre] is LLAMA_3))
-    reference.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
-    theirs, ours = (
-        (each["model"]["type"], each["model"].get("ignore_merges"), each["normalizer"], steps(each["pre_tokenizer"]))
-        for each in (fields, json.loads(reference.to_str()))
-    )
-    return theirs == ours
-
-
-def steps(pre_tokenizer: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The steps that text is cut in, without what does not change the tokens."""
-    several = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
-    return [{name: value for name, value in step.items() if name != "trim_offsets"} for step in several]
-
-
 def is_tiktoken(path: Path) -> bool:
     """Whether the file is of tiktoken's format, as Llama 3's `tokenizer.model` is, despite its name."""
     with open(path, "rb") as file:
@@ -203,12 +74,17 @@ def from_tiktoken(path: Path) -> dict[str, bytes | str]:
     chars = {token: token.decode("latin-1").translate(BYTE_TO_CHAR) for token in ranks}
     merges = []
     for token in ranks:
-        splits = ((token[:i], token[i:]) for i in range(1, len(token)))
-        pairs = [(left, right) for left, right in splits if left in ranks and right in ranks]
-        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        pairs = sorted(splits(token, ranks), key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
         merges += [(chars[left], chars[right]) for left, right in pairs]
-    bos, eos = LLAMA_3_SPECIAL[:2]
-    return byte_level_bpe([*chars.values(), *LLAMA_3_SPECIAL], merges, "llama-bpe", Marks(bos, eos, LLAMA_3_SPECIAL))
+    special = [AddedToken(token, special=True) for token in LLAMA_3_SPECIAL]
+    names = {"eos_token": LLAMA_3_SPECIAL[1], "bos_token": LLAMA_3_SPECIAL[0]}
+    return byte_level_bpe("llama-bpe", [*chars.values(), *LLAMA_3_SPECIAL], merges, special, names, begins=True)
+
+
+def splits(token: T, others: Collection[T]) -> list[tuple[T, T]]:
+    """The ways to split a token into two others."""
+    pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
+    return [(left, right) for left, right in pairs if left in others and right in others]
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -224,42 +100,34 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-class Marks(NamedTuple):
-    """The tokens that are found in text before anything else; only the special ones are left out in decoding."""
-
-    bos: str | None  # of templates, if there are any
-    eos: str
-    special: Sequence[str]
-    added: Sequence[str] = ()
-    begins: bool = True  # whether plain text begins with the bos, too
-
-
 def byte_level_bpe(
-    tokens: Sequence[str], merges: Sequence[tuple[str, str]], pre: str, marks: Marks
+    pre: str,
+    tokens: Iterable[str],
+    merges: Sequence[tuple[str, str]],
+    added: list[AddedToken],
+    names: Mapping[str, str],
+    begins: bool,
 ) -> dict[str, bytes | str]:
-    """A byte-level BPE tokenizer as files: tokens by id, merges by rank, the name of how text is cut before."""
+    """A byte-level BPE tokenizer as files: tokens by id, merges by rank, `pre` the name of how text is cut before.
+
+    Of what was added, a special token is found in no text. If it `begins`, plain text starts with the bos.
+    """
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = HFTokenizer(models.BPE(vocabulary, merges, ignore_merges=PRE_TOKENIZERS[pre] is LLAMA_3))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in marks.special])
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in marks.added])
-    names = {"eos_token": marks.eos}
-    if bos := marks.bos:
-        names["bos_token"] = bos
-        if marks.begins:
-            special = [(bos, vocabulary[bos])]
-            tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=special)
+    tokenizer.add_tokens(added)
+    if begins and (bos := names.get("bos_token")):
+        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
     return {"tokenizer.json": tokenizer.to_str(), CONFIG_NAME: json.dumps(names, indent=2)}
 
 
-def from_sentencepiece(path: Path) -> dict[str, str]:
+def from_sentencepiece(ours: Tokenizer) -> dict[str, str]:
     """A SentencePiece `tokenizer.model` of BPE as the Hugging Face files that give the same ids.
 
     SentencePiece merges the pair of neighbours whose union has the highest score: every way to split a piece into two
     others is a merge.
     """
-    ours = Tokenizer(path)
     sp = SentencePieceProcessor(model_proto=ours.files()["tokenizer.model"])
     ids = range(sp.vocab_size())
     pieces = [sp.id_to_piece(i) for i in ids]
@@ -267,8 +135,7 @@ def from_sentencepiece(path: Path) -> dict[str, str]:
     texts = {pieces[i] for i in ids if not sp.is_byte(i)} - {*special}
     merges = []
     for piece in sorted(texts, key=lambda piece: (-sp.get_score(sp.piece_to_id(piece)), piece)):
-        splits = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
-        merges += [pair for pair in splits if pair[0] in texts and pair[1] in texts]
+        merges += splits(piece, texts)
     vocabulary, unk = {piece: i for i, piece in enumerate(pieces)}, pieces[sp.unk_id()]
     tokenizer = HFTokenizer(models.BPE(vocabulary, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
     prefix = sp.encode_as_pieces("a")[0].startswith(SPACE)  # whether a text begins as if a space came before it
@@ -282,3 +149,37 @@ def from_sentencepiece(path: Path) -> dict[str, str]:
         tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, ours.bos_id)])
     names = {"unk_token": unk, **ours.names}
     return {"tokenizer.json": tokenizer.to_str(), CONFIG_NAME: json.dumps(names, indent=2)}
+
+
+def tokenizer_files(tokenizer: Tokenizer, template: str | None) -> dict[str, bytes | str]:
+    """A tokenizer.json and a tokenizer_config.json, which say all that the tokenizer's own files do.
+
+    The class is the one that reads a tokenizer.json as it is, in transformers 4 and 5: others build it anew from its
+    vocabulary. The chat template that the tokenizer has stays, be it one of several, if it is this one or if there is
+    no other.
+    """
+    files: dict[str, bytes | str] = dict(tokenizer.files())
+    if "tokenizer.json" not in files:
+        files |= from_sentencepiece(tokenizer)
+    fields = {name: value for name, value in json.loads(files.get(CONFIG_NAME, "{}")).items() if name not in LEFT_OUT}
+    fields |= {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.names}
+    if template and default(fields.get("chat_template")) != template:
+        fields["chat_template"] = portable(template, tokenizer)
+    kept = {name: files[name] for name in FILE_NAMES if name in files}
+    return {**kept, CONFIG_NAME: json.dumps(fields, indent=2)}
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template of a folder of Hugging Face's, if any: a file of its own, or else in the tokenizer's config."""
+    file, config = folder / TEMPLATE_NAME, folder / CONFIG_NAME
+    if file.is_file():
+        return read_text(file)
+    return default(read_json(config).get("chat_template")) if config.is_file() else None
+
+
+def default(template: object) -> str | None:
+    """The template that is used unless another is asked for, of several that have names."""
+    if isinstance(template, list):
+        named = (each for each in template if isinstance(each, dict) and each.get("name") == "default")
+        template = next(named, {}).get("template")
+    return template if isinstance(template, str) else None

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import UserError
-from lit_llama.formats.tokenizers import from_gguf, from_tiktoken, is_tiktoken
+from lit_llama.formats.gguf import tokenizer_from_gguf
+from lit_llama.formats.tokenizers import from_tiktoken, is_tiktoken
 from lit_llama.tokenizer import Tokenizer
 
 import pytest
@@ -26,7 +27,7 @@ PATTERN = (  # Llama 3's, as its authors published it
 
 def converted(folder: Path, metadata: dict[str, Any]) -> Tokenizer:
     """The tokenizer of a GGUF with this metadata, as the project reads it."""
-    files = from_gguf(Path("model.gguf"), metadata)
+    files = tokenizer_from_gguf(Path("model.gguf"), metadata)
     for name, content in files.items():
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     return Tokenizer(folder / next(iter(files)))
@@ -64,17 +65,10 @@ def test_a_sentencepiece_model_may_end_in_an_added_token(tmp_path: Path) -> None
     assert ours.decode([*sp.encode("that"), ours.eos_id]) == "that"
 
 
-def test_sentencepiece_with_a_piece_twice_is_refused(tmp_path: Path) -> None:
-    metadata = sentencepiece_metadata(train_sentencepiece(tmp_path / "original.model"))
-    metadata["tokenizer.ggml.tokens"][-1] = metadata["tokenizer.ggml.tokens"][-2]
-    with pytest.raises(UserError, match=r"model\.gguf"):
-        from_gguf(Path("model.gguf"), metadata)
-
-
 def test_sentencepiece_needs_protobuf(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
     with pytest.raises(UserError, match=r"model\.gguf.*pip install protobuf"):
-        from_gguf(Path("model.gguf"), {"tokenizer.ggml.model": "llama"})
+        tokenizer_from_gguf(Path("model.gguf"), {"tokenizer.ggml.model": "llama"})
 
 
 def test_byte_level_bpe_from_a_gguf(tmp_path: Path, byte_tokenizer: HFTokenizer) -> None:
@@ -121,7 +115,7 @@ def test_added_tokens_of_a_gguf_are_found_in_text_and_shown(tmp_path: Path, byte
 def test_other_tokenizers_are_refused(byte_tokenizer: HFTokenizer, model: str, pre: str) -> None:
     metadata = bpe_metadata(byte_tokenizer, pre) | {"tokenizer.ggml.model": model}
     with pytest.raises(UserError, match=rf"model\.gguf \({model}, {pre}\)"):
-        from_gguf(Path("model.gguf"), metadata)
+        tokenizer_from_gguf(Path("model.gguf"), metadata)
 
 
 def train_ranks(size: int) -> dict[bytes, int]:

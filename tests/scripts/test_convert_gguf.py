@@ -66,6 +66,14 @@ def test_a_sentencepiece_tokenizer_comes_along(tmp_path: Path) -> None:
     assert ours.decode(ours.encode(text)) == text
 
 
+def test_sentencepiece_with_a_piece_twice_is_refused(tmp_path: Path) -> None:
+    metadata = sentencepiece_metadata(train_sentencepiece(tmp_path / "original.model"))
+    metadata["tokenizer.ggml.tokens"][-1] = metadata["tokenizer.ggml.tokens"][-2]
+    write_gguf(tmp_path / "m.gguf", metadata)
+    with pytest.raises(UserError, match=r"m\.gguf does not describe a tokenizer \(.*already defined"):
+        convert_gguf_checkpoint.main(tmp_path / "m.gguf", tmp_path / "out")
+
+
 def llama_3_divisors(factor: float, low: float, high: float, original: float) -> np.ndarray:
     """What llama.cpp stores as rope_freqs, by wavelengths as it computes them."""
     size, divisors = GGUF_CONFIG.head_size, []
@@ -98,13 +106,13 @@ def test_an_unknown_scaling_is_refused(tmp_path: Path, byte_tokenizer: HFTokeniz
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("llama.expert_count", 8, "mixture of 8 experts"),
-        ("llama.rope.scaling.type", "yarn", "in the yarn way"),
+        ("llama.expert_count", 8, "expert_count is 8: a mixture of experts"),
+        ("llama.rope.scaling.type", "yarn", "rope.scaling.type is 'yarn'"),
         ("llama.attention.sliding_window", 64, "llama.attention.sliding_window is 64"),
         ("llama.logit_scale", 0.5, "llama.logit_scale is 0.5"),
         ("llama.attention.causal", False, "attention.causal"),
         ("llama.attention.key_length", 32, "attention.key_length of 32"),
-        ("general.type", "adapter", "holds a LoRA"),
+        ("general.type", "adapter", "general.type is 'adapter': .* import_peft.py"),
         ("llama.rope.dimension_count", 8, "rope.dimension_count of 8"),
         ("llama.attention.head_count", 3, "n_head=3"),
     ],
@@ -149,7 +157,7 @@ def test_other_ggufs_are_refused_and_leave_nothing(tmp_path: Path, byte_tokenize
     with pytest.raises(UserError, match=r"m\.gguf does not say its tokenizer\.ggml\.merges"):
         convert_gguf_checkpoint.main(path, tmp_path / "out")
     write_gguf(path, metadata, without="token_embd")
-    with pytest.raises(UserError, match=r"m\.gguf has no weights"):
+    with pytest.raises(UserError, match=r"m\.gguf .* has no weights"):
         convert_gguf_checkpoint.main(path, tmp_path / "out")
     write_gguf(path, metadata, without="blk.1.attn_k")
     with pytest.raises(UserError, match=r"m\.gguf.*lacks 'transformer\.h\.1\.attn\.c_attn"):

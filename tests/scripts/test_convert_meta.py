@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from lit_llama.errors import UserError
 from lit_llama.formats.huggingface import from_hf, hf_config, pairs_from_halves
 from lit_llama.model import CONFIGS, LLaMAConfig
 from lit_llama.model_folder import load_model
@@ -110,6 +111,16 @@ def test_published_lengths_are_those_of_the_named_configs() -> None:
     for name, config in CONFIGS.items():
         if not name.startswith(("SmolLM2", "TinyLlama")):
             assert published_length(config) == config.block_size, name
+
+
+def test_a_query_key_or_value_that_is_missing_is_named(tmp_path: Path) -> None:
+    write_folder(tmp_path / "meta", VARIANTS["Llama 2"], 1)
+    path = tmp_path / "meta" / "consolidated.00.pth"
+    shard = torch.load(path)
+    del shard["layers.1.attention.wk.weight"]
+    torch.save(shard, path)
+    with pytest.raises(UserError, match=r"lacks layers\.1\.attention\.wk\.weight"):
+        convert_meta_checkpoint.main(tmp_path / "meta", tmp_path / "out")
 
 
 def test_wrong_folders_end_in_one_line_and_leave_nothing(tmp_path: Path) -> None:

@@ -8,31 +8,27 @@ from lit_llama.prompt import SMOLLM2_SYSTEM, name_of, stop_ids
 from lit_llama.tokenizer import Tokenizer
 
 CHATML = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
-LLAMA_2 = (
-    '{{ $system := "" }}{{ range .Messages }}'
-    '{{ if eq .Role "system" }}{{ $system = printf "<<SYS>>\\n%s\\n<</SYS>>\\n\\n" .Content }}'
-    '{{ else if eq .Role "user" }}[INST] {{ $system }}{{ .Content }} [/INST]{{ $system = "" }}'
-    "{{ else }} {{ .Content }} EOSBOS{{ end }}{{ end }}"
-)
-LLAMA_3 = (
-    "{{ range .Messages }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n{{ .Content }}<|eot_id|>{{ end }}"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n"
-)
-ZEPHYR = "{{ range .Messages }}<|{{ .Role }}|>\n{{ .Content }}EOS\n{{ end }}<|assistant|>\n"
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{{ .Prompt }}\n\n### Response:"
 )
-
-TEMPLATES = {
+TEMPLATES = {  # by the names of STYLES; BOS and EOS are put in
     "plain": "{{ .Prompt }}",
     "alpaca": f"{ALPACA}\n",
     "alpaca-stanford": ALPACA,
     "chatml": CHATML,
     "smollm2": CHATML,
-    "llama2": LLAMA_2,
-    "llama3": LLAMA_3,
-    "zephyr": ZEPHYR,
+    "llama2": (
+        '{{ $system := "" }}{{ range .Messages }}'
+        '{{ if eq .Role "system" }}{{ $system = printf "<<SYS>>\\n%s\\n<</SYS>>\\n\\n" .Content }}'
+        '{{ else if eq .Role "user" }}[INST] {{ $system }}{{ .Content }} [/INST]{{ $system = "" }}'
+        "{{ else }} {{ .Content }} EOSBOS{{ end }}{{ end }}"
+    ),
+    "llama3": (
+        "{{ range .Messages }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n{{ .Content }}<|eot_id|>{{ end }}"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+    "zephyr": "{{ range .Messages }}<|{{ .Role }}|>\n{{ .Content }}EOS\n{{ end }}<|assistant|>\n",
 }
 
 
