@@ -54,8 +54,8 @@ class Encoder:
     skip_bad: bool = False
 
     def tokenise(self, rows: list[Row]) -> tuple[dict[str, np.ndarray], list[tuple[str, str]], int]:
-        """The arrays of some records, each up to its last token that is trained on; what is wrong with other rows, and how many
-        records spell control tokens.
+        """The arrays of some records, each up to its last token that is trained on; what is wrong with other rows; and
+        how many of the records spell control tokens.
 
         The offsets are where records end; all numbers count from the first of these records.
         """
@@ -156,7 +156,7 @@ def tokenised(source: Path, encoder: Encoder, num_workers: int) -> Iterator[dict
             places[reason].append(place)
     if n_spelled > n_rows / 20:
         say(
-            f"warning: {n_spelled:,} of {n_rows:,} records of {source.name} spell control tokens, which are text there: "
+            f"warning: {n_spelled:,} of {n_rows:,} records of {source.name} spell control tokens, which are text: "
             "if a chat template is in them already, give its messages instead"
         )
     if places:
