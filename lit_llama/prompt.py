@@ -108,7 +108,7 @@ FIRST_MARK = 0xF0000  # from here on, characters are for private use
 
 
 def find_template(style: str | None, own: str | None, otherwise: str | None = None) -> str:
-    """The template that `--prompt_style` names: "own", one of STYLES, a file of one, or its text.
+    """The template that `--prompt_style` names: "own", one of STYLES, a file that holds one, or its text.
 
     Args:
         own: the model's, which is the default; if it has none, that is the style `otherwise`.
@@ -186,13 +186,14 @@ def find_answers(
 
     text, mask = rendered(template, messages, names), masked(len(messages))
     if re.sub(signs, lambda sign: said[sign[0]], rendered_marks(template, marked, fixed)) != text:
-        raise UserError("the chat template changes what a message says, or goes by it; choose another --prompt_style")
+        raise UserError("the chat template changes what a message says or goes by it; choose another --prompt_style")
     edges, prompts, after = [], set(), re.compile(f"{signs}|{tokenizer.control_pattern}")
     for i, message in enumerate(messages):
         own = "".join(sign for sign in marked[i].content + marked[i].input if sign in said)
         places = [match.span() for match in re.finditer(f"[{own}]+", mask)] if own else []
         if own and not places:
-            raise UserError(f"the chat template leaves out what message {i + 1} says, that of the {message.role}")
+            left_out = f"message {i + 1} ({message.role})"
+            raise UserError(f"the chat template leaves out {left_out}; choose another --prompt_style")
         if message.role == "assistant":
             prompt, before = masked(i), re.split(signs, marked[i].content)[0]  # space, or the tag of a thought
             start = places[0][0] if places else len(mask)
@@ -294,7 +295,7 @@ def tried(template: object) -> str | None:
     try:
         rendered(template, EXCHANGED, {"bos_token": "<s>", "eos_token": "</s>"})
     except UserError as error:
-        say(f"warning: {error}; pass --prompt_style where one is asked")
+        say(f"warning: {error}; pass a --prompt_style to every script that takes one")
     return template
 
 

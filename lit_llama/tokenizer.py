@@ -54,7 +54,7 @@ class Tokenizer:
                 self.names = {name: text_of(name, fields[name]) for name in SPECIAL if fields.get(name)}
                 self.has_more = self._add(fields.get("added_tokens_decoder") or {})
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of wrong types
-                raise UserError(f"it, or a file beside it, does not list tokens ({short(str(error))})") from None
+                raise UserError(f"it, or a file beside it, does not describe tokens ({short(str(error))})") from None
         if self._sp:
             self._set_up_sentencepiece(begins=fields.get("add_bos_token") is not False)
         else:
@@ -107,7 +107,7 @@ class Tokenizer:
             self._hf.add_tokens(tokens)  # of those that it has, a flag may differ
         for i, token in numbered.items():
             if (ours := self._id(token.content)) != i:
-                raise UserError(f"{short(token.content)} is number {i} there, and {ours} in {self.path.name}")
+                raise UserError(f"{short(token.content)} is number {i} there, but {ours} in {self.path.name}")
         return bool(new)
 
     def _set_up_sentencepiece(self, begins: bool) -> None:
@@ -243,7 +243,7 @@ class Tokenizer:
     def report_missing(self, n_rows: int) -> None:
         """Say which tokens a model of so many rows lacks, if any."""
         if names := ", ".join(map(self.token, range(n_rows, self.vocab_size))):
-            print(f"The model has no row for {short(names)}: no harm if no text becomes that", file=sys.stderr)
+            print(f"The model has no row for {short(names)}: harmless if no text uses it", file=sys.stderr)
 
     def fingerprint(self) -> str:
         """sha256 of the tokenizer's file, by which prepared data is matched to a model."""

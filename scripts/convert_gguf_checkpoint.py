@@ -143,7 +143,7 @@ def check_supported(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> Non
     """Raise a UserError for what LLaMA does not have."""
     path, architecture = metadata.path, metadata["general.architecture"]
     if metadata.get("general.type") == "adapter":
-        raise UserError(f"{path} holds a LoRA, which is not imported from this format; get PEFT's for import_peft.py")
+        raise UserError(f"{path} holds a LoRA, which cannot be imported from GGUF; get PEFT's, and run import_peft.py")
     if architecture != "llama":
         raise UserError(f"{path} holds a model of architecture {architecture!r}, expected 'llama'")
     if "token_embd.weight" not in tensors:
@@ -154,7 +154,7 @@ def check_supported(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> Non
         raise UserError(f"{path} holds a mixture of {experts} experts, which is not supported; get a dense model")
     scaling = metadata.get("llama.rope.scaling.type", "none")
     if scaling not in ("none", "linear"):
-        raise UserError(f"{path} stretches its rotary frequencies in the {scaling} way; expected linear or Llama 3.1's")
+        raise UserError(f"{path} has rope.scaling.type {scaling!r}, expected 'none' or 'linear'; get another model")
     with error_context(path, "get another model"):
         known = [f"llama.{name}" for name in KNOWN.split()]
         check_known({name: value for name, value in metadata.items() if name.startswith("llama.")}, known)
@@ -181,7 +181,8 @@ def read_config(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> LLaMACo
         config = from_fields(LLaMAConfig, values)
     for name in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
         if (size := metadata.get(f"llama.{name}", config.head_size)) != config.head_size:
-            raise UserError(f"{metadata.path} has a {name} of {size}, LLaMA all {config.head_size} channels of a head")
+            expected = f"expected {config.head_size}, the channels of a head"
+            raise UserError(f"{metadata.path} has a {name} of {size}, {expected}; get another model")
     factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear", 1.0))  # older files
     if factor != 1 and metadata.get("llama.rope.scaling.type", "linear") == "linear":
         config = replace(config, rope_scaling=RopeScaling(shortest(factor)))

@@ -130,7 +130,8 @@ def prepare(
         files.write_file(part / "meta.json", json.dumps(meta, indent=2))
     warn_if_few(len(splits.get("validation", ())))
     if arrays.n_documents < arrays.n_records and turn_end(encoder.template, encoder.tokenizer) is None:
-        say("warning: the chat template puts no control token after an answer, so the model does not learn to end one")
+        found = "the chat template puts no control token after an answer, so the model does not learn to end one"
+        say(f"warning: {found}; choose another --prompt_style")
 
 
 def warn_if_few(n: int) -> None:
@@ -157,7 +158,7 @@ def tokenised(source: Path, encoder: Encoder, num_workers: int) -> Iterator[Toke
     if n_spelled > n / 20:
         say(
             f"warning: {n_spelled:,} of {n:,} records of {source.name} spell control tokens, which are text there: "
-            "if a chat template is in them already, give its messages instead"
+            "if they have gone through a chat template already, give the messages instead"
         )
     if places:
         n_bad = sum(map(len, places.values()))
@@ -165,9 +166,12 @@ def tokenised(source: Path, encoder: Encoder, num_workers: int) -> Iterator[Toke
         if encoder.skip_bad:
             say(f"warning: {found}; they are left out")
             return
-        named = {"has no '": "; name the fields, as in --instruction_key question", "no use": "; see --ignored_fields"}
+        named = {
+            "has no '": "; name its fields: prepare_json.py --instruction_key question",
+            "cannot be used here": "; leave out such fields: prepare_json.py --ignored_fields tools",
+        }
         remedies = [remedy for sign, remedy in named.items() if any(sign in reason for reason in places)]
-        raise UserError(f"{found}{''.join(remedies)}; fix them, or leave them out with --skip_bad true")
+        raise UserError(f"{found}{''.join(remedies)}; mend the records, or leave them out with --skip_bad true")
 
 
 def count_reasons(places: Mapping[str, list[str]]) -> str:
@@ -178,7 +182,7 @@ def count_reasons(places: Mapping[str, list[str]]) -> str:
         others = [*places[reason][1:3], *([f"{len(places[reason]) - 3:,} more"] if len(places[reason]) > 3 else [])]
         named[i] += f" (likewise {', '.join(others)})" if others else ""
     more = len(reasons) - MOST_REASONS
-    return "; ".join(named) + (f"; and {more} more kinds" if more > 0 else "")
+    return "; ".join(named) + (f"; and for {more} more reasons" if more > 0 else "")
 
 
 def chunks(source: Path) -> Iterator[list[Row]]:

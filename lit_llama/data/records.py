@@ -2,7 +2,7 @@
 
 A record is an object with "instruction", "output" and perhaps "input" (Alpaca), with "messages" of "role" and "content"
 (OpenAI, Hugging Face) or "conversations" of "from" and "value" (ShareGPT), or with "text", a document to be trained on
-as a whole. What a file calls these fields can be said with `Fields`. What carries meaning is used, or refused by name.
+as a whole. `Fields` says what a file calls these fields. What carries meaning is used, or refused by name.
 """
 
 import json
@@ -48,7 +48,7 @@ def conversation(row: object, fields: Fields) -> Conversation:
     """The messages of a record; a ValueError says what is wrong with it, or which of its fields has no use here."""
     row = parse_line(row) if isinstance(row, bytes) else row
     if isinstance(row, Cells):
-        raise ValueError(f"has {row.found} cells, expected {row.expected} as in the header: quote what has a delimiter")
+        raise ValueError(f"has {row.found} cells, expected {row.expected} as in the header (quote delimiters in cells)")
     if not isinstance(row, dict):
         raise ValueError(f"is of type {type(row).__name__}, not an object with fields")
     given = present(row, fields)
@@ -78,10 +78,10 @@ def conversation(row: object, fields: Fields) -> Conversation:
 
 
 def present(row: dict[str, Any], fields: Fields) -> dict[str, Any]:
-    """The fields that have a value; a ValueError names one that would be left out, and changes what the rest means."""
+    """The fields that have a value; a ValueError names one that has no use here but changes what the rest means."""
     given = {name: value for name, value in row.items() if not is_absent(value) and name not in fields.ignored}
     for name in sorted(UNUSED & given.keys() - {*vars(fields).values()}):
-        raise ValueError(f"has {name!r}, for which there is no use here")
+        raise ValueError(f"has {name!r}, which cannot be used here")
     return given
 
 
@@ -96,7 +96,7 @@ def is_learned(item: tuple[str, object]) -> bool:
     if name not in WEIGHTS or value in (1, "1", "true", "True"):
         return True
     if value not in (0, "0", "false", "False"):
-        raise ValueError(f"has the {name} {value!r}, expected 0 or 1")
+        raise ValueError(f"has a {name} of {value!r}, expected 0 or 1")
     return False
 
 
@@ -106,7 +106,7 @@ def turns_of(turns: object) -> list[Any]:
         try:
             turns = parse_json(turns)
         except ValueError:
-            raise ValueError("has messages that are a text, not a list") from None
+            raise ValueError("has messages that are text, not a list") from None
     if not isinstance(turns, list):
         raise ValueError(f"has messages that are of type {type(turns).__name__}, not a list")
     return turns
@@ -151,7 +151,7 @@ def as_text(value: object, name: str) -> str:
     if isinstance(value, list):
         parts = [part if isinstance(part, dict) else {"type": f"{part!r:.20}"} for part in value]
         if other := [part.get("type") for part in parts if not isinstance(part.get("text"), str)]:
-            raise ValueError(f"has a part of type {other[0]} in {name!r}, not only text")
+            raise ValueError(f"has a part of type {other[0]} in {name!r}, expected only text")
         return "".join(part["text"] for part in parts)
     if isinstance(value, bool | int | float):
         return json.dumps(value)

@@ -49,9 +49,9 @@ def not_utf8(source: Path) -> UserError:
             try:
                 line.decode()
             except UnicodeDecodeError as error:
-                place = f"line {number}, byte {error.start + 1} of it"
-                return UserError(f"{source} is not text in UTF-8 ({place}); convert it: iconv -f CP1252 -t UTF-8")
-    return UserError(f"{source} is not text in UTF-8 or UTF-16")
+                place = f"line {number}, byte {error.start + 1}"
+                return UserError(f"{source} is not text in UTF-8 ({place}); convert it, as by iconv -f CP1252 -t UTF-8")
+    return UserError(f"{source} is not text in UTF-8 or UTF-16; convert it")
 
 
 def read_all(source: Path) -> str:

@@ -96,7 +96,7 @@ def check_room(folder: Path, n_bytes: int) -> None:
     """Raise a UserError if a file of this size cannot be written to a folder."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if limit != resource.RLIM_INFINITY and n_bytes > limit:
-        raise UserError(f"a file of {n_bytes / 1e9:.2g} GB is to be written, but ulimit -f allows {limit} bytes")
+        raise UserError(f"a file of {n_bytes / 1e9:.2g} GB is to be written; raise ulimit -f, now {limit} bytes")
     free = shutil.disk_usage(folder).free
     if n_bytes > free:
         there = f"{folder}, where only {free / 1e9:.2g} GB are free; make room or write elsewhere"

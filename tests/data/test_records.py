@@ -119,7 +119,7 @@ def test_a_csv_with_line_breaks_in_its_cells(tmp_path: Path) -> None:
         ('{"messages": [{"role": "user", "content": "x"}]}', "ends in a question"),
         ('{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]}', "take turns"),
         ('{"messages": []}', "has no messages"),
-        ('{"messages": "hello"}', "messages that are a text, not a list"),
+        ('{"messages": "hello"}', "messages that are text, not a list"),
         ('{"messages": {"role": "user"}}', "messages that are of type dict, not a list"),
         ('{"messages": [{"role": "user"}]}', "no 'value', only 'role'"),
         ('{"text": "a"}\nb\n{"text": "c"}\n{}', "2 of 4 .* line 2 is not valid JSON; line 4 has no 'instruction'"),
@@ -193,8 +193,8 @@ def test_an_answer_of_weight_0_is_not_learned(name: str, value: object) -> None:
     ("row", "reason"),
     [
         ({**ALPACA, "label": False}, "marked as not to be learned"),
-        ({**ALPACA, "weight": 0.5}, "has the weight 0.5, expected 0 or 1"),
-        ({**ALPACA, "tools": [{"name": "f"}]}, "has 'tools', for which there is no use"),
+        ({**ALPACA, "weight": 0.5}, "has a weight of 0.5, expected 0 or 1"),
+        ({**ALPACA, "tools": [{"name": "f"}]}, "has 'tools', which cannot be used here"),
         ({**ALPACA, "images": ["a.png"]}, "has 'images'"),
         ({**ALPACA, "context": "It rained."}, "has 'context'"),
         ({**ALPACA, "history": ["a", "b"]}, "not a list of pairs"),
@@ -264,7 +264,7 @@ def test_a_long_cell_is_read_and_broken_quotes_are_named_by_their_line(tmp_path:
 
 def test_another_encoding_is_named_with_line_and_byte(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes("instruction,output\nHi,Grüße\n".encode("cp1252"))
-    with pytest.raises(UserError, match=r"not text in UTF-8 \(line 2, byte 6 of it\); convert it: iconv -f CP1252"):
+    with pytest.raises(UserError, match=r"not text in UTF-8 \(line 2, byte 6\); convert it, as by iconv -f CP1252"):
         read_records(tmp_path / "a.csv")
 
 

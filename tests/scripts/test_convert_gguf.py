@@ -99,7 +99,7 @@ def test_an_unknown_scaling_is_refused(tmp_path: Path, byte_tokenizer: HFTokeniz
     ("key", "value", "message"),
     [
         ("llama.expert_count", 8, "mixture of 8 experts"),
-        ("llama.rope.scaling.type", "yarn", "in the yarn way"),
+        ("llama.rope.scaling.type", "yarn", "rope.scaling.type 'yarn'"),
         ("llama.attention.sliding_window", 64, "llama.attention.sliding_window is 64"),
         ("llama.logit_scale", 0.5, "llama.logit_scale is 0.5"),
         ("llama.attention.causal", False, "attention.causal"),
