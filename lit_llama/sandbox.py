@@ -1,4 +1,4 @@
-"""Chat templates, rendered as transformers renders them, but within bounds: a template is a program by a stranger.
+"""Chat templates, rendered as transformers renders them, but within bounds: a template is a stranger's program.
 
 Jinja's sandbox keeps it from Python's insides; the operating system keeps it from going on for ever or filling the
 memory.
@@ -93,7 +93,7 @@ def render(source: str, messages: Sequence[Mapping[str, str]], names: Mapping[st
 
     Args:
         names: what the template calls bos_token, eos_token and the like.
-        ask: end in how an answer begins.
+        ask: end with how an answer begins.
 
     Raises:
         UserError: if the template refuses the conversation, with its own words, or cannot be rendered.
