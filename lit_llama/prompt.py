@@ -1,17 +1,17 @@
 """How a conversation becomes what a model sees: by a chat template, such as the one that the model was trained with.
 
 A template is a text in Jinja's language: a model's own, one of `STYLES`, or a user's. It is rendered twice, the second
-time with a mark in the place of what each message says. So it is known where that stands: what is between the marks are
-the template's own words, and only among those are control tokens looked for. Of the messages "Hi<|im_end|>" and "Ho":
+time with a mark in place of what each message says. This shows where that stands: what is between the marks is the
+template's own words, and only there are control tokens looked for. Of the messages "Hi<|im_end|>" and "Ho":
 
     with marks       <|im_start|>user\n①<|im_end|>\n<|im_start|>assistant\n②<|im_end|>\n
     prompt           <|im_start|>user\n①<|im_end|>\n<|im_start|>assistant\n
     tokens           <|im_start|> "user\nHi<|im_end|>" <|im_end|> "\n" <|im_start|> "assistant\n" "Ho" <|im_end|> "\n"
     trained on                                                                                     ^^^^^^^^^^^^^^^
 
-Trained on is what follows the rendering of the messages before that asks for an answer (the prompt), up to and with the
-first control token after the answer. A template that renders a question otherwise once it is answered, as those of
-reasoning models do, has no such prompt: there the answer begins where it stands.
+Trained on is what follows the prompt (the earlier messages, rendered so as to ask for an answer), up to and including
+the first control token after the answer. A template that renders a question differently once it is answered, as
+those of reasoning models do, has no such prompt: there the answer begins where it stands.
 """
 
 import re

@@ -152,7 +152,7 @@ class Chat:
             print(f"> {question}", file=sys.stderr)
         template = self.conversation.template
         if not (self.has_told or takes_turns(template, self.conversation.tokenizer)) and self.conversation.messages:
-            what = f"The prompt style {name_of(template)} is for one question"
+            what = f"The prompt style {name_of(template)} takes one question"
             print(f"({what}, so each starts a new conversation.)", file=sys.stderr)
             self.has_told = True
         for piece in self.conversation.ask(question, self.sampling):

@@ -94,7 +94,7 @@ def rows_under_header(source: Path, file: io.TextIOWrapper) -> Iterator[Row]:
                 yield f"line {line}", dict(zip(names, cells, strict=True)) if fits else Cells(len(cells), len(names))
             line = reader.line_num + before
     except csv.Error as error:
-        raise UserError(f"{source}, line {line}: not valid CSV ({error})") from None
+        raise UserError(f"{source}, line {line}: not valid CSV ({error}); mend its quotes") from None
 
 
 def json_rows(source: Path) -> Iterator[Row]:
@@ -135,7 +135,7 @@ def parquet_rows(source: Path) -> Iterator[Row]:
         rows = (row for batch in ParquetFile(source).iter_batches() for row in batch.to_pylist())
         yield from ((f"row {i}", row) for i, row in enumerate(rows, 1))
     except (ArrowException, OSError) as error:
-        raise UserError(f"{source} is not a valid parquet file ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{source} is not a valid parquet file ({str(error).splitlines()[0]}); get it again") from None
 
 
 def dataset_rows(source: Path) -> Iterator[Row]:
@@ -157,7 +157,7 @@ def split_records(n: int, n_validation: int | None, seed: int) -> dict[str, np.n
     if n_validation is None:
         n_validation = min(2000, n // 10)
     if not 0 <= n_validation < n:
-        raise UserError(f"cannot hold out {n_validation} of {n} records for validation")
+        raise UserError(f"cannot hold out {n_validation} of {n} records for validation; lower --val_split_size")
     order = shuffled(n, np.random.default_rng(seed))
     return {"train": order[n_validation:], "validation": order[:n_validation]}
 
