@@ -37,8 +37,9 @@ def main(
         prompt: The text to continue.
         input: What an instruction works on, if anything.
         prompt_file: A file of prompts, one per line, to use instead.
-        prompt_style: plain for a text to continue, or the template of an instruction: own (the model's, the default
-            where it has one), alpaca, chatml or another of lit_llama/prompt.py, or a file with one.
+        prompt_style: The chat template: own (the model's), plain (the text alone, to be continued), alpaca, chatml or
+            another style of lit_llama/prompt.py, or a file that holds one. By default own, or plain for a model that
+            has none.
         checkpoint_path: The model. Default: checkpoints/lit-llama/7B, or else the model written last.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         num_samples: Continuations per prompt.

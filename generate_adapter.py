@@ -37,7 +37,7 @@ def main(
         prompt: The instruction.
         input: What the instruction works on, if anything.
         prompt_file: A file of instructions, one per line, to use instead.
-        adapter_path: The file that finetune_adapter.py wrote, or the run's folder, of which it takes the best file.
+        adapter_path: The file that finetune_adapter.py wrote, or the run's folder, whose best file is used.
         pretrained_path: The checkpoint of the base model. Default: checkpoints/lit-llama/7B, or else the model written
             last.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.

@@ -42,8 +42,8 @@ def main(
         prompt: The instruction.
         input: What the instruction works on, if anything.
         prompt_file: A file of instructions, one per line, to use instead.
-        lora_path: The file that finetune_lora.py wrote, or the run's folder, of which it takes the best file. Several
-            answer one after the other on the same base.
+        lora_path: The file that finetune_lora.py wrote, or the run's folder, whose best file is used. Of several,
+            each answers in turn on the same base.
         lora_alpha: Only for a file of the archived Lit-LLaMA, which did not store it.
         pretrained_path: The checkpoint of the base model. Default: checkpoints/lit-llama/7B, or else the model written
             last.

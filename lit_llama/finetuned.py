@@ -145,7 +145,7 @@ def read_finetuned(
 def archived_config(kind: Kind, state: Mapping[str, Tensor], alpha: float | None) -> LoRAConfig | AdapterConfig:
     """The config of a file of the archived Lit-LLaMA, as its tensors imply it."""
     if any(name.endswith("adapter_bias") for name in state):
-        raise UserError("it is an adapter v2 of the archived Lit-LLaMA, which is not read; train: finetune_lora.py")
+        raise UserError("it is an adapter v2 of the archived Lit-LLaMA, which cannot be read; run finetune_lora.py")
     matrices = {name: tensor for name, tensor in state.items() if is_plain(tensor) and tensor.dim() == 2}
     if kind == "lora":
         r = next((tensor.size(1) for name, tensor in matrices.items() if name.endswith("lora_B")), 0)

@@ -27,7 +27,7 @@ Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see `KVCache.appen
 class RopeScaling:
     """How rotary frequencies are stretched beyond the pretrained length: all alike (linear, arXiv 2306.15595).
 
-    With the other three, only the slow ones, as Llama 3.1 and later were trained (Meta's `apply_scaling`).
+    With the other three fields, only slow ones are, as Llama 3.1 and later were trained (Meta's `apply_scaling`).
     """
 
     factor: float

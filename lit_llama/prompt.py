@@ -1,17 +1,17 @@
 """How a conversation becomes what a model sees: by a chat template, such as the one that the model was trained with.
 
 A template is a text in Jinja's language: a model's own, one of `STYLES`, or a user's. It is rendered twice, the second
-time with a mark in the place of what each message says. So it is known where that stands: what is between the marks are
-the template's own words, and only among those are control tokens looked for. Of the messages "Hi<|im_end|>" and "Ho":
+time with a mark in place of what each message says. This shows where that stands: what is between the marks is the
+template's own words, and only there are control tokens looked for. Of the messages "Hi<|im_end|>" and "Ho":
 
     with marks       <|im_start|>user\n①<|im_end|>\n<|im_start|>assistant\n②<|im_end|>\n
     prompt           <|im_start|>user\n①<|im_end|>\n<|im_start|>assistant\n
     tokens           <|im_start|> "user\nHi<|im_end|>" <|im_end|> "\n" <|im_start|> "assistant\n" "Ho" <|im_end|> "\n"
     trained on                                                                                     ^^^^^^^^^^^^^^^
 
-Trained on is what follows the rendering of the messages before that asks for an answer (the prompt), up to and with the
-first control token after the answer. A template that renders a question otherwise once it is answered, as those of
-reasoning models do, has no such prompt: there the answer begins where it stands.
+Trained on is what follows the prompt (the earlier messages, rendered so as to ask for an answer), up to and including
+the first control token after the answer. A template that renders a question differently once it is answered, as
+those of reasoning models do, has no such prompt: there the answer begins where it stands.
 """
 
 import re
@@ -109,7 +109,7 @@ FIRST_MARK = 0xF0000  # from here on, characters are for private use
 
 
 def find_template(style: str | None, own: str | None, otherwise: str | None = None) -> str:
-    """The template that `--prompt_style` names: "own", one of STYLES, a file of one, or its text.
+    """The template that `--prompt_style` names: "own", one of STYLES, a file that holds one, or its text.
 
     Args:
         own: the model's, which is the default; if it has none, that is the style `otherwise`.
@@ -188,7 +188,8 @@ def find_answers(
         own = "".join(re.findall(any_mark, marked[i].content + marked[i].input))
         places = [match.span() for match in re.finditer(f"[{own}]+", mask)] if own else []
         if own and not places:
-            raise UserError(f"the chat template leaves out what message {i + 1} says, that of the {message.role}")
+            left_out = f"message {i + 1} ({message.role})"
+            raise UserError(f"the chat template leaves out {left_out}; choose another --prompt_style")
         if message.role == "assistant":
             before = re.split(any_mark, marked[i].content)[0]  # space, or the tag of a thought
             start = places[0][0] if places else len(mask)
@@ -289,7 +290,7 @@ def tried(template: object) -> str | None:
     try:
         rendered(template, EXCHANGED, (("bos_token", "<s>"), ("eos_token", "</s>")))
     except UserError as error:
-        say(f"warning: {error}; pass --prompt_style where one is asked")
+        say(f"warning: {error}; pass a --prompt_style to every script that takes one")
     return template
 
 

@@ -1,4 +1,4 @@
-"""Chat templates, rendered as transformers renders them, but within bounds: a template is a program by a stranger.
+"""Chat templates, rendered as transformers renders them, but within bounds: a template is a stranger's program.
 
 Jinja's sandbox keeps it from Python's insides; the operating system keeps it from going on for ever or filling the
 memory.
@@ -93,7 +93,7 @@ def render(source: str, messages: Sequence[Mapping[str, str]], names: Mapping[st
 
     Args:
         names: what the template calls bos_token, eos_token and the like.
-        ask: end in how an answer begins.
+        ask: end with how an answer begins.
 
     Raises:
         UserError: if the template refuses the conversation, with its own words, or cannot be rendered.
@@ -101,14 +101,14 @@ def render(source: str, messages: Sequence[Mapping[str, str]], names: Mapping[st
     given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": ask}
     try:
         if len(source) > LONGEST:
-            raise TemplateError(f"it has {len(source)} characters")
+            raise TemplateError(f"it has {len(source):,} characters, more than {LONGEST:,}")
         with limited():
             text = compiled(source).render(**{**names, **given})
         if len(text) <= LONGEST:
             return text
-        reason = f"it makes {len(text)} characters"
+        reason = f"it makes {len(text):,} characters, more than {LONGEST:,}"
     except (TimeoutError, MemoryError, OverflowError):
-        reason = "it does far more than a conversation needs"
+        reason = "it takes far more time or memory than a conversation needs"
     except Exception as error:  # of any kind: it is a program
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, TemplateError) else str(error)
     raise UserError(f"the chat template cannot render this conversation: {' '.join(reason.split())[:200]}")

@@ -55,7 +55,7 @@ class Tokenizer:
                     check_type(name, text, str)
                 self._whole = self._add(fields.get("added_tokens_decoder") or {})
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of wrong types
-                raise UserError(f"it, or a file beside it, does not list tokens ({short(str(error))})") from None
+                raise UserError(f"it, or a file beside it, does not describe tokens ({short(str(error))})") from None
         if self._sp:
             own = {"bos_token": self._sp.bos_id(), "eos_token": self._sp.eos_id()}
             self.names = {name: self.token(i) for name, i in own.items() if i >= 0} | self.names
@@ -238,7 +238,7 @@ class Tokenizer:
     def report_missing(self, n_rows: int) -> None:
         """Say which tokens a model of so many rows lacks, if any."""
         if names := ", ".join(map(self.token, range(n_rows, self.vocab_size))):
-            print(f"The model has no row for {short(names)}: no harm if no text becomes that", file=sys.stderr)
+            print(f"The model has no row for {short(names)}: harmless if no text uses it", file=sys.stderr)
 
     def fingerprint(self) -> str:
         """sha256 of the tokenizer's file, by which prepared data is matched to a model."""

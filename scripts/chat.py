@@ -54,9 +54,9 @@ def main(
         lora_path: The file that finetune_lora.py wrote, or the run's folder. It is not merged, so it can be swapped.
         adapter_path: The file that finetune_adapter.py wrote, or the run's folder.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
-        prompt_style: The template: own (that of the LoRA or adapter file, or else the model's, the default), alpaca,
-            chatml or another of lit_llama/prompt.py, or a file with one.
-        system: A system message, if the template has one.
+        prompt_style: The chat template: own (that of the LoRA or adapter file, or else the model's: the default),
+            alpaca, chatml or another style of lit_llama/prompt.py, or a file that holds one.
+        system: A system message, if the template takes one.
         lora_alpha: Only for LoRA files of the archived Lit-LLaMA, which did not store it.
         force: Use a file even if it was trained on a different base model of the same shape.
         max_new_tokens: The longest answer, in tokens.
@@ -152,7 +152,7 @@ class Chat:
             print(f"> {question}", file=sys.stderr)
         template = self.conversation.template
         if not (self.has_told or takes_turns(template, self.conversation.tokenizer)) and self.conversation.messages:
-            what = f"The prompt style {name_of(template)} is for one question"
+            what = f"The prompt style {name_of(template)} takes one question"
             print(f"({what}, so each starts a new conversation.)", file=sys.stderr)
             self.has_told = True
         for piece in self.conversation.ask(question, self.sampling):

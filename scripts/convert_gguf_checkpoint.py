@@ -164,7 +164,8 @@ def read_config(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> LLaMACo
         config = from_fields(LLaMAConfig, values)
     for name in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
         if (size := metadata.get(f"llama.{name}", config.head_size)) != config.head_size:
-            raise UserError(f"{metadata.path} has a {name} of {size}, LLaMA all {config.head_size} channels of a head")
+            expected = f"expected {config.head_size}, the channels of a head"
+            raise UserError(f"{metadata.path} has a {name} of {size}, {expected}; get another model")
     factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear", 1.0))  # older files
     if factor != 1 and metadata.get("llama.rope.scaling.type", "linear") == "linear":
         config = replace(config, rope_scaling=RopeScaling(shortest(factor)))

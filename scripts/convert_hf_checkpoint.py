@@ -42,7 +42,7 @@ def main(
         checkpoint_dir: The folder that was downloaded.
         out_dir: The model folder to write: lit-llama.pth, config.json (with the chat template) and the tokenizer.
         dtype: The type to store the weights in. By default as they are.
-        verify: Compare the result with what transformers, if it is installed, makes of the same folder.
+        verify: Compare logits and token ids with those of transformers, which must be installed.
     """
     check_apart(checkpoint_dir, out_dir)
     source = checkpoint_dir / "config.json"
@@ -63,9 +63,8 @@ def main(
         fields = "vocab_size, num_hidden_layers and intermediate_size"
         raise UserError(f"{error}; is its config.json ({fields}) that of its weights?") from None
     if config.tie_embeddings and not torch.equal(state["lm_head.weight"], state["transformer.wte.weight"]):
-        print(
-            "The head differs from the embedding, though tie_word_embeddings is true: they are untied", file=sys.stderr
-        )
+        found = "The head differs from the embedding, though tie_word_embeddings is true"
+        print(f"{found}: they are stored separately", file=sys.stderr)
         config = replace(config, tie_embeddings=False)
     files = read_tokenizer(checkpoint_dir)
     if not files:
@@ -104,7 +103,7 @@ def read_bin(path: Path) -> dict[str, Tensor]:
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """The files of weights that transformers takes, or, where it finds none, those that look like shards."""
+    """The files of weights that transformers would load or, where it finds none, those that look like shards."""
     for name in WEIGHTS:
         file, index = folder / name, folder / f"{name}.index.json"
         if file.is_file():
@@ -137,7 +136,8 @@ def compare(theirs_dir: Path, ours_dir: Path, has_tokenizer: bool) -> None:
     idx = torch.arange(64)[None] % ours.config.vocab_size  # (1, T)
     logits = theirs(idx).logits
     difference = (ours(idx) - logits).abs().max()
-    print(f"Logits differ from transformers' by at most {difference:.1e} of {logits.abs().max():.1e}", file=sys.stderr)
+    largest = f"the largest logit is {logits.abs().max():.1e}"
+    print(f"Logits differ from transformers' by at most {difference:.1e} ({largest})", file=sys.stderr)
     if not has_tokenizer:
         return
     tokenizer, other = find_tokenizer(ours_dir, ours_dir), cast(Any, AutoTokenizer.from_pretrained(theirs_dir))
@@ -151,7 +151,8 @@ def compare(theirs_dir: Path, ours_dir: Path, has_tokenizer: bool) -> None:
         text = other.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         theirs_ids = other(text, add_special_tokens=False)["input_ids"]
         same = encode_prompt(template, question, "", tokenizer) == theirs_ids
-        print(f"A question in the template has {'the same ids' if same else 'other ids'} as there", file=sys.stderr)
+        found = "the same token ids as" if same else "other token ids than"
+        print(f"A question in the chat template has {found} in transformers", file=sys.stderr)
 
 
 if __name__ == "__main__":

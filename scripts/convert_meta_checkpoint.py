@@ -46,7 +46,7 @@ def main(checkpoint_dir: Path, out_dir: Path, block_size: int | None = None, pro
         checkpoint_dir: The folder with params.json, consolidated.*.pth and, there or one folder up, tokenizer.model.
         out_dir: The model folder to write: lit-llama.pth, config.json and the tokenizer.
         block_size: The most tokens that the model takes, which the files do not say. By default as published.
-        prompt_style: The template of an instruct model, llama2, llama3 or a file with one, which the files do not say.
+        prompt_style: The chat template of an instruct model, which its files do not have: llama2, llama3 or a file.
     """
     check_apart(checkpoint_dir, out_dir)
     shards = find_shards(checkpoint_dir)

@@ -61,8 +61,8 @@ def main(
         base_model: With a LoRA file, its base for the Modelfile: a GGUF, or a name that Ollama knows.
         dtype: Type of the matrices. Q8_0 is 8 bits with a scale for each 32 numbers; rows that do not divide by 32
             are F16.
-        prompt_style: The template of the conversations: own (the model's or the LoRA file's, the default), alpaca,
-            chatml or another of lit_llama/prompt.py, or a file with one.
+        prompt_style: The chat template: own (that of the LoRA file or the model: the default), alpaca, chatml or
+            another style of lit_llama/prompt.py, or a file that holds one.
         force: Use the LoRA file even if it was trained on a different base model of the same shape.
     """
     checkpoint_path = find_model(checkpoint_path)

@@ -36,8 +36,8 @@ def main(
         checkpoint_path: The model: a base one, one that finetune_full.py wrote, or one that merge_lora.py wrote.
             Default: checkpoints/lit-llama/7B, or else the model written last.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
-        prompt_style: The template of the conversations: own (the model's, the default), alpaca, chatml or another of
-            lit_llama/prompt.py, or a file with one.
+        prompt_style: The chat template: own (the model's, the default), alpaca, chatml or another style of
+            lit_llama/prompt.py, or a file that holds one.
         max_shard_gb: The largest file of weights, in GB.
     """
     checkpoint_path = find_model(checkpoint_path)

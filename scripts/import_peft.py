@@ -29,9 +29,9 @@ def main(
         out_path: The file to write.
         pretrained_path: The checkpoint of the base model, converted from the Hugging Face model that PEFT used.
             Default: checkpoints/lit-llama/7B, or else the model written last.
-        prompt_style: The template that it was trained with: own, alpaca, chatml or another of lit_llama/prompt.py, or
-            a file with one. PEFT does not store it: the default is own, that of the tokenizer in the folder or else of
-            the base model, or alpaca if neither has one.
+        prompt_style: The chat template that it was trained with, which PEFT does not store: own (that of the tokenizer
+            in the folder, or else of the base model), alpaca, chatml or another style of lit_llama/prompt.py, or a
+            file that holds one. By default own, or alpaca if neither has one.
     """
     pretrained_path = find_model(pretrained_path)
     for source in (pretrained_path, pretrained_path.with_name("config.json"), *peft_dir.glob("adapter_*")):

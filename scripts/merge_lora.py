@@ -32,7 +32,7 @@ def main(
 
     Args:
         out_dir: The model folder to write: lit-llama.pth, config.json (with the chat template) and the tokenizer.
-        lora_path: The file that finetune_lora.py wrote, or the run's folder, of which it takes the best file.
+        lora_path: The file that finetune_lora.py wrote, or the run's folder, whose best file is used.
         pretrained_path: The checkpoint of the base model. Default: checkpoints/lit-llama/7B, or else the model written
             last.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.

@@ -32,8 +32,8 @@ def main(
         pretrained_path: The checkpoint that will be finetuned; its tokenizer is used. Default:
             checkpoints/lit-llama/7B, or else the model written last.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
-        prompt_style: The template of the conversations: own (the model's, the default where it has one), alpaca (else
-            the default), chatml or another of lit_llama/prompt.py, or a file with one.
+        prompt_style: The chat template: own (the model's), alpaca, chatml or another style of lit_llama/prompt.py, or a
+            file that holds one. By default own, or alpaca for a model that has none.
         data_file: Records in the Alpaca format on the disk, instead of the download.
         val_split_size: Records to hold out for validation. By default 2000, or a tenth if that is less.
         seed: Random seed of the split.

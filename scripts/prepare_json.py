@@ -1,8 +1,8 @@
 """Prepare your own records: questions and answers, conversations or documents.
 
-They are read from .json, .jsonl, .csv, .parquet or .txt files, or from a data set on the Hugging Face hub. A record has
-the fields "instruction", "output" and perhaps "input"; or "messages", each with a role and content; or "text", all of
-which is trained on.
+They are read from .json, .jsonl, .csv, .tsv, .parquet or .txt files (all but parquet also as .gz), or from a data set
+on the Hugging Face hub. A record has the fields "instruction", "output" and perhaps "input"; or "messages", each with a
+role and content; or "text", all of which is trained on.
 """
 
 from pathlib import Path
@@ -44,14 +44,14 @@ def main(
         pretrained_path: The checkpoint that will be finetuned; its tokenizer is used. Default:
             checkpoints/lit-llama/7B, or else the model written last.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
-        prompt_style: The template of the conversations: own (the model's, the default where it has one), alpaca (else
-            the default), chatml or another of lit_llama/prompt.py, or a file with one.
+        prompt_style: The chat template: own (the model's), alpaca, chatml or another style of lit_llama/prompt.py, or a
+            file that holds one. By default own, or alpaca for a model that has none.
         instruction_key: The field that holds the instruction of a record.
         input_key: The field that holds what the instruction works on.
         output_key: The field that holds the answer.
         messages_key: The field that holds the list of messages of a conversation.
         text_key: The field that holds the text of a document.
-        ignored_fields: Fields such as tools or context to leave out; without this, a record that has one is refused.
+        ignored_fields: Fields to leave out, such as tools or context; otherwise, a record that has one is refused.
         val_split_size: Records to hold out if there is no validation_file. By default 2000, or a tenth if less.
         seed: Random seed of the split.
         num_workers: Processes that tokenise: at most one for each CPU core, which is the default.

@@ -247,8 +247,8 @@ def test_generation_tags_name_the_same_tokens(tokenizer: Tokenizer, theirs: PreT
 def test_what_a_template_leaves_out_or_changes_is_refused(tokenizer: Tokenizer) -> None:
     system, question, answer = Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Ho")
     only_user = loop("{{ m.content if m.role == 'user' }}")
-    refused(lambda: encode(only_user, [system, question], tokenizer), "what message 1 says, that of the system")
-    refused(lambda: encode(only_user, [question, answer], tokenizer), "what message 2 says")
+    refused(lambda: encode(only_user, [system, question], tokenizer), r"leaves out message 1 \(system\)")
+    refused(lambda: encode(only_user, [question, answer], tokenizer), "leaves out message 2")
     for changed in (
         "m.content | upper",
         "m.content[1:]",

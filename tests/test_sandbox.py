@@ -36,7 +36,7 @@ BROKEN = {
     "{{ 1 | nosuch }}": "No filter named 'nosuch'",
     "{% include '/etc/passwd' %}": "no loader",
     f"{{{{ {'(' * 5000}1{')' * 5000} }}}}": "maximum recursion depth",
-    "x" * 10**7: "10000000 characters",
+    "x" * 10**7: "10,000,000 characters",
     "{{ tools.name.first }}": "has no attribute 'name'",
     "{{ raise_exception('Only\ntwo roles') }}": "conversation: Only two roles",
 }
@@ -56,7 +56,7 @@ def test_a_template_that_would_not_end_or_fill_the_memory_is_refused(
     template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sandbox, "SECONDS", 0.4)
-    assert any(reason in refusal(template) for reason in ("far more than", "characters", "recursion"))
+    assert any(reason in refusal(template) for reason in ("far more time", "characters", "recursion"))
 
 
 @pytest.mark.parametrize("template", INSIDES)

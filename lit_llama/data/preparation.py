@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import re
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -130,7 +131,10 @@ def prepare(
         what = "one record to validate on: its loss says little" if n_held_out else "no records to validate on"
         say(f"warning: {what}; hold out more, or give a --validation_file")
     if n_documents < n and turn_end(encoder.template, encoder.tokenizer) is None:
-        say("warning: the chat template puts no control token after an answer, so the model does not learn to end one")
+        say(
+            "warning: the chat template puts no control token after an answer, so the model does not learn to end one; "
+            "choose another --prompt_style"
+        )
 
 
 def identify(source: Path, checksums: Mapping[str, str]) -> str:
@@ -165,9 +169,12 @@ def tokenised(source: Path, encoder: Encoder, num_workers: int) -> Iterator[dict
         if encoder.skip_bad:
             say(f"warning: {found}; they are left out")
             return
-        named = {"has no '": "; name the fields, as in --instruction_key question", "no use": "; see --ignored_fields"}
+        named = {
+            "has no '": "; name its fields: prepare_json.py --instruction_key question",
+            "cannot be used here": "; leave out such fields: prepare_json.py --ignored_fields tools",
+        }
         remedies = [remedy for sign, remedy in named.items() if any(sign in reason for reason in places)]
-        raise UserError(f"{found}{''.join(remedies)}; fix them, or leave them out with --skip_bad true")
+        raise UserError(f"{found}{''.join(remedies)}; mend the records, or leave them out with --skip_bad true")
 
 
 def count_reasons(places: Mapping[str, list[str]]) -> str:
@@ -179,7 +186,7 @@ def count_reasons(places: Mapping[str, list[str]]) -> str:
         likewise = f" (likewise {', '.join(others)})" if others else ""
         named.append(f"{first} {reason}{likewise}")
     if len(named) > MOST_REASONS:
-        named[MOST_REASONS:] = [f"and {len(named) - MOST_REASONS} more kinds"]
+        named[MOST_REASONS:] = [f"and {len(named) - MOST_REASONS} more reasons"]
     return "; ".join(named)
 
 
@@ -190,8 +197,8 @@ def chunks(source: Path) -> Iterator[list[Row]]:
             yield chunk
     except ImportError:
         raise UserError(f"to read {source}, run: pip install -e '.[data]'; or give a JSON, JSONL or CSV file") from None
-    except OSError as error:  # which would be taken for one of writing the folder
-        raise UserError(f"could not read {source}: {error.strerror or error}") from None
+    except (OSError, EOFError, zlib.error) as error:  # also of a truncated .gz
+        raise UserError(f"could not read {source}: {getattr(error, 'strerror', None) or error}") from None
 
 
 class Identity(Dataset):

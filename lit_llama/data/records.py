@@ -2,7 +2,7 @@
 
 A record is an object with "instruction", "output" and perhaps "input" (Alpaca), with "messages" of "role" and "content"
 (OpenAI, Hugging Face) or "conversations" of "from" and "value" (ShareGPT), or with "text", a document to be trained on
-as a whole. What a file calls these fields can be said with `Fields`. What carries meaning is used, or refused by name.
+as a whole. `Fields` says what a file calls these fields. What carries meaning is used, or refused by name.
 """
 
 import json
@@ -46,6 +46,8 @@ def conversation(row: object, fields: Fields) -> Conversation:
     given = present(row, fields)
     turns = given.get(fields.messages, given.get("conversations"))
     instruction, text = given.get(fields.instruction), given.get(fields.text)
+    if "history" in given and instruction is None:
+        raise ValueError("has a 'history', which goes with an instruction alone")
     if not all(map(is_learned, given.items())) or given.get("label") in (False, "false", "False"):
         raise ValueError("is marked as not to be learned (by its weight or label)")
     if turns is not None:
@@ -58,7 +60,7 @@ def conversation(row: object, fields: Fields) -> Conversation:
         raise ValueError("has no messages")
     else:
         question = Message("user", text_of(row, fields.instruction), as_text(given.get(fields.input), fields.input))
-        messages = [*history(given.get("history")), question, Message("assistant", text_of(row, fields.output))]
+        messages = [*history(given.get("history", [])), question, Message("assistant", text_of(row, fields.output))]
     for name in (SYSTEMS & given.keys()) - {fields.instruction, fields.input}:
         messages = [Message("system", as_text(given[name], name)), *messages]
     check_order(messages)
@@ -70,10 +72,10 @@ def conversation(row: object, fields: Fields) -> Conversation:
 
 
 def present(row: dict[str, Any], fields: Fields) -> dict[str, Any]:
-    """The fields that have a value; a ValueError names one that would be left out, and changes what the rest means."""
+    """The fields that have a value; a ValueError names one that has no use here but changes what the rest means."""
     given = {name: value for name, value in row.items() if not is_absent(value) and name not in fields.ignored}
     for name in sorted(UNUSED & given.keys() - {*vars(fields).values()}):
-        raise ValueError(f"has {name!r}, for which there is no use here")
+        raise ValueError(f"has {name!r}, which cannot be used here")
     return given
 
 
@@ -88,7 +90,7 @@ def is_learned(item: tuple[str, object]) -> bool:
     if name not in WEIGHTS or value in (1, "1", "true", "True"):
         return True
     if value not in (0, "0", "false", "False"):
-        raise ValueError(f"has the {name} {value!r}, expected 0 or 1")
+        raise ValueError(f"has a {name} of {value!r}, expected 0 or 1")
     return False
 
 
@@ -105,17 +107,17 @@ def message(turn: object, fields: Fields) -> Message:
     if not isinstance(turn, dict):
         raise ValueError("has a message that is not an object with role and content")
     given = present(turn, fields)
-    name = str(given.get("role", given.get("from")))
+    name = str(given.get("role", given.get("from", "none")))
     role: Any = ROLES.get(name, name)
     if role not in get_args(Role):
         raise ValueError(f"has a message of role {name!r}, not one of {', '.join(get_args(Role))}")
-    content = text_of(turn, "content" if "content" in given else "value")
+    content = text_of(turn, "value" if "value" in turn and "content" not in given else "content")
     return Message(role, content, learned=all(map(is_learned, given.items())))
 
 
 def history(turns: Any) -> Iterator[Message]:
     """The earlier questions and answers of a record, in pairs."""
-    for pair in turns or ():
+    for pair in turns if isinstance(turns, list) else [turns]:
         if not (isinstance(pair, list | tuple) and len(pair) == 2):
             raise ValueError("has a 'history' that is not a list of pairs of question and answer")
         yield Message("user", as_text(pair[0], "history"))
@@ -139,7 +141,7 @@ def as_text(value: object, name: str) -> str:
     if isinstance(value, list):
         parts = [part if isinstance(part, dict) else {"type": f"{part!r:.20}"} for part in value]
         if other := [part.get("type") for part in parts if not isinstance(part.get("text"), str)]:
-            raise ValueError(f"has a part of type {other[0]} in {name!r}, not only text")
+            raise ValueError(f"has a part of type {other[0]} in {name!r}, expected only text")
         return "".join(part["text"] for part in parts)
     if isinstance(value, bool | int | float):
         return json.dumps(value)

@@ -54,8 +54,8 @@ def open_text(source: Path) -> Iterator[io.TextIOWrapper]:
                 try:
                     line.decode()
                 except UnicodeDecodeError as error:
-                    place = f"line {number}, byte {error.start + 1} of it"
-                    remedy = "convert it: iconv -f CP1252 -t UTF-8"
+                    place = f"line {number}, byte {error.start + 1}"
+                    remedy = "convert it, as by iconv -f CP1252 -t UTF-8"
                     raise UserError(f"{source} is not text in UTF-8 ({place}); {remedy}") from None
         raise UserError(f"{source} is not text in UTF-8 or UTF-16") from None
 
@@ -83,11 +83,11 @@ def csv_rows(source: Path) -> Iterator[Row]:
                     names = [name.strip() for name in cells]
                 elif any(map(str.strip, cells)):
                     fits, found = len(cells) == len(names), f"has {len(cells)} cells, expected {len(names)}"
-                    wrong = f"{found} as in the header: quote what has a delimiter"
+                    wrong = f"{found} as in the header (quote cells that contain a delimiter)"
                     yield f"line {line}", dict(zip(names, cells, strict=True)) if fits else ValueError(wrong)
                 line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{source}, line {line}: not valid CSV ({error})") from None
+        raise UserError(f"{source}, line {line}: not valid CSV ({error}); mend its quotes") from None
 
 
 def json_rows(source: Path) -> Iterator[Row]:
@@ -126,7 +126,7 @@ def parquet_rows(source: Path) -> Iterator[Row]:
         rows = (row for batch in ParquetFile(source).iter_batches() for row in batch.to_pylist())
         yield from ((f"row {i}", row) for i, row in enumerate(rows, 1))
     except (ArrowException, OSError) as error:
-        raise UserError(f"{source} is not a valid parquet file ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{source} is not a valid parquet file ({str(error).splitlines()[0]}); get it again") from None
 
 
 def dataset_rows(source: Path) -> Iterator[Row]:
@@ -146,7 +146,7 @@ def split_records(n: int, n_validation: int | None, seed: int) -> dict[str, np.n
     if n_validation is None:
         n_validation = min(2000, n // 10)
     if not 0 <= n_validation < n:
-        raise UserError(f"cannot hold out {n_validation} of {n} records for validation")
+        raise UserError(f"cannot hold out {n_validation} of {n} records for validation; lower --val_split_size")
     order = shuffled(n, np.random.default_rng(seed))
     return {"train": order[n_validation:], "validation": order[:n_validation]}
 

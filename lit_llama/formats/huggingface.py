@@ -37,14 +37,14 @@ FIELDS = {  # of config.json, with our names and what transformers takes if they
 OTHERS = "max_sequence_length num_key_value_heads head_dim rope_theta rope_scaling rope_parameters dtype torch_dtype"
 Expected = Mapping[str, tuple[tuple[Any, ...], str]]  # the values that fields must have, and what others mean
 EXPECTED: Expected = {
-    "model_type": (("llama",), "it is of another architecture than 'llama'"),
+    "model_type": (("llama",), "expected 'llama'; get another model"),
     "architectures": ((None, [], ["LlamaForCausalLM"], ["LLaMAForCausalLM"]), "it is not a language model with a head"),
     "quantization_config": ((None, {}), "its weights are quantised; get the model that it was made from"),
-    "hidden_act": ((None, "silu", "swish"), "LLaMA's MLP has silu"),
+    "hidden_act": ((None, "silu", "swish"), "LLaMA's MLP uses silu"),
     "attention_bias": ((None, False), "LLaMA has no biases"),
     "mlp_bias": ((None, False), "LLaMA has no biases"),
     "partial_rotary_factor": ((None, 1), "LLaMA rotates all channels of a head"),
-    "sliding_window": ((None,), "LLaMA attends to all tokens before"),
+    "sliding_window": ((None,), "LLaMA attends to all earlier tokens"),
 }
 HARMLESS = """attention_dropout attn_implementation bad_words_ids begin_suppress_tokens bos_token_id
 chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample early_stopping eos_token_id
@@ -198,5 +198,5 @@ def check_known(fields: Mapping[str, Any], known: set[str], expected: Expected |
         if fields[name] and not name.startswith("_"):
             raise UserError(
                 f"{whose}{name} is {fields[name]!a:.60}, which is not known here and may change what is computed; "
-                "take it out if it does not"
+                "remove it if it does not"
             )

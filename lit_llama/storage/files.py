@@ -132,7 +132,7 @@ def replacing_folder(folder: Path, owned: str) -> Iterator[Path]:
     if target == Path.cwd() or target.is_mount():
         raise UserError(f"{folder} cannot be replaced as a whole; give a folder inside it")
     if inner := [entry.name for entry in (target.iterdir() if target.exists() else ()) if entry.is_dir()]:
-        raise UserError(f"{folder} holds a folder, {inner[0]}, which is not part of a result; give another one")
+        raise UserError(f"{folder} holds a folder, {inner[0]}, which is not part of a result; give another folder")
     with as_user_error(folder), ExitStack() as locks:
         target.parent.mkdir(parents=True, exist_ok=True)
         locks.enter_context(exclusive_lock(lock_of(target), folder))

@@ -1,6 +1,6 @@
 """The most memory that the tensors of a training step take, found without it: they have shapes but no data.
 
-The step runs on the CPU, for a GPU with what that computes otherwise. Few blocks are run: all of a kind add the same.
+The step runs on the CPU; for a GPU, as that would compute it. Few blocks are run: all of a kind add the same.
 """
 
 import copy

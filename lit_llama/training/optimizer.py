@@ -86,10 +86,10 @@ class StepCheck:
         records = ", ".join(map(str, sorted(data.dataset.index[data.records])[:8]))
         records = f"records {records}{' and others' if data.n_records > 8 else ''} (counted from 0, as prepared)"
         if math.isfinite(loss) and not math.isfinite(norm) and self.scaler and self.scaler.get_scale() > 1:
-            self.log.say(f"step {step + 1} is skipped: its gradient is too large for float16, so it is scaled down")
+            self.log.say(f"step {step + 1} is skipped: its gradient is too large for float16: the loss is scaled down")
         elif not math.isfinite(loss + norm):
             what = f"the loss of step {step + 1} is {loss:.4g}, its gradient's norm {norm:.4g}, so it was not taken"
-            remedy = f"what was saved stays: go on with --resume auto and a lower --learning_rate, or look at {records}"
+            remedy = f"what was saved stays: use --resume auto with a lower --learning_rate, or look at {records}"
             for name, tensor in self.model.named_parameters():
                 if not whole_tensor(tensor).isfinite().all():
                     remedy = f"{name} is not finite either: the weights were damaged before this step"

@@ -214,7 +214,7 @@ def check_moments(saved: Mapping[str, Any], optimizer: Optimizer) -> None:
                 raise UserError(f"{name} of parameter {i} is {short(tensor)}, expected one of {tuple(shape)}")
     groups = [group for group in saved["param_groups"] if isinstance(group, Mapping)]
     if len(groups) != len(optimizer.param_groups):
-        raise UserError(f"it has {len(groups)} groups of parameters")
+        raise UserError(f"it has {len(groups)} groups of parameters, expected {len(optimizer.param_groups)}")
     for group, theirs in zip(optimizer.param_groups, groups, strict=True):
         check_types(theirs, {}, {name: type(value) for name, value in group.items()})
 

@@ -121,7 +121,7 @@ def test_a_csv_with_line_breaks_in_its_cells(tmp_path: Path) -> None:
         ('{"messages": []}', "has no messages"),
         ('{"messages": "hello"}', "messages that are of type str, not a list"),
         ('{"messages": {"role": "user"}}', "messages that are of type dict, not a list"),
-        ('{"messages": [{"role": "user"}]}', "no 'value', only 'role'"),
+        ('{"messages": [{"role": "user"}]}', "no 'content', only 'role'"),
         ('{"text": "a"}\nb\n{"text": "c"}\n{}', "2 of 4 .* line 2 is not valid JSON; line 4 has no 'instruction'"),
     ],
 )
@@ -193,8 +193,8 @@ def test_an_answer_of_weight_0_is_not_learned(name: str, value: object) -> None:
     ("row", "reason"),
     [
         ({**ALPACA, "label": False}, "marked as not to be learned"),
-        ({**ALPACA, "weight": 0.5}, "has the weight 0.5, expected 0 or 1"),
-        ({**ALPACA, "tools": [{"name": "f"}]}, "has 'tools', for which there is no use"),
+        ({**ALPACA, "weight": 0.5}, "has a weight of 0.5, expected 0 or 1"),
+        ({**ALPACA, "tools": [{"name": "f"}]}, "has 'tools', which cannot be used here"),
         ({**ALPACA, "images": ["a.png"]}, "has 'images'"),
         ({**ALPACA, "context": "It rained."}, "has 'context'"),
         ({**ALPACA, "history": ["a", "b"]}, "not a list of pairs"),
@@ -204,6 +204,10 @@ def test_an_answer_of_weight_0_is_not_learned(name: str, value: object) -> None:
         ({"text": "bad film", "label": 1}, "has 'label' beside 'text'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part of type image_url in 'content'"),
         ({**ALPACA, "output": {"a": 1}}, "a value of type dict in 'output'"),
+        ({**ALPACA, "history": True}, "not a list of pairs"),
+        ({**CHAT, "history": [["a", "b"]]}, "has a 'history', which goes with an instruction"),
+        ({"messages": [{"role": "user", "content": None}]}, "has no text in 'content'"),
+        ({"messages": [{"content": "Hi"}]}, "a message of role 'none'"),
     ],
 )
 def test_what_would_be_left_out_is_refused_by_its_name(row: dict, reason: str) -> None:
@@ -264,7 +268,7 @@ def test_a_long_cell_is_read_and_broken_quotes_are_named_by_their_line(tmp_path:
 
 def test_another_encoding_is_named_with_line_and_byte(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes("instruction,output\nHi,Grüße\n".encode("cp1252"))
-    with pytest.raises(UserError, match=r"not text in UTF-8 \(line 2, byte 6 of it\); convert it: iconv -f CP1252"):
+    with pytest.raises(UserError, match=r"not text in UTF-8 \(line 2, byte 6\); convert it, as by iconv -f CP1252"):
         read_records(tmp_path / "a.csv")
 
 
@@ -275,3 +279,9 @@ def test_a_missing_file_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypatch:
     for path in ("data/mine", "somewhere/mine.jsonl", "somewhere/mine.CSV.gz"):
         with pytest.raises(UserError, match="does not exist"):
             read_records(Path(path))
+
+
+def test_a_truncated_gz_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(ALPACA).encode() * 99)[:-20])
+    with pytest.raises(UserError, match=r"could not read .*a\.jsonl\.gz"):
+        read_records(tmp_path / "a.jsonl.gz")
