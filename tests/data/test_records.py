@@ -242,8 +242,8 @@ def test_numbers_parts_and_nothing_are_read_as_they_are_meant() -> None:
         ("a.csv", "\ufeff instruction ;output;;\n\nHi;Hello;;\n;;;\n".encode()),
         ("a.csv", b"sep=|\r\ninstruction|output\r\nHi|Hello\r\n"),
         ("a.csv", "instruction\toutput\nHi\tHello\n".encode("utf-16")),
-        ("a.jsonl.gz", gzip.compress(json.dumps(ALPACA).encode() + b"\n")),
-        ("a.csv.gz", gzip.compress(b"instruction,output\nHi,Hello\n")),
+        ("a.jsonl.gz", gzip.compress(json.dumps(ALPACA).encode() + b"\n", mtime=0)),
+        ("a.csv.gz", gzip.compress(b"instruction,output\nHi,Hello\n", mtime=0)),
         ("a.JSON", json.dumps([ALPACA]).encode()),
     ],
 )
