@@ -120,7 +120,10 @@ def run_worker(first: int, stride: int, deadline: float, worlds: Path, rights: d
                 ready = select.select([pipe], [], [], HANG)[0]
                 chunk = os.read(reading, 65536) if ready else b""
                 if not chunk:
-                    yield number, ["TRACEBACK" if ready else "HANG", "the process died" if ready else f"over {HANG} s"]
+                    os.kill(child, signal.SIGKILL)
+                    status, child = os.waitpid(child, 0)[1], 0
+                    died = f"the process died (status {status:#x})"
+                    yield number, ["TRACEBACK" if ready else "HANG", died if ready else f"over {HANG} s"]
                     number += stride
                     break
                 *lines, rest = (rest + chunk).split(b"\n")
@@ -129,8 +132,9 @@ def run_worker(first: int, stride: int, deadline: float, worlds: Path, rights: d
                         number = line
                     else:
                         yield number, line
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        if child:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from builders import ROOT
 def test_hundreds_of_damaged_files_end_in_one_line_or_are_right() -> None:
     path = os.pathsep.join(str(ROOT / folder) for folder in ("", "scripts", "tests", "tests/scripts"))
     environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}  # a fork would lose threads
-    command = [sys.executable, str(Path(__file__).with_name("fuzz.py")), "--seconds", "25"]
+    command = [sys.executable, str(Path(__file__).with_name("fuzz.py")), "--seconds", "12"]
     done = subprocess.run(command, env=environment, text=True, capture_output=True)
     print(done.stdout)
     assert done.returncode == 0, done.stderr + done.stdout
-    assert int(re.search(r"^all +(\d+)", done.stdout, re.MULTILINE)[1]) >= 300  # 1,900 on two quiet cores
+    assert int(re.search(r"^all +(\d+)", done.stdout, re.MULTILINE)[1]) >= 150  # 900 on two quiet cores

@@ -131,7 +131,7 @@ def test_a_source_that_cannot_be_read_is_named_and_not_the_folder(
 @pytest.mark.slow
 def test_preparing_and_opening_records_takes_less_memory_than_their_tokens(tmp_path: Path, model_folder: Path) -> None:
     actions = []
-    for name, n in (("few", 500), ("many", 20_000)):
+    for name, n in (("few", 500), ("many", 8_000)):
         rows = ({"text": f"{i} is a number that is followed by others, and so on. " * 12} for i in range(n))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
         source, out = f"Path({str(tmp_path / name)!r} + '.jsonl')", f"Path({str(tmp_path / name)!r})"
