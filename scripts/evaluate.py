@@ -8,9 +8,9 @@ from typing import Any, Literal
 from lit_llama.adapter import cache_prefix
 from lit_llama.cli import run
 from lit_llama.data.batches import Dataset, matching_tokenizer
+from lit_llama.data.evaluation import response_loss, text_loss
 from lit_llama.device import Precision, default_device, default_precision, storage_dtype
 from lit_llama.errors import UserError
-from lit_llama.evaluation import response_loss, text_loss
 from lit_llama.finetuned import base_is_nf4, read_finetuned
 from lit_llama.generation import Sampling, generate_batch
 from lit_llama.lora import merge_lora

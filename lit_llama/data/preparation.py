@@ -2,8 +2,8 @@
 
 `tokens.bin` holds the tokens of all records, one record after the other: record i is tokens[offsets[i]:offsets[i + 1]].
 Those in tokens[start:end], for each of the spans (start, end), are trained on. `documents.bin` has the numbers of the
-records that are documents, which are cut into blocks. A split (`train.bin`, `validation.bin`)
-is a list of record numbers. `meta.json` says what all of this was made from.
+records that are documents, which are cut into blocks. A split (`train.bin`, `validation.bin`) is a list of record
+numbers. `meta.json` says what all of this was made from.
 """
 
 import hashlib

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_llama.data.batches import Dataset
-from lit_llama.evaluation import response_loss, text_loss
+from lit_llama.data.evaluation import response_loss, text_loss
 from lit_llama.finetuned import read_finetuned
 from lit_llama.formats.peft import parts
 from lit_llama.lora import LoRAConfig, lora_shapes, remove_lora
