@@ -1,25 +1,38 @@
 """Convert a GGUF file of the llama architecture (quantised ones are dequantised) into a model folder."""
 
-import os
+import json
 import re
-import struct
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lit_llama.cli import run
 from lit_llama.errors import UserError, error_context, short
-from lit_llama.formats.gguf import CHAT_TEMPLATE, FIELDS, ROPE_FREQS, TENSOR_NAMES, rope_divisors, tokenizer_from_gguf
+from lit_llama.formats.gguf import (
+    BYTE,
+    CHAT_TEMPLATE,
+    ENDS,
+    FIELDS,
+    ROPE_FREQS,
+    TENSOR_NAMES,
+    model_proto,
+    rope_divisors,
+)
 from lit_llama.formats.huggingface import Expected, check_known
+from lit_llama.formats.tokenizers import LLAMA_3, PRE_TOKENIZERS, byte_level_bpe
 from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling
 from lit_llama.model_folder import check_complete, save_model_folder
 from lit_llama.progress import progress
 from lit_llama.prompt import tried
 from lit_llama.storage.checks import from_fields
-from lit_llama.tokenizer import find_tokenizer
+from lit_llama.tokenizer import CONTROL, ENDS_NAME, USER_DEFINED, find_tokenizer
 
+import numpy as np
 import torch
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken
 from torch import Tensor
 
 try:
@@ -28,9 +41,7 @@ except ImportError:
     sys.exit("error: GGUF files need one more library; run: pip install -e '.[gguf]'")
 
 MOST_PARTS = 2**10
-MOST_TENSORS, MOST_FIELDS, MOST_VALUES = 2**16, 2**12, 2**20  # the largest vocabularies have a quarter of a million
-SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number, by GGUF's type
-STRING, ARRAY = 8, 9
+MOST_VALUES = 2**22  # a vocabulary of a quarter of a million tokens takes 1.7 million
 KNOWN = """context_length vocab_size block_count embedding_length feed_forward_length tensor_data_layout
     attention.head_count attention.head_count_kv attention.layer_norm_rms_epsilon attention.key_length
     attention.value_length attention.causal rope.dimension_count rope.freq_base rope.scale_linear rope.scaling.type
@@ -43,6 +54,19 @@ EXPECTED: Expected = {
     "llama.rope.scaling.type": ((None, "none", "linear"), "rotary frequencies are stretched in another way than here"),
 }
 ROWS = 1024  # dequantised at a time; a whole tensor at once takes several times its size
+
+
+class Reader(GGUFReader):
+    """Reads what describes the tensors, unless that is cut off, or has more values than it should make objects of."""
+
+    n_values = 0
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
+        self.n_values += 1
+        values = super()._get(offset, dtype, count, override_order)
+        if len(values) < count or self.n_values > MOST_VALUES:
+            raise ValueError("it is cut off" if len(values) < count else "it has too many values")
+        return values
 
 
 class Metadata(dict[str, Any]):
@@ -99,44 +123,13 @@ def read_gguf(path: Path) -> tuple[Metadata, dict[str, ReaderTensor]]:
 def read_part(path: Path) -> tuple[Metadata, dict[str, ReaderTensor]]:
     """Metadata, and tensors as they are stored and by llama.cpp's names; they stay on the disk until they are used."""
     try:
-        check_sizes(path)
-        reader = GGUFReader(path)
+        reader = Reader(path)
         return Metadata(path, reader), {tensor.name: tensor for tensor in reader.tensors}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as error:  # of many kinds, NumPy's among them
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a whole GGUF file ({reason}); download it again, or update gguf") from None
-
-
-def check_sizes(path: Path) -> None:
-    """Raise a ValueError if the metadata has more values than a model's: GGUFReader makes objects of all of them."""
-    with open(path, "rb") as file:
-        magic, _, n_tensors, n_fields = struct.unpack("<4sIQQ", file.read(24))
-        if magic != b"GGUF" or n_tensors > MOST_TENSORS or n_fields > MOST_FIELDS:
-            raise ValueError(f"it begins with {magic!r}, {n_tensors} tensors and {n_fields} fields")
-        for _ in range(n_fields):
-            skip_values(file, STRING, 1)  # its name
-            skip_values(file, read_number(file, "I"), 1)
-
-
-def skip_values(file: BinaryIO, kind: int, n: int) -> None:
-    """Go over values of metadata; arrays hold at most MOST_VALUES, and none holds arrays."""
-    if kind in SIZES:
-        file.seek(n * SIZES[kind], os.SEEK_CUR)
-    elif kind == STRING:
-        for _ in range(n):
-            file.seek(read_number(file, "Q"), os.SEEK_CUR)
-    else:
-        inner, many = read_number(file, "I"), read_number(file, "Q")
-        if kind != ARRAY or inner == ARRAY or many > MOST_VALUES:
-            raise ValueError(f"a field is of type {kind} and has {many} values of type {inner}")
-        skip_values(file, inner, many)
-
-
-def read_number(file: BinaryIO, form: str) -> int:
-    """The next number; a struct.error at the end of the file."""
-    return struct.unpack(f"<{form}", file.read(struct.calcsize(form)))[0]
 
 
 def check_supported(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> None:
@@ -226,6 +219,50 @@ def dequantise(path: Path, tensor: ReaderTensor) -> Tensor:
         kind = tensor.tensor_type.name
         raise UserError(f"{path} holds {tensor.name} as {kind}, which the installed gguf cannot dequantise") from None
     return weight
+
+
+def tokenizer_from_gguf(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes | str]:
+    """The tokenizer that the metadata of the GGUF at `path` describes, as files by their names."""
+    ends = [metadata[name] for name in ENDS if name in metadata]
+    files = {ENDS_NAME: json.dumps({"eos_token_id": ends})} if len({*ends}) > 1 else {}
+    model, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre", "default")
+    if model == "llama":
+        return {"tokenizer.model": sentencepiece_from_gguf(path, metadata), **files}
+    if model != "gpt2" or pre not in PRE_TOKENIZERS:
+        known = f"SentencePiece (llama) and byte-level BPE (gpt2: {', '.join(PRE_TOKENIZERS)}) are"
+        raise UserError(f"the tokenizer of {path} ({model}, {pre}) is not supported; {known}")
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    kinds = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER_DEFINED)]
+    added = [AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in kinds]
+    names = {"eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]]}
+    if "tokenizer.ggml.bos_token_id" in metadata:
+        names["bos_token"] = tokens[metadata["tokenizer.ggml.bos_token_id"]]
+    begins = metadata.get("tokenizer.ggml.add_bos_token", PRE_TOKENIZERS[pre] is LLAMA_3)  # older files do not say
+    return byte_level_bpe(pre, tokens, merges, added, names, begins) | files
+
+
+def sentencepiece_from_gguf(path: Path, metadata: Mapping[str, Any]) -> bytes:
+    """A `tokenizer.model` with the same pieces, scores and settings as the one that the GGUF was made from."""
+    model = model_proto(path)()
+    tokens, types = metadata["tokenizer.ggml.tokens"], list(metadata["tokenizer.ggml.token_type"])
+    has_bos = metadata.get("tokenizer.ggml.add_bos_token", True)
+    unk = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    bos = metadata.get("tokenizer.ggml.bos_token_id", 1) if has_bos else unk
+    eos = metadata.get("tokenizer.ggml.eos_token_id", 2)
+    for token_id in (bos, eos) if has_bos else (eos,):
+        types[token_id] = CONTROL  # SentencePiece knows a bos or eos, which it finds by its name, only as this
+    for token, score, kind in zip(tokens, metadata["tokenizer.ggml.scores"], types, strict=True):
+        model.pieces.add(piece=token, score=score, type=kind)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = trainer.BPE, len(tokens), BYTE in types
+    trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = unk, bos if has_bos else -1, eos, -1
+    trainer.unk_piece, trainer.bos_piece, trainer.eos_piece = tokens[unk], tokens[bos], tokens[eos]
+    normalizer.name, normalizer.remove_extra_whitespaces, normalizer.escape_whitespaces = "identity", False, True
+    normalizer.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    content = model.SerializeToString()
+    SentencePieceProcessor(model_proto=content)  # raises a RuntimeError if it is not valid
+    return content
 
 
 if __name__ == "__main__":

@@ -1,23 +1,40 @@
 """Export a model folder, or a LoRA file alone, to GGUF for llama.cpp, with a Modelfile for Ollama."""
 
+import json
 import os
 import sys
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.finetuned import read_finetuned
-from lit_llama.formats.gguf import CHAT_TEMPLATE, lora_to_gguf, model_metadata, to_gguf, tokenizer_metadata
-from lit_llama.formats.tokenizers import TEMPLATE_NAME
+from lit_llama.formats.gguf import (
+    CHAT_TEMPLATE,
+    ENDS,
+    FIELDS,
+    NORMAL,
+    ROPE_FREQS,
+    TENSOR_NAMES,
+    UNUSED,
+    model_proto,
+    rope_divisors,
+)
+from lit_llama.formats.huggingface import NAMES
+from lit_llama.formats.peft import parts
+from lit_llama.formats.tokenizers import PRE_TOKENIZERS, TEMPLATE_NAME, byte_level_bpe
+from lit_llama.lora import LoRAConfig
+from lit_llama.model import LLaMAConfig
 from lit_llama.model_folder import find_model, load_model, own_template, read_config
 from lit_llama.progress import progress
 from lit_llama.prompt import find_template, portable, stop_ids
 from lit_llama.storage.files import check_apart, check_finite, read_file, replacing_folder, write_file
-from lit_llama.tokenizer import Tokenizer, find_tokenizer
+from lit_llama.tokenizer import CONTROL, USER_DEFINED, Tokenizer, find_tokenizer
 
 import numpy as np
 from modelfile import modelfile
+from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor
 
 try:
@@ -27,6 +44,10 @@ except ImportError:
 
 FILES = r"{}-(F32|F16|Q8_0)\.gguf|Modelfile|chat_template\.jinja"
 FILE_TYPES = {"F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
+MODULE_NAMES = {  # of what PEFT adds LoRA to
+    **{f"self_attn.{letter}_proj": f"attn_{letter}" for letter in "qkv"},
+    **{NAMES[ours].removesuffix(".weight"): theirs for theirs, ours in TENSOR_NAMES.items()},
+}
 Q8_0_BLOCK = 32  # numbers that share a scale
 
 
@@ -148,6 +169,106 @@ def converted(path: Path, name: str, tensor: Tensor, kind: GGMLQuantizationType)
     if kind == GGMLQuantizationType.F16 and tensor.abs().max() > np.finfo(np.float16).max:
         raise UserError(f"{path} was not written: {name} has numbers beyond 65504; use --dtype F32")
     return quantize(tensor.detach().float().contiguous().numpy(), kind)
+
+
+def to_gguf(state: Mapping[str, Tensor], config: LLaMAConfig) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model by llama.cpp's names. It takes the embedding for the output if there is none."""
+    names = {ours: theirs for theirs, ours in TENSOR_NAMES.items()}
+    for name, tensor in state.items():
+        layer, block = name, ""
+        if name.startswith("transformer.h."):
+            _, _, number, layer = name.split(".", 3)
+            block = f"blk.{number}."
+        if layer == "attn.c_attn.weight":
+            for letter, rows in zip("qkv", tensor.split(config.qkv_sizes), strict=True):
+                yield f"{block}attn_{letter}.weight", rows
+        elif layer != "lm_head.weight" or not config.tie_embeddings:
+            yield f"{block}{names[layer]}.weight", tensor
+    if config.rope_scaling and config.rope_scaling.original_block_size:
+        yield ROPE_FREQS, rope_divisors(config)
+
+
+def model_metadata(config: LLaMAConfig) -> dict[str, Any]:
+    fields = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
+    fields |= {"general.type": "model", "llama.vocab_size": config.vocab_size}
+    fields |= {"llama.rope.dimension_count": config.head_size, "llama.rope.freq_base": float(config.rope_base)}
+    if (scaling := config.rope_scaling) and not scaling.original_block_size:
+        fields |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": scaling.factor}
+    return fields
+
+
+def lora_to_gguf(state: Mapping[str, Tensor], base: LLaMAConfig, lora: LoRAConfig) -> Iterator[tuple[str, Tensor]]:
+    """A and B of every matrix that has an update, by llama.cpp's names."""
+    if "head" in lora.targets and base.tie_embeddings:
+        raise UserError(
+            "llama.cpp cannot add LoRA to a head that shares the embedding's weight; merge it (merge_lora.py) and "
+            "export the model"
+        )
+    for module, layer, rows_A, rows_B, _ in parts(base, lora):
+        number, _, name = module.removeprefix("model.layers.").partition(".")
+        theirs = f"blk.{number}.{MODULE_NAMES[name]}" if name else MODULE_NAMES[module]
+        yield f"{theirs}.weight.lora_a", state[f"{layer}.lora_A"][rows_A]  # (r, in)
+        yield f"{theirs}.weight.lora_b", state[f"{layer}.lora_B"][rows_B]  # (out, r)
+
+
+def tokenizer_metadata(tokenizer: Tokenizer, n_rows: int, stops: Collection[int] = ()) -> dict[str, Any]:
+    """The metadata by which llama.cpp gives the same ids, for a model of so many rows whose answers end at `stops`."""
+    write = bpe_to_gguf if tokenizer.path.suffix == ".json" else sentencepiece_to_gguf
+    bos = tokenizer.controls.get(tokenizer.names.get("bos_token", ""), tokenizer.eos_id)  # else llama.cpp assumes one
+    ends = [tokenizer.eos_id, *sorted({*stops, *tokenizer.end_ids} - {tokenizer.eos_id})]
+    return {
+        **write(tokenizer.path, next(iter(tokenizer.files().values())), n_rows),
+        **dict(zip(ENDS, ends, strict=False)),
+        "tokenizer.ggml.bos_token_id": bos,
+        "tokenizer.ggml.add_bos_token": tokenizer.bos_id is not None,
+        "tokenizer.ggml.add_eos_token": False,
+    }
+
+
+def sentencepiece_to_gguf(path: Path, content: bytes, n_rows: int) -> dict[str, Any]:
+    model = model_proto(path).FromString(content)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if trainer.model_type != trainer.BPE or normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
+        raise UserError(f"{path} changes text or is not BPE, which llama.cpp does not do; expected one as LLaMA's")
+    pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces[:n_rows]]
+    pieces += [(f"[PAD{i}]", -1000.0, UNUSED) for i in range(len(pieces), n_rows)]
+    tokens, scores, types = zip(*pieces, strict=True)
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": list(tokens),
+        "tokenizer.ggml.scores": list(scores),
+        "tokenizer.ggml.token_type": list(types),
+        "tokenizer.ggml.unknown_token_id": trainer.unk_id,
+        "tokenizer.ggml.add_space_prefix": normalizer.add_dummy_prefix,
+    }
+
+
+def bpe_to_gguf(path: Path, content: bytes, n_rows: int) -> dict[str, Any]:
+    fields = json.loads(HFTokenizer.from_buffer(content).to_str())
+    ways = ((pre, json.loads(byte_level_bpe(pre, [], [], [], {}, False)["tokenizer.json"])) for pre in PRE_TOKENIZERS)
+    pre = next((pre for pre, example in ways if how_cut(example) == how_cut(fields)), None)
+    if not pre:
+        known = f"byte-level BPE as of {', '.join(PRE_TOKENIZERS)}, or SentencePiece's tokenizer.model"
+        raise UserError(f"{path} cuts text in a way for which no name of llama.cpp is known; expected {known}")
+    added = {token["id"]: token for token in fields["added_tokens"]}
+    texts = {i: token for token, i in fields["model"]["vocab"].items()}
+    texts |= {i: token["content"] for i, token in added.items()}
+    types = {i: CONTROL if token["special"] else USER_DEFINED for i, token in added.items()}
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": [texts.get(i, f"[PAD{i}]") for i in range(n_rows)],
+        "tokenizer.ggml.token_type": [types.get(i, NORMAL if i in texts else UNUSED) for i in range(n_rows)],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in fields["model"]["merges"]],
+    }
+
+
+def how_cut(fields: Mapping[str, Any]) -> tuple[Any, ...]:
+    """How a tokenizer.json cuts text and merges, without what does not change the tokens."""
+    model, cut = fields["model"], fields["pre_tokenizer"] or {}
+    steps = [{**step, "trim_offsets": None} for step in cut.get("pretokenizers", [cut])]
+    return model["type"], model.get("ignore_merges"), fields["normalizer"], steps
 
 
 if __name__ == "__main__":

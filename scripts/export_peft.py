@@ -3,16 +3,24 @@
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lit_llama.cli import run
 from lit_llama.finetuned import base_is_nf4, read_finetuned
-from lit_llama.formats.peft import peft_config, to_peft
+from lit_llama.formats.huggingface import halves_from_pairs
+from lit_llama.formats.peft import MODULES, parts
 from lit_llama.formats.tokenizers import TOKENIZER_FILES, tokenizer_files
+from lit_llama.lora import LoRAConfig
+from lit_llama.model import LLaMAConfig
 from lit_llama.model_folder import find_model, read_config
 from lit_llama.storage.files import read_file, replacing_folder, write_file, write_safetensors
 from lit_llama.tokenizer import find_tokenizer
 
+from torch import Tensor
+
+PREFIX = "base_model.model."
 PEFT_FILES = rf"adapter_(model\.safetensors|model\.bin|config\.json)|{TOKENIZER_FILES}"
 
 
@@ -52,6 +60,32 @@ def main(
     if base_is_nf4(lora):
         how = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
         print(f"The LoRA was trained on a 4-bit base: load the base with BitsAndBytesConfig({how})", file=sys.stderr)
+
+
+def to_peft(state: Mapping[str, Tensor], base: LLaMAConfig, lora: LoRAConfig) -> dict[str, Tensor]:
+    """The tensors of adapter_model.safetensors for the LoRA parameters of a model."""
+    result = {}
+    for module, layer, rows_A, rows_B, n_head in parts(base, lora):
+        A, B = state[f"{layer}.lora_A"][rows_A], state[f"{layer}.lora_B"][rows_B]
+        result[f"{PREFIX}{module}.lora_A.weight"] = A.contiguous()
+        result[f"{PREFIX}{module}.lora_B.weight"] = (halves_from_pairs(B, n_head) if n_head else B).contiguous()
+    return result
+
+
+def peft_config(lora: LoRAConfig, base_name: str) -> dict[str, Any]:
+    """The fields of adapter_config.json; `base_name` is the Hugging Face model that it belongs to."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": [name.rsplit(".")[-1] for target in lora.targets for name in MODULES[target]],
+        "bias": "none",
+        "fan_in_fan_out": False,
+    }
 
 
 if __name__ == "__main__":

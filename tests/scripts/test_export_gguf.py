@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import UserError
-from lit_llama.formats.gguf import tokenizer_from_gguf, tokenizer_metadata
 from lit_llama.formats.tokenizers import PRE_TOKENIZERS
 from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLAMA_3_SCALING, LLaMA, LLaMAConfig, RopeScaling
@@ -15,6 +14,7 @@ from lit_llama.prompt import STYLES
 from lit_llama.tokenizer import Tokenizer
 
 import convert_gguf_checkpoint
+import export_gguf
 import pytest
 import torch
 from builders import TINY, random_model, randomize, run_script, save_file
@@ -74,7 +74,7 @@ def test_an_exported_model_is_the_same_when_it_is_converted_back(
 
 def back(folder: Path, metadata: dict[str, Any]) -> Tokenizer:
     folder.mkdir()
-    for name, content in tokenizer_from_gguf(Path("m.gguf"), metadata).items():
+    for name, content in convert_gguf_checkpoint.tokenizer_from_gguf(Path("m.gguf"), metadata).items():
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return Tokenizer(next(folder.glob("tokenizer.[mj]*")))
 
@@ -87,7 +87,7 @@ def test_a_byte_level_tokenizer_is_the_same_when_it_is_read_back(pre: str, bos: 
     hf.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
     hf.model.ignore_merges = pre == "llama-bpe"
     hf.save(str(path))
-    ours, metadata = Tokenizer(path), tokenizer_metadata(Tokenizer(path), 320)
+    ours, metadata = Tokenizer(path), export_gguf.tokenizer_metadata(Tokenizer(path), 320)
     assert (metadata["tokenizer.ggml.pre"], len(metadata["tokenizer.ggml.tokens"])) == (pre, 320)
     theirs = back(tmp_path / "back", metadata)
     assert (theirs.bos_id, theirs.eos_id) == (ours.bos_id, ours.eos_id)
@@ -98,7 +98,7 @@ def test_a_byte_level_tokenizer_is_the_same_when_it_is_read_back(pre: str, bos: 
 def test_a_sentencepiece_tokenizer_is_the_same_when_it_is_read_back(prefix: bool, tmp_path: Path) -> None:
     train_sentencepiece(tmp_path / "tokenizer.model", add_dummy_prefix=prefix)
     ours = Tokenizer(tmp_path / "tokenizer.model")
-    theirs = back(tmp_path / "back", tokenizer_metadata(ours, 450))
+    theirs = back(tmp_path / "back", export_gguf.tokenizer_metadata(ours, 450))
     assert (theirs.vocab_size, theirs.bos_id, theirs.eos_id) == (450, ours.bos_id, ours.eos_id)
     assert [theirs.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
 
@@ -111,10 +111,10 @@ def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path: Path) -> 
         setattr(hf, name, value)
         hf.save(str(path))
         with pytest.raises(UserError, match=r"tokenizer\.json cuts text in a way"):
-            tokenizer_metadata(Tokenizer(path), 320)
+            export_gguf.tokenizer_metadata(Tokenizer(path), 320)
     train_sentencepiece(tmp_path / "tokenizer.model", model_type="unigram", vocab_size=350)
     with pytest.raises(UserError, match=r"tokenizer\.model changes text or is not BPE"):
-        tokenizer_metadata(Tokenizer(tmp_path / "tokenizer.model"), 450)
+        export_gguf.tokenizer_metadata(Tokenizer(tmp_path / "tokenizer.model"), 450)
 
 
 @torch.no_grad()
