@@ -30,9 +30,7 @@ Kind = Literal["lora", "adapter"]
 FILE_NAMES: dict[Kind, str] = {"lora": "lit-llama-lora-finetuned.pth", "adapter": "lit-llama-adapter-finetuned.pth"}
 FIELDS = {"base": Mapping, "prompt_style": str, "hyperparameters": Mapping, "state_dict": Mapping}
 Setting = int | float | str | bool | None
-PROGRESS = {  # what a training state has in addition
-    "step": int, "best": Mapping, "optimizer": Mapping, "metrics": str, "precision": Mapping,
-}  # fmt: skip
+PROGRESS = {"step": int, "best": Mapping, "optimizer": Mapping, "precision": Mapping}  # more of a training state
 ARCHIVED = STYLES["alpaca-stanford"]
 
 

@@ -1,5 +1,6 @@
 """What tests build from and run with: a tiny model, records, scripts as the command line runs them."""
 
+import csv
 import hashlib
 import importlib
 import json
@@ -177,3 +178,10 @@ def peak_of_conversion(script: str, tiny: Path, source: Path, out_dir: Path) -> 
         for folder, out in ((tiny, out_dir.with_name("tiny-out")), (source, out_dir))
     )
     return peak_of(f"import {script}\n{before}", action)
+
+
+def metric_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.csv, without the values that a row does not have, and without half a row at its end."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    rows = csv.DictReader(line for line in lines if line.endswith("\n"))
+    return [{name: float(cell) for name, cell in row.items() if cell} for row in rows]

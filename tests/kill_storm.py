@@ -25,7 +25,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from lit_llama.model_folder import save_model_folder
-from lit_llama.training.log import read_metrics
 
 import torch
 from builders import (
@@ -35,6 +34,7 @@ from builders import (
     TINY,
     TORCHRUN,
     content_digest,
+    metric_rows,
     prepare_records,
     random_model,
     run_script,
@@ -80,7 +80,7 @@ def outcome(out: Path, method: str) -> str:
     """All that a run has made, without what tells the time."""
     rows = [
         [row.get(key) for key in ("step", "records", "train_loss", "validation_loss")]
-        for row in read_metrics(out / "metrics.csv")
+        for row in metric_rows(out / "metrics.csv")
     ]
     result = torch.load(out / RESULTS[method], weights_only=True)
     groups = torch.load(out / STATE, weights_only=True)["optimizer"]["param_groups"]
@@ -163,7 +163,7 @@ def storm(folder: Path, kills: int, rng: random.Random) -> list[str]:
                 problems.append(
                     f"{out.name}, {method}: ended with {status}: {out.with_suffix('.log').read_text()[-300:]}"
                 )
-            reached = max((int(row["step"]) for row in read_metrics(out / "metrics.csv")), default=0)
+            reached = max((int(row["step"]) for row in metric_rows(out / "metrics.csv")), default=0)
             if saved_step(out) < before or reached - saved_step(out) > SAVE_INTERVAL:
                 problems.append(f"{out.name}, {method}: step {reached} was reached, {saved_step(out)} saved")
         if attempt(method, folder, out, None, None) or outcome(out, method) != references[method]:

@@ -14,11 +14,10 @@ from typing import Any
 from lit_llama.prompt import STYLES
 from lit_llama.storage.files import lock_of, read_file
 from lit_llama.training import run as training
-from lit_llama.training.log import read_metrics
 
 import pytest
 import torch
-from builders import RECORDS, RESULTS, ROOT, command, prepare_records, run_script
+from builders import RECORDS, RESULTS, ROOT, command, metric_rows, prepare_records, run_script
 from lightning import Fabric
 from lightning.fabric.plugins import MixedPrecision
 
@@ -71,7 +70,7 @@ def finished(method: str, checkpoint: Path, data_dir: Path, tmp_path_factory: py
 def test_the_losses_fall_and_the_learning_rate_warms_up_in_optimizer_steps_of_a_tenth_at_most(
     method: str, finished: Path
 ) -> None:
-    rows = read_metrics(finished / "metrics.csv")
+    rows = metric_rows(finished / "metrics.csv")
     steps = [row for row in rows if "train_loss" in row]
     full, warmup = SETTINGS[method][1], 3 if method == "adapter" else 1
     expected = [full * min(1, (step + 1) / warmup) for step in range(12)]
@@ -162,7 +161,7 @@ def assert_same_run(one: Path, other: Path, method: str) -> None:
         first, second = (content.get("state_dict", content) for content in contents)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first)
-    rows, others = (read_metrics(folder / "metrics.csv") for folder in (one, other))
+    rows, others = (metric_rows(folder / "metrics.csv") for folder in (one, other))
     for key in ("step", "records", "tokens", "train_loss", "validation_loss"):
         assert [row.get(key) for row in rows] == [row.get(key) for row in others]
 
@@ -176,7 +175,7 @@ def test_a_run_stopped_by_a_signal_and_resumed_ends_in_the_same_bits(
 
     def interrupt_at_step_4(source: Path, target: Path) -> None:
         replaced(source, target)
-        rows = read_metrics(tmp_path / "metrics.csv")
+        rows = metric_rows(tmp_path / "metrics.csv")
         if target.name == "training-state.pth" and rows[-1]["step"] == 4:
             os.kill(os.getpid(), signal.SIGTERM)  # arrives in step 5
 
@@ -196,7 +195,7 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits(
 ) -> None:
     arguments = finetune_arguments(method, checkpoint, data_dir, tmp_path)
     process = subprocess.Popen(command(f"finetune_{method}.py", *arguments), stderr=subprocess.DEVNULL)
-    while not any(row["step"] >= 5 for row in read_metrics(tmp_path / "metrics.csv")):
+    while not any(row["step"] >= 5 for row in metric_rows(tmp_path / "metrics.csv")):
         assert process.poll() is None
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -263,7 +262,7 @@ def test_the_best_weights_are_kept_and_patience_ends_a_run_also_when_it_is_resum
     ):
         states = [content.get("state_dict", content) for content in map(read_file, (one, other))]
         assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
-    assert [row["step"] for row in read_metrics(parts / "metrics.csv") if "train_loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in metric_rows(parts / "metrics.csv") if "train_loss" in row] == [1, 2, 3, 4]
 
 
 def with_losses(script: str, losses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,11 @@ from builders import ROOT
 
 pytestmark = pytest.mark.slow
 
-FILES = ("json", "mapping", "imported", "finetuned", "training_state", "metrics", "picture")
+FILES = ("json", "mapping", "imported", "finetuned", "training_state", "picture")
 FOLDERS = ("model_folder", "hf", "gguf", "peft", "merged", "converted", "data")
 SLOW = ("picture", "merged", "converted")  # and written by what others are written by
 FULL = [writer for writer in (*FILES, *FOLDERS) if writer not in SLOW]
-TORN = ("mapping", "metrics", "model_folder", "hf", "gguf", "data")  # whatever writes bytes does it as one of these
+TORN = ("mapping", "json", "model_folder", "hf", "gguf", "data")  # whatever writes bytes does it as one of these
 
 Ask = Callable[[str, str], int]
 

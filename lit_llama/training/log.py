@@ -1,7 +1,7 @@
 """What a training run reports: a progress bar or plain lines, metrics.csv and loss.png."""
 
-import csv
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -26,6 +26,8 @@ COLUMNS = (
     "learning_rate", "gradient_norm", "tokens_per_second", "memory_gb", "seconds",
 )  # fmt: skip
 
+MOST_POINTS = 4000  # of a line in the picture, which is 960 pixels wide
+
 
 def make_logger(name: str | None, out_dir: Path) -> Logger | None:
     """TensorBoard's logger, or any of Lightning's by its class, such as lightning.pytorch.loggers.WandbLogger."""
@@ -47,24 +49,22 @@ def make_logger(name: str | None, out_dir: Path) -> Logger | None:
 class TrainingLog:
     """Reports each optimizer step and each validation. Only the first of several processes writes.
 
-    Of a run that is resumed after `first_step` of `n_steps`, the rows of metrics.csv up to there are kept. `interval`
-    is the number of steps between two lines, where there is no terminal that shows a bar.
+    A run that is resumed after `first_step` of `n_steps` goes on in its metrics.csv. `interval` is the number of steps
+    between two lines, where there is no terminal that shows a bar.
     """
 
     def __init__(self, fabric: Fabric, out_dir: Path, n_steps: int, first_step: int, interval: int) -> None:
         self.fabric, self.n_steps, self.first_step, self.interval = fabric, n_steps, first_step, interval
         self.path = out_dir / "metrics.csv"
-        rows = fabric.broadcast(read_metrics(self.path)) if first_step else []
-        self.rows = [row for row in rows if row["step"] <= first_step]
-        last = self.rows[-1] if self.rows else {}
+        last = fabric.broadcast(cut_metrics(self.path, first_step) if first_step and fabric.is_global_zero else {})
         self.records, self.tokens = int(last.get("records", 0)), int(last.get("tokens", 0))
         self.seconds = last.get("seconds", 0.0)
         terminal = on_terminal() and fabric.is_global_zero
         self.bar = tqdm(total=n_steps, initial=first_step, unit="step", disable=not terminal, dynamic_ncols=True)
         self.started = self.last = time.perf_counter()
         self.training_seconds = 0.0
-        if fabric.is_global_zero:
-            write_file(self.path, "\n".join((",".join(COLUMNS), *map(to_csv, self.rows), "")))
+        if fabric.is_global_zero and not (first_step and self.path.is_file()):
+            write_file(self.path, f"{','.join(COLUMNS)}\n")
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -101,14 +101,13 @@ class TrainingLog:
         self.bar.close()
         if self.fabric.is_global_zero:
             try:
-                plot_losses(self.rows, self.path.with_name("loss.png"), title)
-            except UserError as error:  # the run is complete without its picture
-                self.say(f"warning: {error}")
+                plot_losses(self.path, self.path.with_name("loss.png"), title)
+            except (UserError, ValueError) as error:  # the run is complete without its picture
+                self.say(f"warning: loss.png was not drawn ({error})")
 
     def _row(self, step: int, **values: float) -> None:
         seconds = self.seconds + time.perf_counter() - self.started
         row = {"step": step, "records": self.records, "tokens": self.tokens, **values, "seconds": seconds}
-        self.rows.append(row)
         self.fabric.log_dict(values, step)
         for logger in self.fabric.loggers:
             logger.save()  # now, since a run may be killed at any time
@@ -123,22 +122,30 @@ def to_csv(row: Mapping[str, Any]) -> str:
     return ",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in values)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.csv, without the values that a row does not have. Damaged rows are left out."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    rows: list[dict[str, Any]] = []
-    for cells in csv.DictReader(text.replace("\0", "").splitlines()):
-        with suppress(ValueError, OverflowError, TypeError):
-            row: dict[str, Any] = {name: float(cell) for name, cell in cells.items() if cell}
-            if {*COLUMNS[:3], "seconds"} <= row.keys() <= {*COLUMNS}:
-                row |= {name: int(row[name]) for name in COLUMNS[:3]}
-                step, said = row["step"], {(other["step"], *other.keys()) for other in rows[-2:]}
-                if (step, *row.keys()) not in said and not (rows and step < rows[-1]["step"]):
-                    rows.append(row)
-    return rows
+def cut_metrics(path: Path, step: int) -> dict[str, float]:
+    """Cut off what follows the last row up to this step (steps that were not saved); returns that row."""
+    content = path.read_bytes() if path.is_file() else b""
+    end = len(content)
+    while end:
+        start = content.rfind(b"\n", 0, end - 1) + 1
+        with suppress(ValueError):  # the header, or half a row
+            cells = content[start:end].decode().split(",")
+            row = dict(zip(COLUMNS, (float(cell or "nan") for cell in cells), strict=True))
+            if row["step"] <= step and cells[-1].endswith("\n"):
+                os.truncate(path, end)
+                return row
+        end = start
+    return {}
 
 
-def plot_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+def read_metrics(path: Path, *names: str) -> np.ndarray:
+    """Columns of a metrics.csv, (columns, rows); nan where a row has no value."""
+    columns = [COLUMNS.index(name) for name in names]
+    rows = np.loadtxt(path, delimiter=",", skiprows=1, usecols=columns, converters=lambda cell: float(cell or "nan"))
+    return rows.reshape(-1, len(names)).T
+
+
+def plot_losses(metrics: Path, path: Path, title: str) -> None:
     """Draw training and validation loss over the optimizer steps, and below them the norm of the gradients."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -149,21 +156,21 @@ def plot_losses(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     names = "step", "train_loss", "validation_loss", "gradient_norm"
-    steps, losses, validation, norms = (
-        np.array([[row.get(name, math.nan) for name in names] for row in rows]).reshape(-1, 4).T
-    )
+    steps, losses, validation, norms = read_metrics(metrics, *names)
     trained, validated = np.isfinite(losses), np.isfinite(validation)
-    if n := trained.sum():
-        n = max(1, n // 10)
-        means = np.convolve(losses[trained], np.ones(n) / n, "valid")
-        axes.plot(steps[trained], losses[trained], color="#c9d8ea", linewidth=1, label="training, each step")
-        axes.plot(steps[trained][n - 1 :], means, color="#3a6ea5", linewidth=2, label=f"training, mean of {n} steps")
+    if total := trained.sum():
+        n, shown = max(1, total // 10), slice(None, None, 1 + total // MOST_POINTS)
+        sums = np.cumsum([0, *losses[trained]])
+        means = (sums[n:] - sums[:-n]) / n
+        x, y, rolling = steps[trained], losses[trained], steps[trained][n - 1 :]
+        axes.plot(x[shown], y[shown], color="#c9d8ea", linewidth=1, label="training, each step")
+        axes.plot(rolling[shown], means[shown], color="#3a6ea5", linewidth=2, label=f"training, mean of {n} steps")
+        below.plot(x[shown], norms[trained][shown], color="#7a7a7a", linewidth=1)
     axes.plot(steps[validated], validation[validated], color="#c0392b", linewidth=2, marker="o", label="validation")
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
     for i in np.flatnonzero(validated)[[0, -1]] if validated.any() else ():
         text, point = f"{validation[i]:.2f}", (steps[i], validation[i])
         axes.annotate(text, point, (0, 9), textcoords="offset points", ha="center", bbox=box)
-    below.plot(steps[trained], norms[trained], color="#7a7a7a", linewidth=1)
     axes.set(title=title, ylabel="cross-entropy per response token (nats)")
     below.set(xlabel="optimizer step", ylabel="gradient norm", ylim=(0, None))
     axes.margins(y=0.1)

@@ -6,7 +6,6 @@ sharded tensors are gathered one by one as they are written, and each process re
 may continue on another number of devices.
 """
 
-import hashlib
 import math
 import sys
 from collections import deque
@@ -15,14 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llama.errors import UserError, error_context, short
+from lit_llama.errors import UserError
 from lit_llama.finetuned import read_described, save_finetuned
 from lit_llama.model import LLaMAConfig
 from lit_llama.model_folder import check_state, save_model_folder
 from lit_llama.storage.checks import check_types, from_fields
 from lit_llama.storage.files import (
     check_room,
-    is_plain,
     lock_of,
     lock_output_folder,
     named_tensors,
@@ -79,9 +77,6 @@ class TrainingState:
             on_first_process(fabric, read_file, self.path)  # once for all, its tensors too
             self.saved = read_described(self.path, check_tensors=False)
             check_settings(self.path, self.saved, settings)
-            size, _, _ = expected = self.saved.get("metrics", "").partition(" ")
-            if fabric.is_global_zero and size.isdecimal() and "".join(expected) != self._metrics(int(size)):
-                print(f"warning: {self.path.with_name('metrics.csv')} is damaged or was edited", file=sys.stderr)
         existing = [name for name in (STATE_FILE, *results) if (out_dir / name).exists() and not dry_run]
         if existing and not resume:
             remedy = "continue that run with --resume true, or " if STATE_FILE in existing else ""
@@ -138,12 +133,6 @@ class TrainingState:
             "try a lower --learning_rate\n"
         )
 
-    def _metrics(self, size: int | None = None) -> str:
-        """The length of metrics.csv, or of its first `size` bytes, and their sha256."""
-        path = self.path.with_name("metrics.csv")
-        content = path.read_bytes()[:size] if path.is_file() else b""
-        return f"{len(content)} {hashlib.sha256(content).hexdigest()}"
-
     @torch.no_grad()
     def restore(self, weights: Mapping[str, Tensor], optimizer: Optimizer) -> int:
         """Put the trained weights and the optimizer back to what was saved, if anything; returns the steps done.
@@ -158,19 +147,13 @@ class TrainingState:
             on_first_process(self.fabric, check_room, self.path.parent, size * sum(t.numel() for t in weights.values()))
         if not self.saved:
             return 0
-        state, moments = self.saved["state_dict"], self.saved["optimizer"]
-        check_state(self.path, state, weights)
-        with error_context(self.path, "it may be damaged"):
-            check_moments(moments, optimizer)
+        check_state(self.path, self.saved["state_dict"], weights)
         for name, parameter in weights.items():
-            fill(parameter, state[name])
-        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for i, entry in moments["state"].items():
-            optimizer.state[trained[i]] = {name: room_for(tensor, trained[i]) for name, tensor in entry.items()}
-            for name, tensor in entry.items():
-                fill(optimizer.state[trained[i]][name], tensor)
-        for group, saved in zip(optimizer.param_groups, moments["param_groups"], strict=True):
-            group.update({name: value for name, value in saved.items() if name != "params"})
+            fill(parameter, self.saved["state_dict"][name])
+        try:
+            restore_moments(self.path, self.saved["optimizer"], optimizer)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{self.path} does not hold this optimizer's state ({error!r}); copy it again") from None
         if self.saved.get("precision"):
             self.fabric.strategy.precision.load_state_dict(self.saved["precision"])
         return self.saved["step"]
@@ -181,7 +164,6 @@ class TrainingState:
             **metadata,
             "step": step,
             "best": self.best,
-            "metrics": self._metrics(),
             "precision": self.fabric.strategy.precision.state_dict(),  # float16's scale of the loss
             "state_dict": dict(weights),
             "optimizer": optimizer.state_dict(),
@@ -200,23 +182,18 @@ def check_settings(path: Path, saved: Mapping[str, Any], settings: Mapping[str, 
     check_base(path, saved["hyperparameters"], settings, "resume with its own base model")
 
 
-def check_moments(saved: Mapping[str, Any], optimizer: Optimizer) -> None:
-    """Raise a UserError unless a state of AdamW has what this optimizer restores."""
-    check_types(saved, {"state": Mapping, "param_groups": list}, {})
+def restore_moments(path: Path, saved: Mapping[str, Any], optimizer: Optimizer) -> None:
+    """Put an optimizer back to the state that `path` holds."""
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for i, entry in saved["state"].items():
-        if not isinstance(i, int) or not 0 <= i < len(trained) or not isinstance(entry, Mapping):
-            raise UserError(f"the optimizer's state is of {short(i)}, expected one of {len(trained)} parameters")
-        check_types(entry, {"exp_avg": Tensor, "exp_avg_sq": Tensor}, {"step": Tensor})
+        shapes = {"exp_avg": trained[i], "exp_avg_sq": trained[i], "step": torch.empty(())}
+        check_state(path, entry, {name: shapes[name] for name in {"exp_avg", "exp_avg_sq", *entry}})
+        optimizer.state[trained[i]] = {name: room_for(tensor, trained[i]) for name, tensor in entry.items()}
         for name, tensor in entry.items():
-            shape = torch.Size() if name == "step" else trained[i].shape
-            if not is_plain(tensor) or not tensor.is_floating_point() or tensor.shape != shape:
-                raise UserError(f"{name} of parameter {i} is {short(tensor)}, expected one of {tuple(shape)}")
-    groups = [group for group in saved["param_groups"] if isinstance(group, Mapping)]
-    if len(groups) != len(optimizer.param_groups):
-        raise UserError(f"it has {len(groups)} groups of parameters, expected {len(optimizer.param_groups)}")
-    for group, theirs in zip(optimizer.param_groups, groups, strict=True):
+            fill(optimizer.state[trained[i]][name], tensor)
+    for group, theirs in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         check_types(theirs, {}, {name: type(value) for name, value in group.items()})
+        group.update({name: value for name, value in theirs.items() if name != "params"})
 
 
 def room_for(saved: Tensor, parameter: Tensor) -> Tensor:

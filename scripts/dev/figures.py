@@ -22,6 +22,8 @@ from lit_llama.errors import UserError
 from lit_llama.storage.files import read_json, write_file
 from lit_llama.training.log import read_metrics
 
+import numpy as np
+
 ROOT = Path(__file__).parents[2]
 LAB = ("low_rank", "subspaces", "targets", "settings", "forgetting", "overfitting", "merging")  # experiments
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "howto").glob("*.md")))
@@ -78,11 +80,10 @@ def quickstart() -> str:
     printed = command("make", "quickstart")
     minutes = (time.perf_counter() - start) / 60
     shutil.copy(RUN / "loss.png", IMAGES / "loss.png")
-    rows = read_metrics(RUN / "metrics.csv")
-    steps = [row for row in rows if "train_loss" in row]
-    losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
-    memory, tokens = max(row["memory_gb"] for row in steps), steps[-1]["tokens"]
-    training = (steps[-1]["seconds"] - rows[0]["seconds"]) / 60
+    losses = validation_losses(RUN)
+    step, tokens, seconds, memory = read_metrics(RUN / "metrics.csv", "step", "tokens", "seconds", "memory_gb")
+    trained = np.isfinite(memory)
+    training = (seconds[trained][-1] - seconds[0]) / 60
     validations = re.findall(r"^step \d+/\d+: validation loss .*$", printed, flags=re.MULTILINE)
     pattern = r"^> (.*?)\n(.*?)\n(?:\(Cut after [^\n]*\n)?Time for inference"
     answers = re.findall(pattern, printed, flags=re.MULTILINE | re.DOTALL)
@@ -98,8 +99,9 @@ def quickstart() -> str:
         f"| printed | `{validations[0]}` | `{validations[-1]}` |",
         table[0],
         "",
-        f"{minutes:.1f} minutes in all, once installed; {training:.1f} of them for {len(steps)} steps over {tokens:,} "
-        f"tokens; {memory:.1f} GB of memory; validation loss {losses[0]:.2f} to {losses[-1]:.2f} ({sitting()}).",
+        f"{minutes:.1f} minutes in all, once installed; {training:.1f} of them for {step[-1]:.0f} steps over "
+        f"{tokens[-1]:,.0f} tokens; {np.nanmax(memory):.1f} GB of memory; validation loss {losses[0]:.2f} to "
+        f"{losses[-1]:.2f} ({sitting()}).",
     ]
     return "\n".join(lines)
 
@@ -154,7 +156,8 @@ def generation() -> str:
 
 
 def validation_losses(out_dir: Path) -> list[float]:
-    return [row["validation_loss"] for row in read_metrics(out_dir / "metrics.csv") if "validation_loss" in row]
+    (losses,) = read_metrics(out_dir / "metrics.csv", "validation_loss")
+    return losses[np.isfinite(losses)].tolist()
 
 
 def nf4() -> str:

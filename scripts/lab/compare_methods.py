@@ -23,6 +23,7 @@ from lit_llama.training.log import read_metrics
 from lit_llama.training.optimizer import LRSchedule
 from lit_llama.training.state import STATE_FILE
 
+import numpy as np
 from comparison_report import Method, Result, answers, average, draw_methods, draw_ranks, new_figure, table
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
@@ -175,13 +176,12 @@ def train(method: Method, pretrained_path: Path, path: Path) -> dict[str, Any]:
     rarely = ("--eval_interval", 10**9, "--log_interval", 10)  # validated at the start and the end alone
     extent = ("--num_epochs", num_epochs, "--resume", (path.parent / STATE_FILE).is_file())
     call(f"finetune_{method.kind}.py", *places, *batches, *rarely, *extent, *method.flags)
-    rows = read_metrics(path.parent / "metrics.csv")
-    steps = [row for row in rows if "train_loss" in row]
+    losses, seconds, memory = read_metrics(path.parent / "metrics.csv", "train_loss", "seconds", "memory_gb")
     return {
         "parameters": count_parameters(path),
         "file_mb": path.stat().st_size / 1e6,
-        "minutes": (steps[-1]["seconds"] - rows[0]["seconds"]) / 60,  # from the first validation to the last step
-        "memory_gb": max(row["memory_gb"] for row in steps),
+        "minutes": (seconds[np.isfinite(losses)][-1] - seconds[0]) / 60,  # from the first validation to the last step
+        "memory_gb": np.nanmax(memory),
     }
 
 

@@ -5,11 +5,10 @@ import sys
 from pathlib import Path
 
 from lit_llama.model_folder import load_model
-from lit_llama.training.log import read_metrics
 
 import pytest
 import torch
-from builders import RESULTS, ROOT, TORCHRUN, run_script
+from builders import RESULTS, ROOT, TORCHRUN, metric_rows, run_script
 
 pytestmark = pytest.mark.slow
 
@@ -82,7 +81,7 @@ def single_full(checkpoint: Path, data_dir: Path, tmp_path_factory: pytest.TempP
 
 
 def assert_equal_runs(one: Path, other: Path, method: str) -> None:
-    rows, others = (read_metrics(folder / "metrics.csv") for folder in (one, other))
+    rows, others = (metric_rows(folder / "metrics.csv") for folder in (one, other))
     assert len(rows) == len(others)
     for row, their in zip(rows, others, strict=True):
         for key in ("step", "records", "tokens", "train_loss", "validation_loss"):
@@ -127,7 +126,7 @@ def test_the_state_of_a_sharded_run_is_continued_by_one_process_and_the_other_wa
     assert result.returncode == 0, result.stderr
     if first_sharded:
         assert run_script("finetune_full", *alone) is None
-    steps = [row["step"] for row in read_metrics(tmp_path / "metrics.csv") if "train_loss" in row]
+    steps = [row["step"] for row in metric_rows(tmp_path / "metrics.csv") if "train_loss" in row]
     assert steps == [1, 2, 3, 4, 5, 6]
     one, other = (load_model(folder / "lit-llama.pth").state_dict() for folder in (single_full, tmp_path))
     for name, tensor in one.items():

@@ -5,16 +5,17 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from itertools import pairwise
 from pathlib import Path
 
 from lit_llama.data.batches import Step
 from lit_llama.errors import UserError
-from lit_llama.training.log import COLUMNS, TrainingLog, make_logger, read_metrics
+from lit_llama.training.log import COLUMNS, TrainingLog, cut_metrics, make_logger, plot_losses, read_metrics
 
 import numpy as np
 import pytest
-from builders import ROOT, Lengths
+from builders import ROOT, Lengths, metric_rows
 from lightning import Fabric
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -35,7 +36,7 @@ def run_steps(path: Path, first: int, last: int, n_steps: int) -> None:
 def test_each_step_and_validation_is_a_row(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run_steps(tmp_path, 0, 4, 4)
     assert (tmp_path / "metrics.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
-    rows = read_metrics(tmp_path / "metrics.csv")
+    rows = metric_rows(tmp_path / "metrics.csv")
     assert [(r["step"], "validation_loss" in r) for r in rows] == [
         (0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True),
     ]  # fmt: skip
@@ -51,17 +52,37 @@ def test_each_step_and_validation_is_a_row(tmp_path: Path, capsys: pytest.Captur
 def test_resuming_drops_rows_after_the_state_and_counts_on(tmp_path: Path) -> None:
     run_steps(tmp_path, 0, 3, 6)
     run_steps(tmp_path, 2, 6, 6)  # step 3 was lost with the crash
-    rows = [row for row in read_metrics(tmp_path / "metrics.csv") if "train_loss" in row]
+    rows = [row for row in metric_rows(tmp_path / "metrics.csv") if "train_loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["tokens"] for row in rows] == [100, 200, 300, 400, 500, 600]
     assert all(a["seconds"] <= b["seconds"] for a, b in pairwise(rows))
 
 
 def test_a_row_that_was_cut_off_is_no_trouble(tmp_path: Path) -> None:
-    run_steps(tmp_path, 0, 2, 2)
+    run_steps(tmp_path, 0, 2, 4)
     path = tmp_path / "metrics.csv"
     path.write_text(path.read_text() + "3,24,30")
-    assert read_metrics(path)[-1]["step"] == 2
+    run_steps(tmp_path, 2, 4, 4)
+    assert [row["step"] for row in metric_rows(path)] == [0, 1, 2, 2, 3, 4, 4]
+
+
+def test_a_file_without_a_row_up_to_the_step_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("mine\n")
+    run_steps(tmp_path, 2, 4, 4)
+    assert path.read_text().startswith("mine\n3,8,100,")
+
+
+def test_a_long_run_is_cut_and_drawn_in_seconds(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    rows = (f"{i},{i},{i},{1 + 1 / i},,1e-3,0.5,100,1,{i}\n" for i in range(1, 200_001))
+    path.write_text(f"{','.join(COLUMNS)}\n{''.join(rows)}")
+    start = time.process_time()
+    assert cut_metrics(path, 150_000)["step"] == 150_000
+    plot_losses(path, tmp_path / "loss.png", "a long run")
+    assert time.process_time() - start < 10  # of 200,000 steps; sums over neighbours would take minutes
+    steps, losses = read_metrics(path, "step", "train_loss")
+    assert (len(steps), losses[-1]) == (150_000, pytest.approx(1 + 1 / 150_000, abs=1e-9))
 
 
 PROGRAM = """

@@ -11,11 +11,10 @@ from pathlib import Path
 
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.model_folder import save_model_folder
-from lit_llama.training.log import read_metrics
 
 import pytest
 import torch
-from builders import ROOT, run_script, state_tensors
+from builders import ROOT, metric_rows, run_script, state_tensors
 from test_distributed import arguments, on_two_processes
 
 
@@ -26,7 +25,7 @@ def test_resume_auto_begins_and_continues(checkpoint: Path, data_dir: Path, tmp_
     (tmp_path / "lit-llama-lora-finetuned-best.pth").touch()
     assert run_script("finetune_lora", *begin, "--max_steps", 3) is None
     assert run_script("finetune_lora", *begin) is None
-    assert [row["step"] for row in read_metrics(tmp_path / "metrics.csv") if "train_loss" in row] == [*range(1, 7)]
+    assert [row["step"] for row in metric_rows(tmp_path / "metrics.csv") if "train_loss" in row] == [*range(1, 7)]
     (tmp_path / "training-state.pth").unlink()
     assert "holds lit-llama-lora-finetuned.pth already" in str(run_script("finetune_lora", *begin))
 
@@ -69,7 +68,7 @@ def test_a_dead_process_ends_the_others_in_one_line(
     words = list(map(str, [sys.executable, ROOT / "finetune_full.py", *rest]))
     with open(tmp_path / "log", "w") as log:
         run = subprocess.Popen(words, stderr=log)
-    wait_for(lambda: read_metrics(tmp_path / "metrics.csv"))
+    wait_for(lambda: metric_rows(tmp_path / "metrics.csv"))
     child = int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[0])
     os.kill((run.pid, child)[victim], signal.SIGKILL)
     run.wait(60)
