@@ -14,9 +14,8 @@ from lit_llama.data.batches import BatchSchedule, Dataset, matching_tokenizer
 from lit_llama.device import TrainingPrecision, default_precision, storage_dtype
 from lit_llama.errors import Stopped
 from lit_llama.finetuned import describe
-from lit_llama.model_folder import WEIGHTS, find_model
+from lit_llama.model_folder import WEIGHTS, find_model, identity
 from lit_llama.storage.files import check_apart
-from lit_llama.storage.integrity import identity
 from lit_llama.training.log import TrainingLog, make_logger
 from lit_llama.training.optimizer import AdamW, LearningRate, LRSchedule, StepCheck, clip_gradients, sum_over_devices
 from lit_llama.training.plan import expected_memory, plan, show_records

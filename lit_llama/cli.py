@@ -3,7 +3,6 @@
 import ast
 import inspect
 import json
-import math
 import os
 import re
 import signal
@@ -24,6 +23,7 @@ import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+LARGEST = 2**31 - 1  # number that a flag takes
 MISTAKE, WRONG_FLAG = 1, 2  # exit statuses; 128 and the signal's number after a signal
 LIKENESS = 0.52  # of two words, from 0 to 1: that of checkpoint_path and pretrained_path is just above
 LOST_CONNECTION = "(gloo|nccl|c10d|tcpstore).*(connect|closed|reset|abort|remote|timed out)"  # as torch says it
@@ -77,8 +77,9 @@ def run(main: Callable[..., None]) -> None:
     for name in find_constants(module):
         setattr(module, name, to_builtin(arguments.pop(name)))
     debug, files.check_all = arguments.pop("debug"), arguments.pop("check_files")
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, terminated)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, terminated)
     try:
         if signal.getsignal(signal.SIGINT) is interrupted:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -163,8 +164,8 @@ def parse(main: Callable[..., None], module: ModuleType) -> dict[str, Any]:
     except ArgumentError as error:
         end(f"error: {explain_parse_error(str(error), types, given)}; see --help", WRONG_FLAG)
     for name, value in values.items():
-        if value in (math.inf, -math.inf):
-            end(f"error: --{name} takes a finite number, not {value}; see --help", WRONG_FLAG)
+        if isinstance(value, int | float) and abs(value) > LARGEST:
+            end(f"error: --{name} takes a number of at most {LARGEST:,}, not {value}; see --help", WRONG_FLAG)
     return values
 
 

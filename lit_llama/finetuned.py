@@ -16,12 +16,11 @@ from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
 from lit_llama.errors import UserError, error_context, short
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.model_folder import check_state, file_in, suggest_flag
+from lit_llama.model_folder import check_base, check_state, file_in, identity, suggest_flag
 from lit_llama.progress import say
 from lit_llama.prompt import STYLES, stored_template
 from lit_llama.storage.checks import check_types, from_fields
 from lit_llama.storage.files import is_plain, read_file, write_tensors
-from lit_llama.storage.integrity import check_base, identity
 
 import torch
 from torch import Tensor

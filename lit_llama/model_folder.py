@@ -5,6 +5,7 @@
 nothing is compared.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -18,18 +19,9 @@ from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
 from lit_llama.progress import say
 from lit_llama.prompt import stored_template
 from lit_llama.quantization import Quantization, quantize_blocks, quantize_int8
+from lit_llama.storage import files
 from lit_llama.storage.checks import from_fields
-from lit_llama.storage.files import (
-    CONFIG,
-    check_listed,
-    is_plain,
-    page_out,
-    read_file,
-    read_json,
-    replacing_folder,
-    write_file,
-    write_tensors,
-)
+from lit_llama.storage.files import CONFIG, is_plain, read_file, read_json, write_file
 from lit_llama.storage.integrity import digest, fingerprint
 
 import torch
@@ -58,25 +50,25 @@ def save_model_folder(
     folder: Path,
     state: Mapping[str, Tensor],
     config: LLaMAConfig,
-    files: Mapping[str, bytes | str],
+    texts: Mapping[str, bytes | str],
     prompt_style: str | None = None,
     tensors: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
-    """Write a model folder, in place of an older one as a whole; `files` are the tokenizer's.
+    """Write a model folder, in place of an older one as a whole; `texts` are the tokenizer's files.
 
     With `tensors`, those of a training run, `state` tells only their shapes and dtypes. The run's folder holds other
     things, so the files are written one by one, the weights last.
     """
-    with replacing_folder(folder, MODEL_FILES) if tensors is None else nullcontext(folder) as part:
+    with files.replacing_folder(folder, MODEL_FILES) if tensors is None else nullcontext(folder) as part:
         fields = {**asdict(config), "prompt_style": prompt_style}
-        for name, content in files.items():
+        for name, content in texts.items():
             write_file(part / name, content)
         write_file(part / CONFIG, json.dumps(fields, indent=2))
-        layout = dict(state)
+        layout = dict(state if tensors else sorted(state.items()))  # the same, whatever it was converted from
         if config.tie_embeddings:
             layout["lm_head.weight"] = layout["transformer.wte.weight"]  # stored once
-        write_tensors(part / WEIGHTS, layout, tensors)
-        prints = {WEIGHTS: fingerprint(part / WEIGHTS), **{name: digest(part / name) for name in files}}
+        files.write_tensors(part / WEIGHTS, layout, tensors)
+        prints = {WEIGHTS: fingerprint(part / WEIGHTS), **{name: digest(part / name) for name in texts}}
         write_file(part / CONFIG, json.dumps({**fields, "files": prints}, indent=2))
 
 
@@ -98,7 +90,7 @@ def load_model(
     if config.tie_embeddings:
         state.setdefault("lm_head.weight", state.get("transformer.wte.weight"))
     check_state(path, state, model.state_dict())
-    check_listed(path)
+    files.check_listed(path)
     stored = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
     if dtype is None and len(stored) > 1:
         raise UserError(f"{path} mixes {' and '.join(sorted(stored))}; convert the model again, to one of them")
@@ -110,7 +102,7 @@ def load_model(
     if nf4:
         quantize_blocks(model, device, dtype)
         for name in quantized:
-            page_out(state[name])
+            files.page_out(state[name])
     return model
 
 
@@ -197,6 +189,28 @@ def check_state(path: Path, state: Mapping[str, Any], expected: Mapping[str, Ten
     for name, tensor in state.items():
         if not is_plain(tensor) or not tensor.is_floating_point() or tensor.itemsize == 1:
             raise UserError(f"{path} holds {name} as {short(tensor)}, expected float32, bfloat16 or float16")
+
+
+def identity(path: Path) -> dict[str, str]:
+    """How a run, and what it writes, remembers its base model: its file, and some of its numbers in bfloat16."""
+    values = hashlib.sha256()
+    for name, tensor in sorted(read_file(path, check_tensors=False).items()):
+        if is_plain(tensor):
+            values.update(name.encode() + tensor.flatten()[:64].bfloat16().view(torch.uint8).numpy().tobytes())
+    return {"base": fingerprint(path), "base_values": values.hexdigest()[:16], "base_path": str(path)}
+
+
+def check_base(path: Path, trained_on: Mapping[str, Any], given: Mapping[str, Any], remedy: str) -> None:
+    """Raise a UserError if what `path` holds was trained on another base model than the one that is given.
+
+    `trained_on` and `given` are what `identity` says of each, among other things; imported files do not tell.
+    """
+    theirs, ours = trained_on.get("base"), given.get("base")
+    if theirs and ours and theirs != ours:
+        is_copy = trained_on.get("base_values") == given.get("base_values")
+        what = "which is the same model in another dtype or order" if is_copy else "which is another model"
+        base = f"{trained_on.get('base_path')} (fingerprint {theirs}), not on {given['base_path']} ({ours})"
+        raise UserError(f"{path} was trained on {base}, {what}; {remedy}")
 
 
 def check_complete(path: Path, state: Mapping[str, Any], config: LLaMAConfig) -> None:

@@ -1,5 +1,6 @@
 """One class for SentencePiece (`tokenizer.model`) and Hugging Face (`tokenizer.json`) tokenizers."""
 
+import hashlib
 import json
 import re
 import struct
@@ -241,8 +242,9 @@ class Tokenizer:
             print(f"The model has no row for {short(names)}: harmless if no text uses it", file=sys.stderr)
 
     def fingerprint(self) -> str:
-        """sha256 of the tokenizer's file, by which prepared data is matched to a model."""
-        return digest(self.path)
+        """A sha256 of the tokenizer's file and control tokens, by which prepared data is matched to a model."""
+        said = [digest(self.path), self.bos_id, self.eos_id, sorted(self.controls.items()), sorted(self.names.items())]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def load(path: Path) -> tuple[Any, Any]:

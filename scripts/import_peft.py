@@ -16,11 +16,10 @@ from lit_llama.formats.peft import MODULES, parts
 from lit_llama.formats.tokenizers import read_chat_template
 from lit_llama.lora import LoRAConfig, lora_shapes
 from lit_llama.model import LLaMAConfig
-from lit_llama.model_folder import find_model, own_template, read_config, suggest_script
+from lit_llama.model_folder import find_model, identity, own_template, read_config, suggest_script
 from lit_llama.prompt import find_template, name_of
 from lit_llama.storage.checks import from_fields
 from lit_llama.storage.files import check_apart, read_file, read_json, read_safetensors
-from lit_llama.storage.integrity import identity
 
 import torch
 from torch import Tensor

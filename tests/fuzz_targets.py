@@ -18,8 +18,7 @@ from lit_llama.formats.tokenizers import from_tiktoken
 from lit_llama.generation import Sampling, generate, read_prompts
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLaMA
-from lit_llama.model_folder import load_model, save_model_folder
-from lit_llama.storage.integrity import identity
+from lit_llama.model_folder import identity, load_model, save_model_folder
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training.log import TrainingLog
 from lit_llama.training.optimizer import AdamW

@@ -81,7 +81,7 @@ def test_help_lists_each_constant_with_its_comment_type_and_default(script: Path
         (("--steps=0",), "--steps takes a positive whole number, not '0'"),
         (("--unknown", "1"), "--unknown"),
         (("--rate", "x"), "--rate takes a number, not 'x'"),
-        (("--rate", "1e400"), "--rate takes a finite number, not inf"),
+        (("--rate", "1e400"), "--rate takes a number of at most 2,147,483,647, not inf"),
         (("--resume", "perhaps"), "--resume takes true or false, not 'perhaps'"),
         (("--resume",), "--resume takes true or false, and none is given"),
         (("--resume", "--steps", "3"), "--resume takes true or false, and none is given"),

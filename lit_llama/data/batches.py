@@ -46,7 +46,7 @@ class Dataset:
         self.data_dir, self.block_size = data_dir, block_size
         self.meta, (self.tokens, self.offsets, spans, self.documents, numbers) = read_split(data_dir, split)
         self.prompt_style = stored_template(self.meta["prompt_style"])
-        origin = {name: self.meta[name] for name in ("sources", "tokenizer", "prompt_style", "split_seed", "records")}
+        origin = [self.meta[name] for name in ("tokenizer", "prompt_style", "sha256")]  # the last is of the arrays
         self.fingerprint = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
         self.targets = spans if mask_prompt else sliding_window_view(self.offsets, 2)
         n_targets = np.concatenate([[0], np.cumsum(self.targets[:, 1] - self.targets[:, 0])])  # before each span

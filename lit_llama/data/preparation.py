@@ -40,7 +40,7 @@ MOST_REASONS = 5  # that are named
 TYPES = {
     "tokens": "<i4", "offsets": "<i8", "spans": "<i8", "documents": "<i4", "train": "<i4", "validation": "<i4",
 }  # fmt: skip
-DATA_FILES = rf"meta\.json|({'|'.join(TYPES)})\.bin|(train|validation)_\w+\.npy"  # .npy: of earlier versions
+DATA_FILES = rf"meta\.json|({'|'.join(TYPES)})\.bin"
 META = {"sources": list, "tokenizer": str, "prompt_style": str, "records": Mapping}
 META |= {"split_seed": int | None, "sha256": Mapping}
 
@@ -237,8 +237,6 @@ def end_with_parent(_worker: int) -> None:
 def read_split(data_dir: Path, split: str) -> tuple[dict[str, Any], list[np.ndarray]]:
     """meta.json, and the arrays of tokens, offsets, spans, documents and the split's records, checked and mapped."""
     try:
-        if [*data_dir.glob("train_*.npy")]:
-            raise UserError("it is of an earlier version")
         meta = files.read_json(data_dir / "meta.json")
         check_types(meta, META, {})
         stored_template(meta["prompt_style"])
@@ -250,8 +248,7 @@ def read_split(data_dir: Path, split: str) -> tuple[dict[str, Any], list[np.ndar
     if not files.check_all:
         say(f"{paths[0]} was read without comparing it with its checksum")
     checked = paths if files.check_all else paths[1:]
-    wrong = [path.name for path in checked if digest(path) != meta["sha256"].get(path.stem)]
-    if wrong := wrong or [paths[i].name for i in inconsistent(*arrays)]:
+    if wrong := [path.name for path in checked if digest(path) != meta["sha256"].get(path.stem)]:
         raise UserError(f"{data_dir} is damaged: {wrong[0]} does not match the rest; prepare the data again")
     return meta, arrays
 
@@ -259,15 +256,3 @@ def read_split(data_dir: Path, split: str) -> tuple[dict[str, Any], list[np.ndar
 def map_array(path: Path) -> np.ndarray:
     dtype = TYPES[path.stem]
     return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
-
-
-def inconsistent(tokens: np.ndarray, offsets: np.ndarray, spans: np.ndarray, *records: np.ndarray) -> Iterator[int]:
-    """Which of the arrays, counted from 0, cannot be right, whatever the records were."""
-    edges = spans.reshape(-1)  # starts and ends in turn
-    if len(offsets) < 2 or (offsets[0], offsets[-1]) != (0, len(tokens)) or not (offsets[1:] > offsets[:-1]).all():
-        yield 1
-    if not len(edges) or edges[0] < 0 or edges[-1] != len(tokens) or not (edges[1:] >= edges[:-1]).all():
-        yield 2
-    for i, numbers in enumerate(records, 3):
-        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(offsets) - 1:
-            yield i

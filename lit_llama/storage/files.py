@@ -266,7 +266,7 @@ def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def check_apart(source: Path, target: Path) -> None:
     """Raise a UserError if writing `target` would replace `source`, which is read."""
-    if source.resolve() == target.resolve():
+    if os.path.realpath(source) == os.path.realpath(target):
         raise UserError(f"{target} is read by this command; choose another place to write to")
 
 

@@ -1,15 +1,14 @@
-"""Whether a file is what was written: checksums, and fingerprints by which a model is recognised.
+"""Whether a file is what was written: checksums, and fingerprints by which a file is recognised.
 
 A file of torch.save is a zip archive in which each tensor's bytes, and what describes them, are members, uncompressed
 and with a CRC32. That is checked when the file is read, whoever wrote it.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 from zipfile import ZIP_STORED, ZipFile
 
 from lit_llama.errors import UserError
@@ -54,27 +53,11 @@ def first_damaged(path: Path, names: Sequence[str]) -> str | None:
 
 
 def fingerprint(path: Path) -> str:
-    """What tells the tensors of a file of torch.save from others: a digest of their sizes and CRC32s, in any order."""
+    """What tells a file of torch.save from others: a digest of the names, shapes and numbers of its tensors."""
     check_archive(path, tensors=False)
     with ZipFile(path) as archive:
-        tensors = [(member.file_size, member.CRC) for member in archive.infolist() if "/data/" in member.filename]
-    return hashlib.sha256(repr(sorted(tensors)).encode()).hexdigest()[:16]
-
-
-def identity(path: Path) -> dict[str, str]:
-    """How a run, and what it writes, remembers its base model."""
-    return {"base": fingerprint(path), "base_path": str(path)}
-
-
-def check_base(path: Path, trained_on: Mapping[str, Any], given: Mapping[str, Any], remedy: str) -> None:
-    """Raise a UserError if what `path` holds was trained on another base model than the one that is given.
-
-    `trained_on` and `given` are what `identity` says of each, among other things; imported files do not tell.
-    """
-    theirs, ours = trained_on.get("base"), given.get("base")
-    if theirs and ours and theirs != ours:
-        base = f"{trained_on.get('base_path')} (fingerprint {theirs}), not on {given['base_path']} ({ours})"
-        raise UserError(f"{path} was trained on {base}; {remedy}")
+        crcs = [m.CRC for m in archive.infolist() if "/data/" in m.filename or m.filename.endswith("/data.pkl")]
+    return hashlib.sha256(repr(crcs).encode()).hexdigest()[:16]
 
 
 def digest(path: Path) -> str:

@@ -17,17 +17,10 @@ from typing import Any, Literal
 from lit_llama.errors import UserError
 from lit_llama.finetuned import read_described, save_finetuned
 from lit_llama.model import LLaMAConfig
-from lit_llama.model_folder import check_state, save_model_folder
+from lit_llama.model_folder import check_base, check_state, save_model_folder
+from lit_llama.storage import files
 from lit_llama.storage.checks import check_types, from_fields
-from lit_llama.storage.files import (
-    check_room,
-    lock_of,
-    lock_output_folder,
-    named_tensors,
-    read_file,
-    write_tensors,
-)
-from lit_llama.storage.integrity import check_base
+from lit_llama.storage.files import named_tensors, write_tensors
 from lit_llama.training.optimizer import whole_tensor
 from lit_llama.training.run import fill
 
@@ -42,8 +35,8 @@ STATE_FILE = "training-state.pth"
 Resume = bool | Literal["auto"]  # auto: continue a run if there is one
 MAY_CHANGE = (  # may change on resume; everything else must not
     "learning_rate", "num_epochs", "max_steps", "warmup_steps", "warmup_epochs", "lr_schedule", "eval_interval",
-    "eval_records", "save_interval", "log_interval", "devices", "num_nodes", "strategy", "activation_checkpointing",
-    "compile", "logger", "patience", "base", "base_path",
+    "save_interval", "log_interval", "devices", "num_nodes", "strategy", "activation_checkpointing",
+    "compile", "logger", "patience", "base", "base_values", "base_path",
 )  # fmt: skip
 
 
@@ -72,9 +65,9 @@ class TrainingState:
         if resume and not self.path.is_file():
             raise UserError(f"{self.path} does not exist, so there is no run to resume")
         if not dry_run:
-            on_first_process(fabric, lock_output_folder, out_dir)
+            on_first_process(fabric, files.lock_output_folder, out_dir)
         if resume:
-            on_first_process(fabric, read_file, self.path)  # once for all, its tensors too
+            on_first_process(fabric, files.read_file, self.path)  # once for all, its tensors too
             self.saved = read_described(self.path, check_tensors=False)
             check_settings(self.path, self.saved, settings)
         existing = [name for name in (STATE_FILE, *results) if (out_dir / name).exists() and not dry_run]
@@ -118,7 +111,7 @@ class TrainingState:
             line = f"nothing left to do: the run is complete after step {step}, and {results[0]} is written"
             print(f"{line}; to train on, raise {' and '.join(reached)}", file=sys.stderr)
             for path in results:
-                lock_of(path).unlink(missing_ok=True)  # a killed run may have left it; this one has the folder
+                files.lock_of(path).unlink(missing_ok=True)  # a killed run may have left it; this one has the folder
         return complete
 
     def recommend(self, last: Path, best: Path) -> tuple[Path, str]:
@@ -144,7 +137,9 @@ class TrainingState:
         """
         size = 4 + 2 * getattr(optimizer, "moments_dtype", torch.float32).itemsize
         if self.path.parent.is_dir():  # a dry run makes none
-            on_first_process(self.fabric, check_room, self.path.parent, size * sum(t.numel() for t in weights.values()))
+            on_first_process(
+                self.fabric, files.check_room, self.path.parent, size * sum(t.numel() for t in weights.values())
+            )
         if not self.saved:
             return 0
         check_state(self.path, self.saved["state_dict"], weights)
@@ -216,12 +211,12 @@ def save_model(
     metadata: Mapping[str, Any],
     weights: Mapping[str, Tensor],
     dtype: torch.dtype,
-    files: Mapping[str, bytes | str],
+    texts: Mapping[str, bytes | str],
 ) -> None:
-    """Write a model in `dtype` with its `files`, the tokenizer's; called by all processes."""
+    """Write a model in `dtype` with `texts`, the tokenizer's files; called by all processes."""
     config, style = from_fields(LLaMAConfig, metadata["base"]), metadata["prompt_style"]
     layout = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in weights.items()}
-    write_gathered(fabric, partial(save_model_folder, folder, layout, config, files, style), weights, dtype)
+    write_gathered(fabric, partial(save_model_folder, folder, layout, config, texts, style), weights, dtype)
 
 
 def write_gathered(

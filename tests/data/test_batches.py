@@ -259,17 +259,6 @@ def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
         Dataset(tmp_path, "train", 128)
 
 
-def test_data_of_an_earlier_version_is_to_be_prepared_again(
-    data_dir: Path, tmp_path: Path, tokenizer: Tokenizer
-) -> None:
-    shutil.copytree(data_dir, tmp_path / "data")
-    (tmp_path / "data" / "train.bin").rename(tmp_path / "data" / "train_tokens.npy")
-    with pytest.raises(UserError, match=r"holds no prepared data \(it is of an earlier version\); run one of scripts/"):
-        Dataset(tmp_path / "data", "train", 128)
-    prepare_records(tmp_path / "data", {"train": RECORDS}, tokenizer.path)
-    assert len(Dataset(tmp_path / "data", "train", 128)) == len(RECORDS)
-
-
 def as_row(record: list[Message]) -> dict:
     return {"messages": [{"role": message.role, "content": message.content} for message in record]}
 
