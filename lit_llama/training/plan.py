@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lit_llama.data.batches import BatchSchedule, Dataset
-from lit_llama.device import free_memory
+from lit_llama.device import describe_machine, free_memory
 from lit_llama.errors import UserError
 from lit_llama.model import LLaMA
 from lit_llama.tokenizer import Tokenizer
@@ -29,9 +29,11 @@ def plan(
     state: TrainingState,
     patience: int | None,
 ) -> Iterator[str]:
-    """Lines about the records, the steps, the learning rate and the trained parameters of a run."""
+    """Lines about the machine, the records, the steps, the learning rate and the trained parameters of a run."""
     if patience and not len(val_data):
         raise UserError("--patience needs validation records, and there are none; leave it out, or prepare some")
+    n = state.fabric.world_size
+    yield f"on {f'{n} devices: ' if n > 1 else ''}{describe_machine()}, in {state.fabric.strategy.precision.precision}"
     data, epochs = schedule.dataset, rate.n_steps / schedule.steps_per_epoch
     yield (
         f"{len(data):,} records to train on, {data.n_cut:,} truncated, {data.n_dropped:,} dropped (prompt fills "
