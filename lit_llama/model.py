@@ -13,7 +13,14 @@ from typing import Any
 
 from lit_llama.errors import UserError, check_fields
 from lit_llama.kernels import (
-    Linear, Packed, SwiGLU, attention, packed_attention, rotate, summed_cross_entropy, without_autocast,
+    Linear,
+    Packed,
+    SwiGLU,
+    attention,
+    packed_attention,
+    rotate,
+    summed_cross_entropy,
+    without_autocast,
 )  # fmt: skip
 
 import torch

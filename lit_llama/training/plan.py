@@ -53,11 +53,12 @@ def plan(
 def expected_memory(
     fabric: Fabric, llama: LLaMA, schedule: BatchSchedule, dtype: torch.dtype, make_optimizer: Callable[..., Any]
 ) -> str:
-    """A line about the memory that the largest micro-batch will take on a device, and what there is."""
+    """A line about the memory that a full micro-batch takes on a device, and what there is."""
     if isinstance(fabric.strategy, ModelParallelStrategy):
         return f"memory: see scripts/estimate_memory.py --devices {fabric.world_size} (with --model and --method)"
-    largest = max(schedule.step(0).micro_batches, key=schedule.dataset.n_tokens)
-    lengths = (schedule.dataset.lengths[largest] - 1).tolist()
+    fullest, *others = schedule.step(0).micro_batches()
+    lengths = (schedule.dataset.lengths[fullest] - 1).tolist()
+    lengths += [left] if others and (left := schedule.max_tokens - sum(lengths)) > 0 else []  # others may be fuller
     on_gpu = fabric.device.type != "cpu"
     peak = peak_of_step(llama, lengths, dtype, make_optimizer, on_gpu)
     if isinstance(fabric.strategy, DDPStrategy):  # gradients are sent in buckets beside them

@@ -128,12 +128,12 @@ def compile_blocks(llama: LLaMA) -> None:
 
 
 @torch.no_grad()
-def validation_loss(fabric: Fabric, model: nn.Module, dataset: Dataset, micro_batch_size: int) -> float | None:
+def validation_loss(fabric: Fabric, model: nn.Module, dataset: Dataset, max_tokens: int) -> float | None:
     """The mean cross-entropy per target token of a whole data set (None if that is empty); changes no random state."""
     if not len(dataset):
         return None
     model.eval()
-    step = single_step(dataset, micro_batch_size)
+    step = single_step(dataset, max_tokens)
     total = torch.zeros((), device=fabric.device)
     for batch in step.batches(fabric.global_rank, fabric.world_size):
         total += loss_sum(model, fabric.to_device(batch))
