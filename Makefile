@@ -73,10 +73,10 @@ clean:
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/quickstart: pyproject.toml | .venv/bin/python
-	pip install --quiet --editable '.[gguf,plot]'
+.venv/quickstart: pyproject.toml constraints.txt | .venv/bin/python
+	pip install --quiet --constraint constraints.txt --editable '.[gguf,plot]'
 	touch $@
 
-.venv/test: pyproject.toml | .venv/bin/python
-	pip install --quiet --editable '.[test]'
+.venv/test: pyproject.toml constraints.txt | .venv/bin/python
+	pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@

@@ -11,11 +11,10 @@ Shapes: B batch, T tokens, P prompt length, C embedding width, nh query heads, n
 from dataclasses import dataclass
 
 from lit_llama.errors import UserError, check_fields
-from lit_llama.model import CausalSelfAttention, LLaMA, Mask
+from lit_llama.model import CausalSelfAttention, LLaMA, Mask, attention
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,12 @@ class AdapterAttention(CausalSelfAttention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         ak, av = self.cached_prefix or self.prefix()
         ak, av = (tensor.expand(len(q), -1, -1, -1) for tensor in (ak, av))  # (B, nkv, P, hs); fused kernels want B
-        gathered = F.scaled_dot_product_attention(q, ak, av, enable_gqa=q.size(1) != ak.size(1))  # (B, nh, T, hs)
+        gathered = attention(q, ak, av, is_causal=False)  # (B, nh, T, hs)
         return super().attend(q, k, v, mask) + self.gating_factor.to(q.dtype) * gathered
 
     def prefix(self) -> tuple[Tensor, Tensor]:
         """Keys and values (1, nkv, P, hs) of the prefix. It comes before all positions, so they are not rotated."""
-        nh, nkv = self.config.n_head, self.config.n_kv_head
-        _, ak, av = self.heads(self.adapter_wte.weight.unsqueeze(0)).split((nh, nkv, nkv), dim=1)
+        _, ak, av = self.heads(self.c_attn(self.adapter_wte.weight.unsqueeze(0)))
         return ak, av
 
 

@@ -4,8 +4,11 @@ import os
 import platform
 import re
 import resource
+import shutil
 from pathlib import Path
 from typing import Literal
+
+from lit_llama.errors import UserError
 
 import torch
 
@@ -13,8 +16,21 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"]
 TrainingPrecision = Literal["32-true", "bf16-mixed", "16-mixed"]  # the others store trained weights too coarsely
 
 
+def check_gpu() -> None:
+    """Raise a UserError if there is an NVIDIA GPU that torch does not see, unless CUDA_VISIBLE_DEVICES hides it."""
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    there_is_one = Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")
+    if there_is_one and not is_hidden and not torch.cuda.is_available():
+        build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build without CUDA"
+        raise UserError(
+            f"there is an NVIDIA GPU, but torch {torch.__version__} does not see it: it {build}; install a build for "
+            'its driver (see https://pytorch.org), or compute on the CPU: export CUDA_VISIBLE_DEVICES=""'
+        )
+
+
 def default_device() -> torch.device:
     """The first accelerator, or the CPU."""
+    check_gpu()
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would build a plan for every new length, so for every token
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
@@ -53,9 +69,9 @@ def describe_machine() -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that tensors can take on a device: of a GPU, all; of the host, what no other process uses; 0 if unknown."""
+    """Bytes of a device that tensors of this process take or could take beside other processes; 0 if unknown."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     status = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s*(\d+)", status.read_text()) if status.is_file() else None
     return 1024 * int(found[1]) if found else 0

@@ -85,6 +85,7 @@ def guard_imports() -> None:
     folder = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent
     if folder == ROOT or folder.is_relative_to(ROOT / "scripts"):  # but not in the programs of others
         sys.excepthook = end_in_one_line
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # on a GPU: no gaps between tensors
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # without stacks in C++ where a process is lost
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, interrupted)

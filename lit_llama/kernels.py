@@ -1,9 +1,11 @@
 """What is only for speed and memory: the same numbers as the plain formulas, in fewer passes over memory.
 
-Shapes: N tokens, C embedding width, V vocabulary; any shape where none is given.
+Shapes: N tokens, C embedding width, V vocabulary; any shape where none is given. Of attention: as in `model.py`.
 """
 
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,15 +33,94 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
-def rotate(pairs: Tensor, angles: Tensor) -> Tensor:
-    """Rotate each pair (a, b) of pairs (..., 2) by the angle whose cosine and sine are in angles (..., 2).
+def without_autocast(device: str) -> AbstractContextManager:
+    """A context in which autocast is off. Its own takes as long as a small kernel, so it is only for where it is on."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
-    As a product of complex numbers, it takes a single pass; torch.compile and Apple's GPUs need it written out.
+
+def rotate(x: Tensor, angles: Tensor, n: int) -> Tensor:
+    """Rotate each pair (a, b) of neighbours in the first n heads of x (B, T, all heads hs); the others stay.
+
+    The cosines and sines are in angles (..., T, hs / 2, 2). The result takes the place of x, and a product of complex
+    numbers takes a single pass; torch.compile and Apple's GPUs need it written out.
     """
-    if torch.compiler.is_compiling() or pairs.device.type == "mps":
-        (a, b), (cos, sin) = pairs.unbind(-1), angles.unbind(-1)  # (...) each
-        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1)  # (..., 2)
-    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(angles))  # (..., 2)
+    angles = angles.unsqueeze(-3)  # (..., T, 1, hs / 2, 2)
+    if not torch.compiler.is_compiling() and x.device.type != "mps":
+        return Rotation.apply(x, angles, n)
+    pairs, (cos, sin) = x.unflatten(-1, (-1, *angles.shape[-2:])), angles.unbind(-1)  # (B, T, heads, hs / 2, 2), (...)
+    a, b = pairs[..., :n, :, :].float().unbind(-1)  # (B, T, n, hs / 2)
+    rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)  # (B, T, n, hs / 2, 2)
+    return torch.cat((rotated, pairs[..., n:, :, :]), -3).flatten(-3)  # (B, T, all heads hs)
+
+
+class Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, angles: Tensor, n: int) -> Tensor:
+        ctx.save_for_backward(angles)
+        ctx.n = n
+        ctx.mark_dirty(x)
+        return Rotation.turn(x, torch.view_as_complex(angles), n)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """`grad` has just been put together from those of queries, keys and values, so it may be overwritten, too."""
+        return Rotation.turn(grad.contiguous(), torch.view_as_complex(*ctx.saved_tensors).conj(), ctx.n), None, None
+
+    @staticmethod
+    def turn(x: Tensor, angles: Tensor, n: int) -> Tensor:
+        heads = x.unflatten(-1, (-1, 2 * angles.size(-1)))[..., :n, :]  # (B, T, n, hs)
+        pairs = heads.float().unflatten(-1, (-1, 2))  # (B, T, n, hs / 2, 2)
+        torch.view_as_complex(pairs).mul_(angles)
+        if pairs.dtype != x.dtype:  # else it is x itself that has been turned
+            heads.copy_(pairs.flatten(-2))
+        return x
+
+
+class Packed(NamedTuple):
+    """Where sequences end that are packed one after the other into a single row."""
+
+    lengths: list[int]
+    ends: Tensor  # (n + 1,) of n sequences, after a 0; on the device
+    longest: int
+
+    @staticmethod
+    def of(lengths: list[int], device: torch.device) -> "Packed":
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return Packed(lengths, ends.to(device, non_blocking=True), max(lengths))
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
+    """Causal attention within each of the sequences: queries (1, nh, T, hs), keys and values (1, nkv, T, hs).
+
+    FlashAttention takes them all at once, and compiles for all lengths alike.
+    """
+    if has_flash(q):
+        rows = (tensor.squeeze(0).transpose(0, 1) for tensor in (q, k, v))  # (T, nh or nkv, hs)
+        bounds = (packed.ends, packed.ends, packed.longest, packed.longest)
+        y = torch.ops.aten._flash_attention_forward(*rows, *bounds, 0.0, True, False)[0]  # (T, nh, hs)
+        return y.transpose(0, 1).unsqueeze(0)  # (1, nh, T, hs)
+    parts = zip(*(tensor.split(packed.lengths, dim=2) for tensor in (q, k, v)), strict=True)
+    return torch.cat([attention(*part) for part in parts], dim=2)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = True) -> Tensor:
+    """Attention of queries (B, nh, T, hs) to keys and values (B, nkv, S, hs); `is_causal` is for where T = S."""
+    is_causal, is_grouped = is_causal and mask is None, q.size(1) != k.size(1)
+    if is_grouped and not takes_groups(q, mask):
+        k, v = (tensor.repeat_interleave(q.size(1) // k.size(1), dim=1) for tensor in (k, v))  # (B, nh, S, hs)
+        is_grouped = False
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=is_grouped)
+
+
+def takes_groups(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether a fused kernel takes fewer keys than queries: of a GPU's, FlashAttention alone, which takes no mask."""
+    return not q.is_cuda or (mask is None and has_flash(q))
+
+
+def has_flash(q: Tensor) -> bool:
+    """Whether FlashAttention takes such queries (..., hs): in 16 bits, on an NVIDIA GPU from Ampere on."""
+    fits = q.is_cuda and q.itemsize == 2 and q.size(-1) % 8 == 0 and q.size(-1) <= 256
+    return fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 class SwiGLU(torch.autograd.Function):

@@ -12,14 +12,23 @@ from functools import partial
 from typing import Any
 
 from lit_llama.errors import UserError, check_fields
-from lit_llama.kernels import Linear, SwiGLU, rotate, summed_cross_entropy
+from lit_llama.kernels import (
+    Linear,
+    Packed,
+    SwiGLU,
+    attention,
+    packed_attention,
+    rotate,
+    summed_cross_entropy,
+    without_autocast,
+)  # fmt: skip
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-Mask = Tensor | list[int] | None  # see `attention_mask`, or the lengths of packed sequences
+Mask = Tensor | Packed | None  # see `attention_mask`; None: each token attends to all before it
 Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see `KVCache.append`
 
 
@@ -148,10 +157,10 @@ class LLaMA(nn.Module):
         S = past + T if isinstance(past, int) else room
         places = torch.arange(T, device=idx.device) + past  # (T,)
         needs_mask = n_pad is not None or isinstance(past, Tensor) or 1 < T < S
-        mask = attention_mask(places, S, n_pad) if needs_mask else lengths
+        mask = attention_mask(places, S, n_pad) if needs_mask else lengths and Packed.of(lengths, idx.device)
         positions = torch.cat([places[:n] for n in lengths]) if lengths else places  # (T,)
         if n_pad is not None:
-            positions = positions - n_pad[:, None, None]  # (B, 1, T)
+            positions = positions - n_pad[:, None]  # (B, T)
         rope = rotary_table(self.config, positions)
         x = self.transformer.wte(idx)  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
@@ -196,29 +205,27 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, rope: Tensor, mask: Mask, append: Append | None = None) -> Tensor:
-        nh, nkv = self.config.n_head, self.config.n_kv_head
-        qk, v = self.heads(x).split((nh + nkv, nkv), dim=1)
-        q, k = apply_rope(qk, rope).split((nh, nkv), dim=1)
-        v = v.contiguous()  # a view would keep the unrotated q and k alive until the backward pass
+        qkv = self.c_attn(x)  # (B, T, (nh + 2 nkv) hs)
+        q, k, v = self.heads(rotate(qkv, rope, self.config.n_head + self.config.n_kv_head))  # but not the values
         if append is not None:
             k, v = append(k, v)  # (B, nkv, S, hs)
         y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
-    def heads(self, x: Tensor) -> Tensor:
-        """Query, key and value heads of x (B, T, C), stacked: (B, nh + 2 nkv, T, hs)."""
-        B, T, _ = x.shape
-        return self.c_attn(x).view(B, T, -1, self.config.head_size).transpose(1, 2)
+    def heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """Queries (B, nh, T, hs), keys and values (B, nkv, T, hs) of qkv (B, T, (nh + 2 nkv) hs)."""
+        sizes = self.config.n_head, self.config.n_kv_head, self.config.n_kv_head
+        heads = qkv.unflatten(-1, (-1, self.config.head_size))  # (B, T, nh + 2 nkv, hs)
+        return tuple(part.transpose(1, 2) for part in heads.split(sizes, dim=2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """Attention output of the last T of S tokens: queries (B, nh, T, hs), keys and values (B, nkv, S, hs)."""
-        if isinstance(mask, list):  # packed sequences, each by itself
-            parts = zip(*(tensor.split(mask, dim=2) for tensor in (q, k, v)), strict=True)
-            return torch.cat([CausalSelfAttention.attend(self, *part, mask=None) for part in parts], dim=2)
+        if isinstance(mask, Packed):
+            return packed_attention(q, k, v, mask)
         if q.size(2) == 1:  # the heads that share a key are like tokens that attend to it
             grouped = q.reshape(len(q), k.size(1), -1, q.size(3))  # (B, nkv, nh / nkv, hs)
-            return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1))
+            return attention(grouped, k, v, mask, is_causal=False).reshape(q.shape)
+        return attention(q, k, v, mask)
 
 
 class MLP(nn.Module):
@@ -243,7 +250,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # which would return float32, to be cast back and forth
+        with without_autocast(x.device.type):  # which would return float32, to be cast back and forth
             return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), self.eps)
 
 
@@ -277,7 +284,9 @@ def attention_mask(places: Tensor, S: int, n_pad: Tensor | None) -> Tensor:
 
 
 def rotary_table(config: LLaMAConfig, positions: Tensor) -> Tensor:
-    """Cosines and sines (..., T, hs / 2, 2) by which `apply_rope` rotates the channels at token positions (..., T).
+    """Cosines and sines (..., T, hs / 2, 2) of the angles by which pairs of channels are rotated (arXiv 2104.09864).
+
+    `positions` (..., T) are those of the tokens.
 
     Always float32: in bfloat16, 2048 positions would share 641 angles. Computed anew in each forward pass, they cost
     next to nothing and leave no state to cast, move or save.
@@ -297,9 +306,3 @@ def stretch_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
     turns = scaling.original_block_size * freqs / (2 * math.pi)  # within the original length
     keep = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
     return keep * freqs + (1 - keep) * freqs / scaling.factor
-
-
-def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate each pair of neighbouring channels of x (B, heads, T, hs) by its position's angle (arXiv 2104.09864)."""
-    pairs = x.float().unflatten(-1, (-1, 2))  # (B, heads, T, hs / 2, 2)
-    return rotate(pairs, rope).flatten(-2).to(x.dtype)  # (B, heads, T, hs)

@@ -1,6 +1,9 @@
 """The fast forms of functions against the plain ones, values and gradients."""
 
-from lit_llama.kernels import CHUNK, SwiGLU, matrix_vector, rotate, summed_cross_entropy
+from typing import Any
+
+from lit_llama import kernels
+from lit_llama.kernels import CHUNK, SwiGLU, attention, matrix_vector, rotate, summed_cross_entropy
 from lit_llama.lora import LoRAConfig, LoRALinear
 from lit_llama.model import Linear
 
@@ -36,11 +39,39 @@ def test_swiglu_and_its_gradients_are_those_of_the_formula() -> None:
 @pytest.mark.parametrize("is_compiling", [False, True])
 def test_rotate_and_its_gradient_are_those_of_the_formula(is_compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)
-    pairs, angle = torch.randn(2, 3, 4, 5, 2, dtype=torch.float64, requires_grad=True), torch.randn(4, 5).double()
-    matrix = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), -1).view(4, 5, 2, 2)
+    n, angle = 2, torch.randn(4, 5)  # of 3 heads of 5 pairs, at 4 places
+    matrix = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), -1).view(4, 1, 5, 2, 2)
     angles = torch.stack((angle.cos(), angle.sin()), -1)
-    torch.testing.assert_close(rotate(pairs, angles), (matrix @ pairs.unsqueeze(-1)).squeeze(-1))
-    assert torch.autograd.gradcheck(rotate, (pairs, angles))
+    x, weights = torch.randn(2, 4, 30, requires_grad=True), torch.randn(2, 4, 30)
+    heads = x.unflatten(-1, (3, 5, 2))
+    rotated = (matrix @ heads[..., :n, :, :].unsqueeze(-1)).squeeze(-1)
+    expected = torch.cat((rotated, heads[..., n:, :, :]), -3).flatten(-3)
+    found = rotate(x.clone(), angles, n)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    low = rotate(x.detach().bfloat16(), angles, n)
+    torch.testing.assert_close(low, expected.bfloat16(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_keys_and_values_are_repeated_where_no_fused_kernel_takes_groups(
+    masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    mask = torch.ones(5, 5, dtype=torch.bool).tril() if masked else None
+    expected = attention(q, k, v, mask)
+    given: list[tuple[torch.Size, bool]] = []
+    sdpa = F.scaled_dot_product_attention
+
+    def note(*arguments: Any, **options: Any) -> Tensor:
+        given.append((arguments[1].shape, options["enable_gqa"]))
+        return sdpa(*arguments, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    monkeypatch.setattr(kernels, "takes_groups", lambda *_: False)
+    torch.testing.assert_close(attention(q, k, v, mask), expected)
+    assert given == [(q.shape, False)]
 
 
 @pytest.mark.parametrize("n", [0, 1, CHUNK, 2 * CHUNK + 7])

@@ -124,14 +124,15 @@ def targets_before(places: np.ndarray, spans: np.ndarray, n_targets: np.ndarray)
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step learns from: micro-batches, each an array of record numbers."""
+    """What one optimizer step learns from: records, by their numbers, in micro-batches of at most `max_tokens`."""
 
     dataset: Dataset
-    micro_batches: list[np.ndarray]
+    records: np.ndarray
+    max_tokens: int
 
-    @property
-    def records(self) -> np.ndarray:
-        return np.concatenate(self.micro_batches)
+    def micro_batches(self, world_size: int = 1) -> list[np.ndarray]:
+        """The records of each micro-batch, as many of them for each of several processes; the fullest comes first."""
+        return deal(self.records, self.dataset.lengths, self.max_tokens, world_size)
 
     @property
     def n_records(self) -> int:
@@ -149,25 +150,22 @@ class Step:
         return list(self.batches(rank, world_size))
 
     def batches(self, rank: int, world_size: int) -> Iterator[Batch]:
-        """The micro-batches that one of several processes computes; all get equally many, padded with empty ones."""
-        empty = [np.empty(0, np.int64)] * (-len(self.micro_batches) % world_size)
-        return map(self.dataset.batch, (self.micro_batches + empty)[rank::world_size])
+        """The micro-batches that one of several processes computes; all get equally many, if few records empty ones."""
+        return map(self.dataset.batch, self.micro_batches(world_size)[rank::world_size])
 
 
 class BatchSchedule:
     """Which records each optimizer step of a training run sees: a pure function of the seed and the step.
 
-    Every epoch holds each record once, in random steps of `batch_size` records over all devices. Only which of a step's
-    micro-batches a record is in depends on its length: long and short ones are spread so that all of them have about as
-    many tokens. The step with the largest micro-batch comes first, so that running out of memory shows immediately.
+    Every epoch holds each record once, in random steps of `batch_size` records over all devices. Which records a step
+    has depends neither on their lengths nor on `max_tokens`: a run may be resumed with another. The step with the most
+    tokens comes first, so that running out of memory shows soon.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, micro_batch_size: int, seed: int) -> None:
+    def __init__(self, dataset: Dataset, batch_size: int, max_tokens: int, seed: int) -> None:
         if not len(dataset):
             raise UserError("no records to train on, or none with room for a response in --block_size tokens")
-        if batch_size % micro_batch_size:
-            raise UserError(f"--batch_size {batch_size} is not a multiple of --micro_batch_size {micro_batch_size}")
-        self.dataset, self.batch_size, self.micro_batch_size, self.seed = dataset, batch_size, micro_batch_size, seed
+        self.dataset, self.batch_size, self.max_tokens, self.seed = dataset, batch_size, max_tokens, seed
         self.steps_per_epoch = math.ceil(len(dataset) / batch_size)
         self._epoch: int | None = None
 
@@ -176,32 +174,36 @@ class BatchSchedule:
         epoch, place = divmod(number, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, shuffled(len(self.dataset), np.random.default_rng((self.seed, epoch)))
-            self._places = list(range(self.steps_per_epoch))
-            largest = max(self._places, key=lambda i: max(map(self.dataset.n_tokens, self._drawn(i).micro_batches)))
-            self._places.insert(0, self._places.pop(largest))
-        return self._drawn(self._places[place])
-
-    def _drawn(self, place: int) -> Step:
-        """The records in one place of the shuffled order."""
-        records = self._order[place * self.batch_size :][: self.batch_size]
-        return Step(self.dataset, balance(records, self.dataset.lengths, self.micro_batch_size))
+            starts = np.arange(0, len(self.dataset), self.batch_size)
+            largest = int(np.add.reduceat(self.dataset.lengths[self._order], starts).argmax())
+            self._places = [largest, *(i for i in range(self.steps_per_epoch) if i != largest)]
+        records = self._order[self._places[place] * self.batch_size :][: self.batch_size]
+        return Step(self.dataset, records, self.max_tokens)
 
 
-def balance(records: np.ndarray, lengths: np.ndarray, size: int) -> list[np.ndarray]:
-    """Split records into as few micro-batches of at most `size` records as possible, with about as many tokens in each.
+def deal(records: np.ndarray, lengths: np.ndarray, max_tokens: int, multiple: int = 1) -> list[np.ndarray]:
+    """Deal records evenly to as few micro-batches as can hold them, each at most `max_tokens` or one longer record.
 
     The longest records go first, one to each micro-batch, then the next ones in the opposite direction, and so on.
+    Their number is a multiple of `multiple`. The fullest micro-batch comes first.
     """
-    n = math.ceil(len(records) / size)
     records = records[np.argsort(-lengths[records], kind="stable")]
-    place = np.arange(len(records)) % (2 * n)
-    micro_batch = np.minimum(place, 2 * n - 1 - place)  # 0, 1, ... n - 1, n - 1, ... 1, 0, 0, 1, ...
-    return np.split(records[np.argsort(micro_batch, kind="stable")], np.cumsum(np.bincount(micro_batch))[:-1])[:n]
+    n = math.ceil(min(max(1, lengths[records].sum()) / max_tokens, len(records)) / multiple) * multiple
+    while True:
+        place = np.arange(len(records)) % (2 * n)
+        micro_batch = np.minimum(place, 2 * n - 1 - place)  # 0, 1, ... n - 1, n - 1, ... 1, 0, 0, 1, ...
+        sizes = np.bincount(micro_batch, lengths[records], minlength=n)  # in tokens
+        if sizes.max() <= max_tokens or n >= len(records):
+            break
+        n += math.ceil(n / 100 / multiple) * multiple  # of many, a hundredth more
+    ends = np.bincount(micro_batch, minlength=n).cumsum()
+    parts = np.split(records[np.argsort(micro_batch, kind="stable")], ends[:-1])
+    return [parts[i] for i in np.argsort(-sizes, kind="stable")]
 
 
-def single_step(dataset: Dataset, micro_batch_size: int) -> Step:
+def single_step(dataset: Dataset, max_tokens: int) -> Step:
     """All records in one step, for what is evaluated and not trained on."""
-    return Step(dataset, balance(np.arange(len(dataset)), dataset.lengths, micro_batch_size))
+    return Step(dataset, np.arange(len(dataset)), max_tokens)
 
 
 def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:

@@ -42,7 +42,8 @@ def response_loss(model: LLaMA, dataset: Dataset, batch_size: int) -> dict[str, 
     if not len(dataset):
         raise UserError(f"{dataset.data_dir} has no such records, or none with room for a response in --block_size")
     total, device = 0.0, model.lm_head.weight.device
-    for records in progress(single_step(dataset, batch_size).micro_batches, "Loss of responses", "batch"):
+    step = single_step(dataset, batch_size * dataset.block_size)
+    for records in progress(step.micro_batches(), "Loss of responses", "batch"):
         ids, lengths, select, targets = dataset.batch(records)
         total += cross_entropy(model(ids.to(device), lengths=lengths, select=select.to(device)), targets.to(device))
     count = dataset.n_targets(range(len(dataset)))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lit_llama.data.batches import BatchSchedule, Dataset
-from lit_llama.device import free_memory
+from lit_llama.device import describe_machine, free_memory
 from lit_llama.errors import UserError
 from lit_llama.model import LLaMA
 from lit_llama.tokenizer import Tokenizer
@@ -29,9 +29,11 @@ def plan(
     state: TrainingState,
     patience: int | None,
 ) -> Iterator[str]:
-    """Lines about the records, the steps, the learning rate and the trained parameters of a run."""
+    """Lines about the machine, the records, the steps, the learning rate and the trained parameters of a run."""
     if patience and not len(val_data):
         raise UserError("--patience needs validation records, and there are none; leave it out, or prepare some")
+    n = state.fabric.world_size
+    yield f"on {f'{n} devices: ' if n > 1 else ''}{describe_machine()}, in {state.fabric.strategy.precision.precision}"
     data, epochs = schedule.dataset, rate.n_steps / schedule.steps_per_epoch
     yield (
         f"{len(data):,} records to train on, {data.n_cut:,} truncated, {data.n_dropped:,} dropped (prompt fills "
@@ -51,11 +53,12 @@ def plan(
 def expected_memory(
     fabric: Fabric, llama: LLaMA, schedule: BatchSchedule, dtype: torch.dtype, make_optimizer: Callable[..., Any]
 ) -> str:
-    """A line about the memory that the largest micro-batch will take on a device, and what there is."""
+    """A line about the memory that a full micro-batch takes on a device, and what there is."""
     if isinstance(fabric.strategy, ModelParallelStrategy):
         return f"memory: see scripts/estimate_memory.py --devices {fabric.world_size} (with --model and --method)"
-    largest = max(schedule.step(0).micro_batches, key=schedule.dataset.n_tokens)
-    lengths = (schedule.dataset.lengths[largest] - 1).tolist()
+    fullest, *others = schedule.step(0).micro_batches()
+    lengths = (schedule.dataset.lengths[fullest] - 1).tolist()
+    lengths += [left] if others and (left := schedule.max_tokens - sum(lengths)) > 0 else []  # others may be fuller
     on_gpu = fabric.device.type != "cpu"
     peak = peak_of_step(llama, lengths, dtype, make_optimizer, on_gpu)
     if isinstance(fabric.strategy, DDPStrategy):  # gradients are sent in buckets beside them

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from lit_llama.data.batches import Dataset, loss_sum, single_step
-from lit_llama.device import TrainingPrecision, storage_dtype
+from lit_llama.device import TrainingPrecision, check_gpu, storage_dtype
 from lit_llama.errors import UserError
 from lit_llama.model import LLaMA
 from lit_llama.model_folder import load_model
@@ -42,11 +42,14 @@ def launch(
 
     `strategy` is "fsdp" for a model that is spread over the devices, "ddp" or "auto" for a whole one on each.
     """
+    check_gpu()
     n, gpus = devices * num_nodes, torch.cuda.device_count()
     if devices > (gpus or CPU_PROCESSES * (os.cpu_count() or 1)):
         has = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else f"no GPU and {os.cpu_count()} CPU cores"
         raise UserError(f"{devices} devices were requested, but this machine has {has}; lower --devices")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would build a plan for every new length of a record
+    if gpus:
+        torch.set_float32_matmul_precision("high")  # products of float32 in TF32
     # all processes read the same file and draw the same random numbers
     chosen: Any = DDPStrategy(init_sync=False) if n > 1 else "auto"
     if strategy == "fsdp" and precision == "16-mixed":
@@ -125,12 +128,12 @@ def compile_blocks(llama: LLaMA) -> None:
 
 
 @torch.no_grad()
-def validation_loss(fabric: Fabric, model: nn.Module, dataset: Dataset, micro_batch_size: int) -> float | None:
+def validation_loss(fabric: Fabric, model: nn.Module, dataset: Dataset, max_tokens: int) -> float | None:
     """The mean cross-entropy per target token of a whole data set (None if that is empty); changes no random state."""
     if not len(dataset):
         return None
     model.eval()
-    step = single_step(dataset, micro_batch_size)
+    step = single_step(dataset, max_tokens)
     total = torch.zeros((), device=fabric.device)
     for batch in step.batches(fabric.global_rank, fabric.world_size):
         total += loss_sum(model, fabric.to_device(batch))

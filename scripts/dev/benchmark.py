@@ -55,7 +55,7 @@ class Setting:
         dataset = Dataset(self.data_dir, "train", self.block_size, limit=self.n_records)
         if self.batches == "grouped":
             return dataset, group_by_length(dataset.lengths, self.micro_batch_size, np.random.default_rng(self.seed))
-        schedule = BatchSchedule(dataset, self.micro_batch_size, self.micro_batch_size, self.seed)
+        schedule = BatchSchedule(dataset, self.micro_batch_size, self.micro_batch_size * self.block_size, self.seed)
         return dataset, [schedule.step(i).records for i in range(schedule.steps_per_epoch)]
 
 

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from lit_llama.data.batches import BatchSchedule, Dataset, balance, loss_sum
+from lit_llama.data.batches import BatchSchedule, Dataset, deal, loss_sum
 from lit_llama.data.preparation import TYPES, Encoder, prepare
 from lit_llama.errors import UserError
 from lit_llama.prompt import Message, encode, encode_prompt
@@ -89,12 +89,12 @@ def test_an_empty_batch_contributes_zero(data_dir: Path) -> None:
 def test_gradient_accumulation_over_ragged_micro_batches_equals_one_large_batch(data_dir: Path) -> None:
     dataset = Dataset(data_dir, "train", 128, limit=8)
     grads = []
-    for size in (1, 2, 4, 8):
+    for max_tokens, n in ((1, 8), (dataset.lengths.sum() // 2, 3), (dataset.lengths.sum(), 1)):
         model = random_model(TINY).double()
-        step = BatchSchedule(dataset, 8, size, seed=0).step(0)
+        step = BatchSchedule(dataset, 8, max_tokens, seed=0).step(0)
         assert sorted(step.records) == list(range(8))
         batches = step.share(0, 1)
-        assert len(batches) == 8 // size
+        assert len(batches) == n
         for batch in batches:
             (loss_sum(model, batch) / step.n_targets).backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -119,71 +119,78 @@ def random_lengths(n: int, high: int = 100) -> Lengths:
     return Lengths(np.random.default_rng(0).integers(2, high, n))
 
 
-@pytest.mark.parametrize(("n", "batch_size", "micro_batch_size"), [(100, 16, 4), (37, 9, 3), (5, 128, 4), (9, 2, 1)])
-def test_every_epoch_has_every_record_once(n: int, batch_size: int, micro_batch_size: int) -> None:
-    schedule = BatchSchedule(random_lengths(n), batch_size, micro_batch_size, seed=1)
+@pytest.mark.parametrize(("n", "batch_size", "max_tokens"), [(100, 16, 400), (37, 9, 300), (5, 128, 400), (9, 2, 1)])
+def test_every_epoch_has_every_record_once(n: int, batch_size: int, max_tokens: int) -> None:
+    dataset = random_lengths(n)
+    schedule = BatchSchedule(dataset, batch_size, max_tokens, seed=1)
     epochs = []
     for epoch in range(3):
         steps = [schedule.step(epoch * schedule.steps_per_epoch + i) for i in range(schedule.steps_per_epoch)]
-        assert all(len(records) <= micro_batch_size for step in steps for records in step.micro_batches)
+        parts = [records for step in steps for records in step.micro_batches()]
+        assert all(dataset.n_tokens(records) <= max_tokens or len(records) == 1 for records in parts)
         assert all(step.n_records <= batch_size for step in steps)
         epochs.append([record for step in steps for record in step.records])
         assert sorted(epochs[-1]) == list(range(n))
     assert n < 30 or epochs[0] != epochs[1] != epochs[2]
 
 
-def test_the_schedule_is_a_function_of_seed_and_step() -> None:
+def test_a_steps_records_follow_from_seed_and_step_whatever_a_micro_batch_holds() -> None:
     dataset = random_lengths(60)
-    one, other, another = (BatchSchedule(dataset, 8, 4, seed) for seed in (1, 1, 2))
+    one, other, another = (BatchSchedule(dataset, 8, *rest) for rest in ((200, 1), (99, 1), (200, 2)))
     for step in (20, 3, 11):
         assert np.array_equal(one.step(step).records, other.step(step).records)
     assert not np.array_equal(one.step(3).records, another.step(3).records)
 
 
-def test_the_largest_micro_batch_is_in_the_first_step_and_all_of_a_step_are_about_as_large() -> None:
-    dataset = random_lengths(4000, 500)
-    schedule = BatchSchedule(dataset, 128, 4, seed=0)
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_as_few_micro_batches_as_needed_hold_about_as_many_tokens_the_fullest_first(world_size: int) -> None:
+    dataset, most = random_lengths(4000, 500), 2000
+    schedule = BatchSchedule(dataset, 128, most, seed=0)
     steps = [schedule.step(i) for i in range(schedule.steps_per_epoch)]
-    sizes = [[dataset.n_tokens(records) for records in step.micro_batches] for step in steps]
-    assert max(map(max, sizes)) == max(sizes[0])
-    assert max(max(step) / min(step) for step in sizes) < 1.25
+    sizes = [[dataset.n_tokens(records) for records in step.micro_batches(world_size)] for step in steps]
+    assert steps[0].n_tokens == max(step.n_tokens for step in steps)
+    for step, parts in zip(steps, sizes, strict=True):
+        assert most >= parts[0] == max(parts) < 1.25 * min(parts)
+        needed = -(-step.n_tokens // most)
+        assert len(parts) % world_size == 0
+        assert needed <= len(parts) <= needed + world_size
 
 
 def test_a_steps_records_do_not_depend_on_their_lengths() -> None:
     """Shuffled anew, the lengths of a step's records are as different as those of all records."""
     dataset = random_lengths(4000, 500)
-    schedule = BatchSchedule(dataset, 4, 4, seed=0)
+    schedule = BatchSchedule(dataset, 4, 2000, seed=0)
     steps = [schedule.step(i) for i in range(schedule.steps_per_epoch)]
     spread = np.mean([dataset.lengths[step.records].var(ddof=1) for step in steps])
     assert spread == pytest.approx(dataset.lengths.var(), rel=0.05)
 
 
-@pytest.mark.parametrize(("n", "batch_size", "micro_batch_size"), [(100, 16, 4), (37, 9, 3), (96, 8, 8), (5, 128, 4)])
+@pytest.mark.parametrize(("n", "batch_size", "max_tokens"), [(100, 16, 80), (37, 9, 60), (96, 8, 160), (5, 128, 80)])
 def test_an_epoch_is_a_shuffle_cut_into_steps_of_which_the_largest_comes_first(
-    n: int, batch_size: int, micro_batch_size: int
+    n: int, batch_size: int, max_tokens: int
 ) -> None:
     dataset = random_lengths(n, high=20)
-    schedule = BatchSchedule(dataset, batch_size, micro_batch_size, seed=3)
+    schedule = BatchSchedule(dataset, batch_size, max_tokens, seed=3)
     for epoch in range(3):
         order = np.random.default_rng((3, epoch)).permutation(n)
         steps = [order[start : start + batch_size] for start in range(0, n, batch_size)]
-        steps = [balance(records, dataset.lengths, micro_batch_size) for records in steps]
-        largest = max(range(len(steps)), key=lambda i: max(map(dataset.n_tokens, steps[i])))
+        largest = max(range(len(steps)), key=lambda i: dataset.n_tokens(steps[i]))
         steps.insert(0, steps.pop(largest))
         for i, expected in enumerate(steps):
-            step = schedule.step(epoch * len(steps) + i)
-            assert [list(records) for records in step.micro_batches] == [list(records) for records in expected]
+            assert list(schedule.step(epoch * len(steps) + i).records) == list(expected)
 
 
 def test_records_go_to_micro_batches_in_turn_and_back_the_longest_first() -> None:
     lengths = np.array([1, 9, 5, 8, 2, 7, 3])
-    assert [part.tolist() for part in balance(np.arange(7), lengths, 3)] == [[1, 4, 0], [3, 6], [5, 2]]
+    assert [part.tolist() for part in deal(np.arange(7), lengths, 12)] == [[1, 4, 0], [5, 2], [3, 6]]
+    assert [part.tolist() for part in deal(np.arange(2), lengths, 9, multiple=4)] == [[1], [0], [], []]
+    assert [part.tolist() for part in deal(np.arange(3), lengths, 4)] == [[1], [2], [0]]  # longer than they may be
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_processes_share_a_step_without_overlap_and_in_equal_numbers(data_dir: Path, world_size: int) -> None:
     dataset = Dataset(data_dir, "train", 128)
-    schedule = BatchSchedule(dataset, 8, 2, seed=0)
+    schedule = BatchSchedule(dataset, 8, 40, seed=0)
     for number in range(schedule.steps_per_epoch):
         step = schedule.step(number)
         shares = [step.share(rank, world_size) for rank in range(world_size)]

@@ -14,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from lit_llama import model
 from lit_llama.adapter import AdapterConfig, add_adapter, mark_only_adapter_as_trainable
 from lit_llama.data.batches import Batch, BatchSchedule, loss_sum
 from lit_llama.device import storage_dtype
@@ -117,7 +118,7 @@ if os.environ.get("LOCAL_RANK") == "1":
 def test_ddp_sends_gradients_in_buckets_beside_them() -> None:
     with torch.device("meta"):
         llama = LLaMA(replace(TINY, vocab_size=2_000_000))
-    schedule = BatchSchedule(Lengths(np.array([9, 9])), batch_size=2, micro_batch_size=2, seed=0)
+    schedule = BatchSchedule(Lengths(np.array([9, 9])), batch_size=2, max_tokens=18, seed=0)
     expected = []
     for strategy in (SingleDeviceStrategy(), DDPStrategy()):
         fabric = SimpleNamespace(strategy=strategy, device=torch.device("cpu"), world_size=2)
@@ -267,7 +268,7 @@ def generate(llama: LLaMA) -> None:
 def test_nothing_leaves_the_device_or_waits_for_it(llama: LLaMA, compute: Callable[[LLaMA], None]) -> None:
     """A tensor without data cannot be read, and what is made elsewhere is seen."""
     llama = llama.to("meta", torch.float32)
-    no_autocast = mock.patch.object(torch, "autocast", return_value=nullcontext())  # there is none on meta
+    no_autocast = mock.patch.object(model, "without_autocast", return_value=nullcontext())  # meta has none
     with no_autocast, Walk() as walk:
         compute(llama)
     assert len(walk.operations) > 50

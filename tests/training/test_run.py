@@ -25,11 +25,11 @@ def test_validation_is_repeatable_token_weighted_and_disturbs_no_random_state(da
     fabric = Fabric(accelerator="cpu", devices=1)
     model, dataset = random_model(TINY).train(), Dataset(data_dir, "train", 128)
     before = torch.get_rng_state()
-    first = validation_loss(fabric, model, dataset, micro_batch_size=2)
+    first = validation_loss(fabric, model, dataset, max_tokens=60)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
-    assert first == validation_loss(fabric, model, dataset, micro_batch_size=2)
-    assert first == pytest.approx(validation_loss(fabric, model, dataset, micro_batch_size=5), rel=1e-5)
+    assert first == validation_loss(fabric, model, dataset, max_tokens=60)
+    assert first == pytest.approx(validation_loss(fabric, model, dataset, max_tokens=999), rel=1e-5)
     whole = loss_sum(model, dataset.batch(range(len(dataset)))) / dataset.n_targets(range(len(dataset)))
     assert first == pytest.approx(float(whole), rel=1e-5)
 
@@ -137,7 +137,7 @@ def test_updates_are_not_lost_on_a_bfloat16_base(data_dir: Path) -> None:
         for tensor in lora_state_dict(model).values():
             tensor.fill_(1.0)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=6e-4, weight_decay=0.0)
-        schedule = BatchSchedule(dataset, 11, 11, seed=0)
+        schedule = BatchSchedule(dataset, 11, 10**6, seed=0)
         for step in range(20):
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 loss_sum(model, schedule.step(step).share(0, 1)[0]).backward()
@@ -157,7 +157,7 @@ class Said(list):
 
 def test_a_step_that_is_not_finite_is_not_taken_and_names_its_records(data_dir: Path) -> None:
     model, dataset = random_model(TINY), Dataset(data_dir, "train", 128)
-    step, log = BatchSchedule(dataset, 4, 2, seed=0).step(0), Said()
+    step, log = BatchSchedule(dataset, 4, 10**6, seed=0).step(0), Said()
     check = StepCheck(log, model)
     names = ", ".join(map(str, sorted(step.records)))
     check(step, 0, 2.0, 1.0)
