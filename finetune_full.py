@@ -3,6 +3,7 @@
 Every setting below is also a command-line flag.
 """
 
+import math
 import shlex
 import sys
 from functools import partial
@@ -14,11 +15,11 @@ from lit_llama.data.batches import BatchSchedule, Dataset, matching_tokenizer
 from lit_llama.device import TrainingPrecision, default_precision, storage_dtype
 from lit_llama.errors import Stopped
 from lit_llama.finetuned import describe
-from lit_llama.model_folder import WEIGHTS, find_model, identity
+from lit_llama.model_folder import WEIGHTS, find_model, identity, own_template
 from lit_llama.storage.files import check_apart
 from lit_llama.training.log import TrainingLog, make_logger
 from lit_llama.training.optimizer import AdamW, LearningRate, LRSchedule, StepCheck, clip_gradients, sum_over_devices
-from lit_llama.training.plan import expected_memory, plan, show_records
+from lit_llama.training.plan import doubts, expected_memory, plan, show_records
 from lit_llama.training.run import StopSignal, Strategy, compile_blocks, launch, load_base, validation_loss
 from lit_llama.training.state import Resume, TrainingState, save_model
 
@@ -42,12 +43,12 @@ seed: NonNegativeInt = 1337  # of the order of records, of initial values and of
 block_size: PositiveInt = 512  # tokens; longer records are truncated
 mask_prompt = True  # train on the responses only
 # evaluation and saving
-eval_interval: PositiveInt = 100  # optimizer steps between two validations
+eval_interval: PositiveInt | None = None  # optimizer steps between two validations; default: 100, or a fifth of the run
 eval_records: PositiveInt | None = 400  # validate on the first N records (null: on all)
 patience: PositiveInt | None = None  # stop after this many validations without a new lowest loss
 save_interval: PositiveInt = 100  # optimizer steps between two saved states
 log_interval: PositiveInt = 1  # optimizer steps between two lines, when not on a terminal
-logger: str | None = None  # in addition to metrics.csv: tensorboard, or the class of another Lightning logger
+logger: str | None = None  # in addition to metrics.csv: tensorboard, wandb, or the class of another Lightning logger
 # devices
 devices: PositiveInt = 1  # GPUs (or CPU processes) on each node
 num_nodes: PositiveInt = 1  # machines
@@ -106,18 +107,21 @@ def main(
     first_step = state.restore(weights, optimizer)
     limits = {"--max_steps": max_steps or sys.maxsize, "--num_epochs": num_epochs * schedule.steps_per_epoch}
     n_steps = min(limits.values())
+    validate_every = eval_interval or min(100, math.ceil(n_steps / 5))
     rate = LearningRate(learning_rate, warmup_steps, lr_schedule, n_steps)
     if state.is_complete(limits, patience, out_dir / WEIGHTS, out_dir / "config.json"):
         return
 
     memory = expected_memory(fabric, llama, schedule, dtype, partial(AdamW, lr=0.0, moments_dtype=moments))
-    fabric.print(*plan(schedule, val_data, rate, llama, state, patience), memory, sep="\n", file=sys.stderr)
+    found = doubts(train_data, val_data, llama, tokenizer, own_template(pretrained_path), learning_rate)
+    lines = (*plan(schedule, val_data, rate, llama, state, patience), memory, *found)
+    fabric.print(*lines, sep="\n", file=sys.stderr)
     if compile:
         compile_blocks(llama)
     if dry_run:
         fabric.print(show_records(train_data, tokenizer))
         return
-    log = TrainingLog(fabric, out_dir, n_steps, first_step, log_interval)
+    log = TrainingLog(fabric, out_dir, n_steps, first_step, log_interval, settings)
     stop, check_step = StopSignal(), StepCheck(log, llama, fabric.strategy.precision)
     if first_step == 0:
         val_loss = validation_loss(fabric, model, val_data, max_tokens)
@@ -149,7 +153,7 @@ def main(
 
         done = step + 1
         log.step(done, data, mean_loss, rate.at(step), gradient_norm)
-        if done % eval_interval == 0 or done == n_steps:
+        if done % validate_every == 0 or done == n_steps:
             val_loss = validation_loss(fabric, model, val_data, max_tokens)
             log.validation(done, val_loss)
             if state.is_best(done, val_loss):

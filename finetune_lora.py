@@ -3,6 +3,7 @@
 Every setting below is also a command-line flag.
 """
 
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -14,10 +15,10 @@ from lit_llama.device import TrainingPrecision, default_precision, storage_dtype
 from lit_llama.errors import Stopped
 from lit_llama.finetuned import describe
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable, parse_targets
-from lit_llama.model_folder import find_model, identity
+from lit_llama.model_folder import find_model, identity, own_template
 from lit_llama.training.log import TrainingLog, make_logger
 from lit_llama.training.optimizer import LearningRate, LRSchedule, StepCheck, clip_gradients, sum_over_devices
-from lit_llama.training.plan import expected_memory, plan, show_records
+from lit_llama.training.plan import doubts, expected_memory, plan, show_records
 from lit_llama.training.run import Quantize, StopSignal, Strategy, compile_blocks, launch, load_base, validation_loss
 from lit_llama.training.state import Resume, TrainingState, save_weights
 
@@ -45,12 +46,12 @@ lora_alpha = 16  # the updates are scaled by lora_alpha / lora_r
 lora_dropout = 0.05  # probability with which an input of A is dropped in training
 lora_targets = "query,value"  # of query, key, value, projection, mlp, head; all: all of them but the head
 # evaluation and saving
-eval_interval: PositiveInt = 100  # optimizer steps between two validations
+eval_interval: PositiveInt | None = None  # optimizer steps between two validations; default: 100, or a fifth of the run
 eval_records: PositiveInt | None = 400  # validate on the first N records (null: on all)
 patience: PositiveInt | None = None  # stop after this many validations without a new lowest loss
 save_interval: PositiveInt = 100  # optimizer steps between two saved states
 log_interval: PositiveInt = 1  # optimizer steps between two lines, when not on a terminal
-logger: str | None = None  # in addition to metrics.csv: tensorboard, or the class of another Lightning logger
+logger: str | None = None  # in addition to metrics.csv: tensorboard, wandb, or the class of another Lightning logger
 # devices
 devices: PositiveInt = 1  # GPUs (or CPU processes) on each node
 num_nodes: PositiveInt = 1  # machines
@@ -108,18 +109,21 @@ def main(
     first_step = state.restore(weights, optimizer)
     limits = {"--max_steps": max_steps or sys.maxsize, "--num_epochs": num_epochs * schedule.steps_per_epoch}
     n_steps = min(limits.values())
+    validate_every = eval_interval or min(100, math.ceil(n_steps / 5))
     rate = LearningRate(learning_rate, warmup_steps, lr_schedule, n_steps)
     if state.is_complete(limits, patience, out_dir / LORA_FILE):
         return
 
     memory = expected_memory(fabric, llama, schedule, dtype, torch.optim.AdamW)
-    fabric.print(*plan(schedule, val_data, rate, llama, state, patience), memory, sep="\n", file=sys.stderr)
+    found = doubts(train_data, val_data, llama, tokenizer, own_template(pretrained_path), learning_rate)
+    lines = (*plan(schedule, val_data, rate, llama, state, patience), memory, *found)
+    fabric.print(*lines, sep="\n", file=sys.stderr)
     if compile:
         compile_blocks(llama)
     if dry_run:
         fabric.print(show_records(train_data, tokenizer))
         return
-    log = TrainingLog(fabric, out_dir, n_steps, first_step, log_interval)
+    log = TrainingLog(fabric, out_dir, n_steps, first_step, log_interval, settings)
     stop, check_step = StopSignal(), StepCheck(log, llama, fabric.strategy.precision)
     if first_step == 0:
         val_loss = validation_loss(fabric, model, val_data, max_tokens)
@@ -153,7 +157,7 @@ def main(
 
         done = step + 1
         log.step(done, data, mean_loss, rate.at(step), gradient_norm)
-        if done % eval_interval == 0 or done == n_steps:
+        if done % validate_every == 0 or done == n_steps:
             val_loss = validation_loss(fabric, model, val_data, max_tokens)
             log.validation(done, val_loss)
             if state.is_best(done, val_loss):

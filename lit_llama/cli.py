@@ -27,16 +27,19 @@ LARGEST = 2**31 - 1  # number that a flag takes
 MISTAKE, WRONG_FLAG = 1, 2  # exit statuses; 128 and the signal's number after a signal
 LIKENESS = 0.52  # of two words, from 0 to 1: that of checkpoint_path and pretrained_path is just above
 LOST_CONNECTION = "(gloo|nccl|c10d|tcpstore).*(connect|closed|reset|abort|remote|timed out)"  # as torch says it
-OTHER_NAMES = {  # of flags: in other projects, and in the archived Lit-LLaMA
-    "checkpoint_dir": ("pretrained_path", "checkpoint_path"),
+MODEL, OUT = ("pretrained_path", "checkpoint_path"), ("out_dir", "out_path", "data_dir")
+OTHER_NAMES = {  # of flags: in other projects, and in the archived Lit-LLaMA (see howto/archive.md)
+    **dict.fromkeys(("checkpoint_dir", "model", "base_model"), MODEL),
+    **dict.fromkeys(("out", "output", "output_dir", "destination_path", "local_dir"), OUT),
+    **dict.fromkeys(("iters", "max_iters"), ("max_steps",)),
+    "accelerator": ("devices",),
+    "ckpt_dir": ("checkpoint_dir",),
+    "eval_iters": ("eval_records",),
     "input_sentence": ("input",),
-    "iters": ("max_steps",),
-    "max_iters": ("max_steps",),
-    "model": ("pretrained_path", "checkpoint_path"),
-    "out": ("out_dir", "out_path", "data_dir"),
-    "output": ("out_dir", "out_path", "data_dir"),
-    "output_dir": ("out_dir", "data_dir"),
+    "max_seq_length": ("block_size",),
     "rank": ("lora_r",),
+    "test_split_size": ("val_split_size",),
+    "warmup_iters": ("warmup_steps",),
 }
 ONLY_IN = {"lora_path": "generate_lora.py", "adapter_path": "generate_adapter.py"}
 TYPE_WORDS: dict[Any, tuple[str, str]] = {  # of values: in --help, and in a message

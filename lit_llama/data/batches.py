@@ -77,6 +77,11 @@ class Dataset:
         """The tokens of a record: its prompt, then its response."""
         return torch.from_numpy(self.tokens[self.starts[i] :][: self.lengths[i]].astype(np.int64))
 
+    def is_whole(self, i: int) -> bool:
+        """Whether a record is a conversation that was not cut."""
+        record = self.index[i]
+        return record not in self.documents and self.starts[i] + self.lengths[i] == self.offsets[record + 1]
+
     def spans(self, i: int) -> np.ndarray:
         """The spans (n, 2) of a record's tokens that are trained on, as places in the record."""
         start, end = self.starts[i], self.starts[i] + self.lengths[i]

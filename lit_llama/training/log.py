@@ -26,11 +26,13 @@ COLUMNS = (
     "learning_rate", "gradient_norm", "tokens_per_second", "memory_gb", "seconds",
 )  # fmt: skip
 
+WANDB = "lightning.pytorch.loggers.WandbLogger"
 MOST_POINTS = 4000  # of a line in the picture, which is 960 pixels wide
 
 
 def make_logger(name: str | None, out_dir: Path) -> Logger | None:
-    """TensorBoard's logger, or any of Lightning's by its class, such as lightning.pytorch.loggers.WandbLogger."""
+    """TensorBoard's logger, Weights & Biases', or any of Lightning's by its class, such as
+    lightning.pytorch.loggers.CometLogger."""
     if name is None:
         return None
     try:
@@ -38,11 +40,12 @@ def make_logger(name: str | None, out_dir: Path) -> Logger | None:
             from lightning.fabric.loggers import TensorBoardLogger
 
             return TensorBoardLogger(out_dir, name="tensorboard", version="")  # a resumed run goes on in this folder
-        module, _, class_name = name.rpartition(".")
+        module, _, class_name = {"wandb": WANDB}.get(name, name).rpartition(".")
         return getattr(import_module(module), class_name)(save_dir=out_dir)
     except (ImportError, ValueError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        remedy = "run: pip install -e '.[tensorboard]'" if name == "tensorboard" else "name its class, module and all"
+        remedies = {"tensorboard": "run: pip install -e '.[tensorboard]'", "wandb": "run: pip install wandb"}
+        remedy = remedies.get(name, "tensorboard, wandb or a class, module and all, was expected")
         raise UserError(f"--logger {name} is not available ({reason}); {remedy}") from None
 
 
@@ -50,10 +53,18 @@ class TrainingLog:
     """Reports each optimizer step and each validation. Only the first of several processes writes.
 
     A run that is resumed after `first_step` of `n_steps` goes on in its metrics.csv. `interval` is the number of steps
-    between two lines, where there is no terminal that shows a bar.
+    between two lines, where there is no terminal that shows a bar; loggers are told the `settings`.
     """
 
-    def __init__(self, fabric: Fabric, out_dir: Path, n_steps: int, first_step: int, interval: int) -> None:
+    def __init__(
+        self,
+        fabric: Fabric,
+        out_dir: Path,
+        n_steps: int,
+        first_step: int,
+        interval: int,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.fabric, self.n_steps, self.first_step, self.interval = fabric, n_steps, first_step, interval
         self.path = out_dir / "metrics.csv"
         last = fabric.broadcast(cut_metrics(self.path, first_step) if first_step and fabric.is_global_zero else {})
@@ -63,6 +74,8 @@ class TrainingLog:
         self.bar = tqdm(total=n_steps, initial=first_step, unit="step", disable=not terminal, dynamic_ncols=True)
         self.started = self.last = time.perf_counter()
         self.training_seconds = 0.0
+        for logger in fabric.loggers:
+            logger.log_hyperparams(dict(settings or {}))
         if fabric.is_global_zero and not (first_step and self.path.is_file()):
             write_file(self.path, f"{','.join(COLUMNS)}\n")
 

@@ -1,6 +1,7 @@
 """What a run says before its first step: what it will do and take, and records as they are trained on."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from lit_llama.data.batches import BatchSchedule, Dataset
 from lit_llama.device import describe_machine, free_memory
 from lit_llama.errors import UserError
 from lit_llama.model import LLaMA
+from lit_llama.prompt import name_of, stop_ids
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.training.memory import peak_of_step
 from lit_llama.training.optimizer import LearningRate
@@ -18,6 +20,7 @@ import torch
 from lightning import Fabric
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 
+FEW = 200  # records that are looked at, or tokens that say little
 COLOUR, PLAIN = ("\033[32m", "\033[0m"), ("[[", "]]")  # around what is trained on
 
 
@@ -48,6 +51,39 @@ def plan(
         yield f"warning: the learning rate goes back up from {last:.3g} to {now:.3g}"
     trained = sum(parameter.numel() for parameter in llama.parameters() if parameter.requires_grad)
     yield f"{trained:,} trained parameters of {sum(parameter.numel() for parameter in llama.parameters()):,}"
+
+
+def doubts(
+    data: Dataset, val_data: Dataset, llama: LLaMA, tokenizer: Tokenizer, own: str | None, rate: float
+) -> Iterator[str]:
+    """What is probably not meant, with numbers; nothing of a run that is in order. `own` is the model's template."""
+    if own and own != data.prompt_style and len(data.documents) < data.meta["records"]["train"]:
+        yield f"note: the data is in the prompt style {name_of(data.prompt_style)}, not in the model's own"
+    some = [i for i in range(min(FEW, len(data))) if data.is_whole(i)]
+    tokens, ends = [data.record(i).tolist() for i in some], stop_ids(data.prompt_style, tokenizer)
+    texts = [tokenizer.decode([i for i in ids if i not in tokenizer.controls.values()]) for ids in tokens]
+    of = f"of {len(some)} records"
+    if n := sum(ids[-1] not in ends for ids in tokens):
+        yield f"warning: {n} {of} do not end in a token that ends an answer, so the model does not learn to stop"
+    if n := sum(ids[:2] == [tokenizer.bos_id] * 2 for ids in tokens):
+        yield f"warning: {n} {of} begin with two bos; prepare them without the bos that is in their text"
+    if (n := sum(bool(re.search(tokenizer.control_pattern, text)) for text in texts)) > len(some) / 20:
+        yield f"warning: {n} {of} spell control tokens, which are text here; is a chat template in them already?"
+    if data.n_cut > len(data) / 5:
+        yield f"warning: {data.n_cut:,} of {len(data):,} records are truncated; raise --block_size"
+    held_out = {val_data.record(i).numpy().tobytes() for i in range(len(val_data))}
+    if n := sum(data.record(i).numpy().tobytes() in held_out for i in range(len(data)) if held_out):
+        yield f"warning: {n:,} training records are validation records, too, so that loss will be too low"
+    if 0 < (n := val_data.n_targets(range(len(val_data)))) < FEW:
+        yield f"warning: there are {n} tokens to validate on, so that loss says little; hold out more records"
+    trained = {name: parameter.numel() for name, parameter in llama.named_parameters() if parameter.requires_grad}
+    is_lora, is_adapter = (any(part in name for name in trained) for part in ("lora_", "adapter_"))
+    usual = 5e-4 * (2000 / llama.config.n_embd) ** 0.781 * (1 if is_lora else 0.1)  # Tinker's rule
+    if not is_adapter and not usual / 30 < rate < 30 * usual:
+        yield f"warning: --learning_rate is {rate:.2g}; {usual:.1g} is usual for {llama.config.n_embd} channels"
+    n, capacity = data.n_targets(range(len(data))), sum(trained.values())
+    if is_lora and n > 2 * capacity:  # about 2 bits a parameter, and 1 bit a token
+        yield f"warning: {n:,} tokens are trained on, more than {capacity:,} parameters can hold; raise --lora_r"
 
 
 def expected_memory(

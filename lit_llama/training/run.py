@@ -16,6 +16,7 @@ from lit_llama.device import TrainingPrecision, check_gpu, storage_dtype
 from lit_llama.errors import UserError
 from lit_llama.model import LLaMA
 from lit_llama.model_folder import load_model
+from lit_llama.progress import say
 from lit_llama.quantization import check_compilable
 from lit_llama.training.optimizer import sum_over_devices
 
@@ -154,6 +155,7 @@ class StopSignal:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.requested, self.status = True, 128 + number
+        say("stopping after this step and its validation; once more, and it ends at once")
         if number == signal.SIGHUP:  # the terminal is gone
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)

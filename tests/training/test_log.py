@@ -19,7 +19,7 @@ from builders import ROOT, Lengths, metric_rows
 from lightning import Fabric
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-EIGHT = Step(Lengths(np.array([12, 13] * 4)), [np.arange(4), np.arange(4, 8)])  # records, of 100 tokens
+EIGHT = Step(Lengths(np.array([12, 13] * 4)), np.arange(8), 50)  # records, of 100 tokens
 
 
 def run_steps(path: Path, first: int, last: int, n_steps: int) -> None:
@@ -96,7 +96,7 @@ from lit_llama.training.log import TrainingLog
 log = TrainingLog(Fabric(accelerator="cpu", devices=1), Path(sys.argv[1]), 3, 0, interval=1)
 for step in (1, 2, 3):
     time.sleep(0.15)
-    log.step(step, Step(Lengths(np.full(8, 25)), [np.arange(4)]), 1.5, 1e-3, 0.5)
+    log.step(step, Step(Lengths(np.full(8, 25)), np.arange(4), 100), 1.5, 1e-3, 0.5)
 log.close("title")
 """
 
