@@ -33,8 +33,6 @@ class LearningRate:
     longest_warmup: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.value > 1:
-            raise UserError(f"a learning rate of {self.value:g} cannot be meant; set --learning_rate below 1")
         object.__setattr__(self, "warmup_steps", min(self.warmup_steps, int(self.longest_warmup * self.n_steps)))
 
     def at(self, step: int) -> float:
