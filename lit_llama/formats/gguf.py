@@ -187,6 +187,9 @@ def sentencepiece_to_gguf(path: Path, content: bytes, n_rows: int) -> dict[str, 
 
 def bpe_to_gguf(path: Path, content: bytes, n_rows: int) -> dict[str, Any]:
     fields = json.loads(HFTokenizer.from_buffer(content).to_str())
+    if fields["model"].get("byte_fallback"):
+        remedy = "convert the model again with its tokenizer.model in place of the tokenizer.json"
+        raise UserError(f"{path} is SentencePiece's without the scores of its pieces, which a GGUF needs; {remedy}")
     ways = ((pre, json.loads(byte_level_bpe(pre, [], [], [], {}, False)["tokenizer.json"])) for pre in PRE_TOKENIZERS)
     pre = next((pre for pre, example in ways if how_cut(example) == how_cut(fields)), None)
     if not pre:
