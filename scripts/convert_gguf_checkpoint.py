@@ -12,10 +12,10 @@ from lit_llama.cli import run
 from lit_llama.errors import UserError, error_context, short
 from lit_llama.formats.gguf import CHAT_TEMPLATE, FIELDS, ROPE_FREQS, TENSOR_NAMES, rope_divisors, tokenizer_from_gguf
 from lit_llama.formats.huggingface import Expected, check_known
+from lit_llama.formats.tokenizers import tried
 from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling
 from lit_llama.model_folder import check_complete, save_model_folder
 from lit_llama.progress import progress
-from lit_llama.prompt import tried
 from lit_llama.storage.checks import from_fields
 from lit_llama.tokenizer import find_tokenizer
 

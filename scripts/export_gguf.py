@@ -9,10 +9,10 @@ from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.finetuned import read_finetuned
 from lit_llama.formats.gguf import CHAT_TEMPLATE, lora_to_gguf, model_metadata, to_gguf, tokenizer_metadata
-from lit_llama.formats.tokenizers import TEMPLATE_NAME
+from lit_llama.formats.tokenizers import TEMPLATE_NAME, portable
 from lit_llama.model_folder import find_model, load_model, own_template, read_config
 from lit_llama.progress import progress
-from lit_llama.prompt import find_template, portable, stop_ids
+from lit_llama.prompt import find_template, stop_ids
 from lit_llama.storage.files import check_apart, check_finite, read_file, replacing_folder, write_file
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 
