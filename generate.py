@@ -4,9 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from lit_llama.cli import run
-from lit_llama.device import Precision, default_device, default_precision, storage_dtype
+from lit_llama.device import Precision, default_precision, storage_dtype
+from lit_llama.finetuned import load_for_use
 from lit_llama.generation import Sampling, compile_steps, read_prompts, respond
-from lit_llama.model_folder import find_model, finish_loading, load_for_merging, own_template
+from lit_llama.model_folder import find_model, own_template
 from lit_llama.prompt import find_template
 from lit_llama.quantization import Quantization
 from lit_llama.tokenizer import find_tokenizer
@@ -49,7 +50,8 @@ def main(
         top_p: Draw only from the likeliest tokens that together have this probability.
         seed: Random seed of the sampling; sample i uses seed + i.
         precision: By default the weights are bfloat16 on a GPU that has it, else float32.
-        quantize: int8: weights in 8 bits, for less memory, faster tokens on a CPU and slightly different numbers.
+        quantize: int8: weights in 8 bits, for less memory, faster tokens on a CPU and slightly different numbers; nf4:
+            those of the blocks in 4 bits, which follows by itself if LoRA or an adapter was trained so.
         compile: Compile the computation of a token first, which takes up to a few minutes and pays off for long or
             many answers.
     """
@@ -59,9 +61,7 @@ def main(
     prompts = read_prompts(prompt, prompt_file)
     tokenizer = find_tokenizer(checkpoint_path, tokenizer_path)
     template = find_template(prompt_style, own_template(checkpoint_path), "plain")
-    device = default_device()
-    model = load_for_merging(checkpoint_path, quantize, dtype, device)
-    finish_loading(model, quantize, dtype, device)
+    model = load_for_use(checkpoint_path, dtype, quantize=quantize)
     if compile:
         compile_steps(model)
     for i in range(num_samples):

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from lit_llama.adapter import cache_prefix
 from lit_llama.cli import run
-from lit_llama.device import Precision, default_device, default_precision, storage_dtype
-from lit_llama.finetuned import base_is_nf4, read_finetuned
+from lit_llama.device import Precision, default_precision, storage_dtype
+from lit_llama.finetuned import load_for_use, read_finetuned
 from lit_llama.generation import Sampling, compile_steps, read_prompts, respond
-from lit_llama.model_folder import find_model, finish_loading, load_for_merging
+from lit_llama.model_folder import find_model
+from lit_llama.prompt import find_template
 from lit_llama.quantization import Quantization
 from lit_llama.tokenizer import find_tokenizer
 
@@ -18,6 +18,7 @@ def main(
     prompt: str = "Please explain how weight decay works",
     input: str = "",
     prompt_file: Path | None = None,
+    prompt_style: str | None = None,
     adapter_path: Path = Path("out/adapter/alpaca"),
     pretrained_path: Path | None = None,
     tokenizer_path: Path | None = None,
@@ -31,12 +32,14 @@ def main(
     quantize: Quantization | None = None,
     compile: bool = False,
 ) -> None:
-    """Print the response as it comes. Prompt length, start layer and prompt style are those of the adapter file.
+    """Print the response as it comes. Prompt length and start layer are those of the adapter file.
 
     Args:
         prompt: The instruction.
         input: What the instruction works on, if anything.
         prompt_file: A file of instructions, one per line, to use instead.
+        prompt_style: The chat template: own (that of the adapter file: the default), alpaca, chatml or another style of
+            lit_llama/prompt.py, or a file that holds one.
         adapter_path: The file that finetune_adapter.py wrote, or the run's folder, whose best file is used.
         pretrained_path: The checkpoint of the base model. Default: checkpoints/lit-llama/7B, or else the model written
             last.
@@ -48,7 +51,8 @@ def main(
         top_p: Draw only from the likeliest tokens that together have this probability.
         seed: Random seed of the sampling.
         precision: By default the weights are bfloat16 on a GPU that has it, else float32.
-        quantize: int8: weights in 8 bits, for less memory, faster tokens on a CPU and slightly different numbers.
+        quantize: int8: weights in 8 bits, for less memory, faster tokens on a CPU and slightly different numbers; nf4:
+            those of the blocks in 4 bits, which follows by itself if LoRA or an adapter was trained so.
         compile: Compile the computation of a token first, which takes up to a few minutes and pays off for long or
             many answers.
     """
@@ -57,15 +61,12 @@ def main(
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     prompts = read_prompts(prompt, prompt_file)
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
-    device = default_device()
     adapter = read_finetuned(adapter_path, "adapter", None, pretrained_path, force)
-    model = load_for_merging(pretrained_path, quantize, dtype, device, base_is_nf4(adapter))
-    adapter.add_to(model)
-    finish_loading(model, quantize, dtype, device)
-    cache_prefix(model)
+    model = load_for_use(pretrained_path, dtype, [adapter], quantize)
     if compile:
         compile_steps(model)
-    respond(model, tokenizer, prompts, adapter.prompt_style, input, sampling)
+    template = find_template(prompt_style, adapter.prompt_style)
+    respond(model, tokenizer, prompts, template, input, sampling)
 
 
 if __name__ == "__main__":

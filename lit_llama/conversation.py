@@ -7,7 +7,7 @@ from itertools import chain, takewhile
 from lit_llama.errors import UserError
 from lit_llama.generation import Sampling, next_tokens
 from lit_llama.model import KVCache, LLaMA
-from lit_llama.prompt import Message, encode, stop_ids, takes_turns
+from lit_llama.prompt import EXCHANGED, Message, attempt, encode, stop_ids
 from lit_llama.tokenizer import Tokenizer
 
 import torch
@@ -64,7 +64,7 @@ class Conversation:
         del self.cached[n:]
         if self.cache is None or length > self.cache.room:
             smaller = chain(*self.cache.layers) if self.cache else ()
-            self.cache = self.model.new_cache(1, min(2 * length, self.model.config.block_size))
+            self.cache = self.model.new_cache(1, min(max(256, 1 << length.bit_length()), self.model.config.block_size))
             with torch.inference_mode():
                 for old, new in zip(smaller, chain(*self.cache.layers), strict=False):
                     new[:, :, : old.size(2)] = old
@@ -89,3 +89,8 @@ class Conversation:
     def is_full(self) -> bool:
         """Whether the last answer has reached the end of the model's context."""
         return len(self.cached) + 1 >= self.model.config.block_size
+
+
+def takes_turns(template: str, tokenizer: Tokenizer) -> bool:
+    """Whether a template takes more than one question."""
+    return attempt(template, [*EXCHANGED, Message("user", "Hi")], tokenizer).ids != []

@@ -7,18 +7,20 @@ of ours); "hyperparameters" name the base model's file and its fingerprint. The 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter
+from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, cache_prefix
+from lit_llama.device import default_device
 from lit_llama.errors import UserError, error_context, short
-from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
+from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, merge_lora, remove_lora
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.model_folder import check_base, check_state, file_in, identity, suggest_flag
+from lit_llama.model_folder import check_base, check_state, file_in, identity, load_model, suggest_flag
 from lit_llama.progress import say
 from lit_llama.prompt import STYLES, stored_template
+from lit_llama.quantization import Quantization, quantize_int8
 from lit_llama.storage.checks import check_types, from_fields
 from lit_llama.storage.files import is_plain, read_file, write_tensors
 
@@ -159,3 +161,39 @@ def base_is_nf4(*files: FinetunedFile | None) -> bool:
     if len(answers) > 1:
         raise UserError("some of the files were trained on a 4-bit base and some were not; give one kind at a time")
     return True in answers
+
+
+def load_for_use(
+    path: Path,
+    dtype: torch.dtype,
+    files: Iterable[FinetunedFile | None] = (),
+    quantize: Quantization | None = None,
+    merge: bool = True,
+) -> LLaMA:
+    """A base model on the default device with what was finetuned on it, LoRA merged into it or apart.
+
+    In 8 bits there can be no LoRA apart. A base that is to be in 4 bits, or was when the files were trained, is in 4
+    bits where no LoRA is merged into it.
+    """
+    device, files = default_device(), [file for file in files if file]
+    nf4 = quantize == "nf4" or base_is_nf4(*files)
+    model = load_model(path, nf4=nf4) if quantize == "int8" else load_model(path, dtype, device, nf4)
+    for file in files:
+        file.add_to(model)
+    if merge or quantize == "int8":
+        merge_lora(model)
+    if quantize == "int8":
+        quantize_int8(model, dtype, device)
+    else:
+        model.to(dtype)
+    cache_prefix(model)
+    return model.eval()
+
+
+def swap_lora(model: LLaMA, file: FinetunedFile | None) -> None:
+    """Put the LoRA layers of a file, or none, onto a base model in place of others."""
+    dtype = model.lm_head.weight.dtype
+    remove_lora(model)
+    if file:
+        file.add_to(model)
+    cache_prefix(model.to(dtype).eval())

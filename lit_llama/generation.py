@@ -10,7 +10,7 @@ from pathlib import Path
 from lit_llama.device import peak_memory
 from lit_llama.errors import UserError
 from lit_llama.model import KVCache, LLaMA
-from lit_llama.prompt import Message, encode_prompt, name_of, stop_ids, with_input
+from lit_llama.prompt import Message, encode, name_of, stop_ids, with_input
 from lit_llama.quantization import check_compilable
 from lit_llama.storage.files import read_text
 from lit_llama.tokenizer import Tokenizer
@@ -130,9 +130,10 @@ def respond(
     is_plain, stop = name_of(template) == "plain", stop_ids(template, tokenizer)
     for prompt in prompts:
         torch.manual_seed(sampling.seed)
-        ids = encode_prompt(template, prompt, context, tokenizer)
+        question = Message("user", prompt, context)
+        ids = encode(template, [question], tokenizer).ids
         if is_plain:
-            print(with_input(Message("user", prompt, context)), end="", flush=True)
+            print(with_input(question), end="", flush=True)
         elif len(prompts) > 1:
             print(f"> {prompt}", file=sys.stderr)
         start = time.perf_counter()

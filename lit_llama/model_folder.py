@@ -18,7 +18,7 @@ from lit_llama.errors import UserError, check_type, error_context, short
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
 from lit_llama.progress import say
 from lit_llama.prompt import stored_template
-from lit_llama.quantization import Quantization, quantize_blocks, quantize_int8
+from lit_llama.quantization import quantize_blocks
 from lit_llama.storage import files
 from lit_llama.storage.checks import from_fields
 from lit_llama.storage.files import CONFIG, is_plain, read_file, read_json, write_file
@@ -104,21 +104,6 @@ def load_model(
         for name in quantized:
             files.page_out(state[name])
     return model
-
-
-def load_for_merging(
-    path: Path, quantize: Quantization | None, dtype: torch.dtype, device: torch.device, nf4: bool = False
-) -> LLaMA:
-    """A model that LoRA may be merged into before `finish_loading`; if it is to be quantised, it stays in its file."""
-    return load_model(path, nf4=nf4) if quantize else load_model(path, dtype, device, nf4)
-
-
-def finish_loading(model: LLaMA, quantize: Quantization | None, dtype: torch.dtype, device: torch.device) -> None:
-    """Quantise a model from `load_for_merging`, or else cast what was added to it to `dtype`."""
-    if quantize:
-        quantize_int8(model, dtype, device)
-    else:
-        model.to(dtype)
 
 
 def find_model(path: Path | None, default: Path = DEFAULT_MODEL) -> Path:

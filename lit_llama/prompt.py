@@ -17,20 +17,17 @@ those of reasoning models do, has no such prompt: there the answer begins where 
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from lit_llama.errors import UserError, short
-from lit_llama.progress import say
 from lit_llama.sandbox import render
 from lit_llama.storage.files import read_text
 from lit_llama.tokenizer import Tokenizer
 
-from torch import Tensor
-
 Role = Literal["system", "user", "assistant"]
-Names = tuple[tuple[str, str], ...]  # what a template calls tokens, and their texts
+Part = tuple[str, bool, bool, bool]  # a text, and whether it is trained on, is a control token, begins an answer
 
 
 class Message(NamedTuple):
@@ -51,13 +48,12 @@ EXCHANGE = (
     "{% elif message['role'] == 'assistant' and loop.index0 < 2 %}{{ message['content'] + eos_token }}"
     "{% else %}{{ raise_exception('it takes one question and its answer, no system message') }}{% endif %}{% endfor %}"
 )
-STANFORD = EXCHANGE.replace(
-    "QUESTION",
+STANFORD = (
     "Below is an instruction that describes a task"
     "{% if message['input'] %}, paired with an input that provides further context{% endif %}. "
     "Write a response that appropriately completes the request.{{ '\n\n' }}"
     "### Instruction:{{ '\n' + message['content'] + '\n\n' }}"
-    "{% if message['input'] %}### Input:{{ '\n' + message['input'] + '\n\n' }}{% endif %}### Response:",
+    "{% if message['input'] %}### Input:{{ '\n' + message['input'] + '\n\n' }}{% endif %}### Response:"
 )
 CHATML = (
     "{% for message in messages %}START"
@@ -71,17 +67,15 @@ SMOLLM2_START = (
 )
 
 STYLES = {
-    # The text alone, for a model to continue.
-    "plain": EXCHANGE.replace("QUESTION", "{{ message['content'] }}"),
+    "plain": EXCHANGE.replace("QUESTION", "{{ message['content'] }}"),  # the text alone, for a model to continue
     # Stanford Alpaca's and a line break, as alpaca-lora and LitGPT use it.
-    "alpaca": STANFORD.replace("### Response:", "### Response:{{ '\n' }}"),
+    "alpaca": EXCHANGE.replace("QUESTION", STANFORD + "{{ '\n' }}"),
     # As Stanford Alpaca published it, and as the archived Lit-LLaMA and LLaMA-Adapter use it.
-    "alpaca-stanford": STANFORD,
+    "alpaca-stanford": EXCHANGE.replace("QUESTION", STANFORD),
     "chatml": CHATML.replace("START", ""),
     # SmolLM2-Instruct's own: ChatML that begins with a system message.
     "smollm2": CHATML.replace("START", SMOLLM2_START),
-    # Llama 2 chat, which puts the system message into the first question.
-    "llama2": (
+    "llama2": (  # Llama 2 chat's, which puts the system message into the first question
         "{% set found = namespace(system='') %}{% for message in messages %}"
         "{% if message['role'] == 'system' %}"
         "{% set found.system = '<<SYS>>\n' + message['content'] + '\n<</SYS>>\n\n' %}"
@@ -89,15 +83,13 @@ STYLES = {
         "{{ '[INST] ' + (found.system + message['content']) | trim + ' [/INST]' }}{% set found.system = '' %}"
         "{% else %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
     ),
-    # Llama 3 Instruct. (That of Llama 3.1 puts the date into a system message.)
-    "llama3": (
+    "llama3": (  # Llama 3 Instruct's (that of Llama 3.1 puts the date into a system message)
         "{{ bos_token }}{% for message in messages %}"
         "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
         "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
     ),
-    # As TinyLlama-1.1B-Chat uses it.
-    "zephyr": (
+    "zephyr": (  # as TinyLlama-1.1B-Chat uses it
         "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     ),
@@ -105,15 +97,11 @@ STYLES = {
 TEXTS = [STYLES[name] for name in ("plain", "alpaca", "alpaca-stanford")]  # they begin as any text of the model
 EXCHANGED = [Message("user", "Hi"), Message("assistant", "Hi")]  # what templates are tried with
 TURNS = re.compile("(system )?(user assistant )*user( assistant)?|assistant")  # a document is an answer alone
-FIRST_MARK = 0xF0000  # from here on, characters are for private use
+FIRST_MARK, MARKS = 0xF0000, "\U000f0000-\U000ffffd"  # characters for private use
 
 
 def find_template(style: str | None, own: str | None, otherwise: str | None = None) -> str:
-    """The template that `--prompt_style` names: "own", one of STYLES, a file that holds one, or its text.
-
-    Args:
-        own: the model's, which is the default; if it has none, that is the style `otherwise`.
-    """
+    """The template that is named: "own", the model's (the default; without one, `otherwise`), a style, file or text."""
     style = style or (otherwise if own is None and otherwise else "own")
     if style == "own" and own is None:
         raise UserError(f"the model has no template of its own; choose one by --prompt_style: {', '.join(STYLES)}")
@@ -138,71 +126,65 @@ def encode(template: str, messages: Sequence[Message], tokenizer: Tokenizer) -> 
     """A conversation as token ids, and which of them are trained on. A document, an answer alone, is always a text.
 
     What is between two control tokens is tokenised as one text, except that a prompt is always tokenised as it is when
-    it ends there, even if a token would reach from it into the answer.
-
-    Raises:
-        UserError: if the template refuses the conversation, leaves out a message, or changes what it says.
+    it ends there, even if a token would reach from it into the answer. A UserError says if the template refuses the
+    conversation, leaves out a message, or changes what it says.
     """
     check_order(messages)
     template = stored_template("plain" if messages[0].role == "assistant" else template)
-    text, mask, answers, prompts = find_answers(template, messages, tokenizer)
-    edges, learns = [edge for answer in answers for edge in answer[:2]], any(learned for _, _, learned in answers)
-
-    def is_trained(place: int) -> bool:
-        return any(start <= place < end and learned for start, end, learned in answers)
-
-    ids, trained, place = [], [], 0
-    for control in (*re.finditer(tokenizer.control_pattern, mask), None):
-        end = control.start() if control else len(text)
-        n = len(ids)  # the ids from here on are those of the text from `place` on
-        for a, b in pairwise((place, *(edge for edge in edges if place < edge < end), end)):
-            within = place > 0 and template not in TEXTS
-            before, new = ids[n:], tokenizer.encode(text[place:b], bos=False, within=within)
-            if a in prompts and new[: len(before)] != before:
-                n, place, before, new = len(ids), a, [], tokenizer.encode(text[a:b], bos=False, within=True)
-            same = next((i for i, pair in enumerate(zip(before, new, strict=False)) if len({*pair}) > 1), len(before))
-            ids[n:], trained[n + same :] = new, [learns] * (same < len(before))  # for a token across an edge
-            trained += [is_trained(a)] * (len(ids) - len(trained))
-        if control:
-            ids.append(tokenizer.control_id(control[0].strip()))
-            trained.append(is_trained(end))
-            place = control.end()
+    marked, said = mark(messages)
+    parts = split(template, marked, tokenizer)
+    texts = [text.translate(said) for text, *_ in parts]
+    if "".join(texts) != rendered(template, messages, tokenizer):
+        raise UserError("the chat template changes what a message says, or goes by it; choose another --prompt_style")
+    ids, trained, text, first = [], [], "", 0  # the text since the last control token, and the place of its ids
+    for new, (_, is_trained, is_control, is_answer) in zip(texts, parts, strict=True):
+        if is_control:
+            ids.append(tokenizer.control_id(new.strip()))
+            trained.append(is_trained)
+            text, first = "", len(ids)
+            continue
+        before = ids[first:]
+        longer = tokenizer.encode(text + new, bos=False, within=first > 0 and template not in TEXTS)
+        same = len(before)
+        while longer[:same] != before[:same]:  # a token reaches over the edge of an answer
+            same -= 1
+        if is_answer and same < len(before):
+            text, first, same, before = "", len(ids), 0, []
+            longer = tokenizer.encode(new, bos=False, within=True)
+        text += new
+        ids[first:] = longer
+        trained[first + same :] = [is_trained or any(trained[-1:])] * (same < len(before))
+        trained += [is_trained] * (len(ids) - len(trained))
     return Encoded(ids, trained)
 
 
-def find_answers(
-    template: str, messages: Sequence[Message], tokenizer: Tokenizer
-) -> tuple[str, str, list[tuple[int, int, bool]], set[int]]:
-    """The text of a conversation; the same with a mark for each character of the messages; and places in them.
-
-    These are where each answer starts and ends, and whether it is learned, and the starts at which a prompt ends.
-    """
-    names, (marked, said) = tuple(names_of(template, tokenizer).items()), mark(messages)
-    text, with_marks = rendered(template, messages, names), rendered_marks(template, marked, names)
-    as_long = {sign: chr(sign) * len(text) for sign, text in said.items()}
-    if with_marks.translate(said) != text:
-        raise UserError("the chat template changes what a message says, or goes by it; choose another --prompt_style")
-    mask, any_mark = with_marks.translate(as_long), f"[{chr(FIRST_MARK)}-{chr(FIRST_MARK + len(said))}]"
-    answers, prompts, after = [], set(), re.compile(f"{any_mark}|{tokenizer.control_pattern}")
-    for i, message in enumerate(messages):
-        own = "".join(re.findall(any_mark, marked[i].content + marked[i].input))
-        places = [match.span() for match in re.finditer(f"[{own}]+", mask)] if own else []
-        if own and not places:
+@lru_cache(256)  # with marks for what is said, most records are alike
+def split(template: str, marked: tuple[Message, ...], tokenizer: Tokenizer) -> list[Part]:
+    """The control tokens of a conversation with marks, and the texts between them, cut where answers begin and end."""
+    text, answers, edges, prompts = rendered(template, marked, tokenizer), [], set(), set()
+    ending = re.compile(f"[^{MARKS}]*?{tokenizer.control_pattern}")
+    for i, message in enumerate(marked):
+        marks = {*re.findall(f"[{MARKS}]", message.content + message.input)}
+        places = [place for place, char in enumerate(text) if char in marks]
+        if marks and not places:
             left_out = f"message {i + 1} ({message.role})"
-            raise UserError(f"the chat template leaves out {left_out}; choose another --prompt_style")
+            raise UserError(f"the chat template leaves out or changes {left_out}; choose another --prompt_style")
         if message.role == "assistant":
-            before = re.split(any_mark, marked[i].content)[0]  # space, or the tag of a thought
-            start = places[0][0] if places else len(mask)
-            start -= len(before) * mask.endswith(before, 0, start)
-            prompt = rendered_marks(template, marked[:i], names).translate(as_long)
-            if mask.startswith(prompt):
+            before = re.split(f"[{MARKS}]", message.content)[0]  # space, or the tag of a thought
+            start = places[0] if places else len(text)
+            start -= len(before) * text.endswith(before, 0, start)
+            if text.startswith(prompt := rendered(template, marked[:i], tokenizer)):
                 start = len(prompt)
                 prompts.add(start)
-            end = places[-1][1] if places else start
-            token = after.search(mask, end)
-            end = token.end() if token and ord(token[0][0]) not in said else end
-            answers.append((start, end, message.learned))
-    return text, mask, answers, prompts
+            end = places[-1] + 1 if places else start
+            end = token.end() if (token := ending.match(text, end)) else end
+            edges |= {start, end}
+            answers += [(start, end)] * message.learned
+    controls = dict(control.span() for control in re.finditer(tokenizer.control_pattern, text))
+    inside = {place for a, b in controls.items() for place in range(a + 1, b)}
+    cuts = pairwise(sorted({0, *edges, *controls, *controls.values(), len(text)} - inside))
+    is_trained = [any(start <= place < end for start, end in answers) for place in range(len(text))]
+    return [(text[a:b], is_trained[a], a in controls, a in prompts) for a, b in cuts]
 
 
 def mark(messages: Sequence[Message]) -> tuple[tuple[Message, ...], dict[int, str]]:
@@ -223,16 +205,12 @@ def mark(messages: Sequence[Message]) -> tuple[tuple[Message, ...], dict[int, st
     return tuple(m._replace(content=marked(m.content), input=marked(m.input)) for m in messages), said
 
 
-def rendered(template: str, messages: Sequence[Message], names: Names) -> str:
+def rendered(template: str, messages: Sequence[Message], tokenizer: Tokenizer) -> str:
     """The text that a template makes of messages; if the last is not an answer, it asks for one."""
-    if "message['input']" in template:
-        fields = [message._asdict() for message in messages]
-    else:
-        fields = [{"role": message.role, "content": with_input(message)} for message in messages]
-    return render(template, fields, dict(names), ask=not messages or messages[-1].role != "assistant")
-
-
-rendered_marks = lru_cache(256)(rendered)  # with marks for what is said, conversations are alike in most records
+    is_apart = "message['input']" in template
+    fields = [m._asdict() if is_apart else {"role": m.role, "content": with_input(m)} for m in messages]
+    ask = not messages or messages[-1].role != "assistant"
+    return render(template, fields, names_of(template, tokenizer), ask)
 
 
 def with_input(question: Message) -> str:
@@ -245,62 +223,23 @@ def names_of(template: str, tokenizer: Tokenizer) -> dict[str, str]:
     return {**tokenizer.names, "bos_token": bos if template in TEXTS else tokenizer.names.get("bos_token", "")}
 
 
-def portable(template: str, tokenizer: Tokenizer) -> str:
-    """A template as other programs are to have it, which may have another idea of the bos, if the model has none."""
-    has_bos = names_of(template, tokenizer)["bos_token"]
-    return template if has_bos or template not in STYLES.values() else template.replace("{{ bos_token }}", "")
-
-
-def encode_prompt(template: str, prompt: str, context: str, tokenizer: Tokenizer) -> list[int]:
-    """The token ids of one question with the input, or "", that it works on."""
-    return encode(template, [Message("user", prompt, context)], tokenizer).ids
-
-
 def stop_ids(template: str, tokenizer: Tokenizer) -> set[int]:
-    """The tokens that end an answer: those that end any text, and the control token that the template puts there."""
-    end = turn_end(template, tokenizer)
-    return {*tokenizer.end_ids} | ({end} if end is not None else set())
+    """The tokens that end an answer: those that end any text, and what the template puts there."""
+    return {*tokenizer.end_ids} | turn_end(template, tokenizer)
 
 
-def unlearned(template: str, tokenizer: Tokenizer, embedding: Tensor) -> list[str]:
-    """The control tokens of a template that a model has not learned: its rows (V, C) for them are zero or the same."""
-    try:
-        used = {*encode(template, EXCHANGED, tokenizer).ids} & {*tokenizer.controls.values()}
-    except UserError:  # which is raised where it is used
-        return []
-    rows = {i: embedding[i] for i in tokenizer.controls.values() if i < len(embedding)}
-    same = {i: sum(bool((row == rows[i]).all()) for row in rows.values()) for i in sorted(used & rows.keys())}
-    return [tokenizer.token(i) for i, n in same.items() if n > 1 or not rows[i].any()]
-
-
-def turn_end(template: str, tokenizer: Tokenizer) -> int | None:
+def turn_end(template: str, tokenizer: Tokenizer) -> set[int]:
     """The control token that a template puts after an answer, if it does."""
+    ids = [*compress(*attempt(template, EXCHANGED, tokenizer))]  # the answer
+    return {*ids[-1:]} & {*tokenizer.controls.values()}
+
+
+def attempt(template: str, messages: Sequence[Message], tokenizer: Tokenizer) -> Encoded:
+    """What `encode` gives, or nothing where it refuses: why, is said where the template is used."""
     try:
-        ids, trained = encode(template, EXCHANGED, tokenizer)
-    except UserError:  # which is raised where it is used
-        return None
-    last = [token_id for token_id, is_trained in zip(ids, trained, strict=True) if is_trained][-1]
-    return last if last in tokenizer.controls.values() else None
-
-
-def tried(template: object) -> str | None:
-    """A chat template that comes with a model, if any; says so if it cannot render a conversation."""
-    if not isinstance(template, str):
-        return None
-    try:
-        rendered(template, EXCHANGED, (("bos_token", "<s>"), ("eos_token", "</s>")))
-    except UserError as error:
-        say(f"warning: {error}; pass a --prompt_style to every script that takes one")
-    return template
-
-
-def takes_turns(template: str, tokenizer: Tokenizer) -> bool:
-    """Whether a template takes more than one question."""
-    try:
-        encode(template, [*EXCHANGED, Message("user", "Hi")], tokenizer)
+        return encode(template, messages, tokenizer)
     except UserError:
-        return False
-    return True
+        return Encoded([], [])
 
 
 def check_order(messages: Sequence[Message]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-Quantization = Literal["int8"]  # to be asked for when a model is loaded; NF4 follows from the LoRA file
+Quantization = Literal["int8", "nf4"]  # to be asked for when a model is loaded; NF4 also follows from a LoRA file
 FEW = 32  # tokens, up to which the CPU's product of bfloat16 and int8 is faster than first unpacking the weight
 
 

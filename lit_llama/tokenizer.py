@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import struct
 import sys
@@ -18,6 +19,8 @@ from lit_llama.storage.integrity import digest
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # texts come one by one; records are tokenised by processes of ours
 
 FILE_NAMES = ("tokenizer.model", "tokenizer.json")
 CONFIG_NAME, ENDS_NAME = "tokenizer_config.json", "generation_config.json"
@@ -142,7 +145,11 @@ class Tokenizer:
         if self._first_space:
             self._hf.pre_tokenizer.prepend_scheme = "never" if within else "first"
         try:
-            ids = self._sp.encode(text) if self._sp else self._hf.encode(text, add_special_tokens=False).ids
+            ids = (
+                self._sp.encode(text)
+                if self._sp
+                else self._hf.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            )
         except (UnicodeEncodeError, TypeError):  # half of a pair of UTF-16, or a byte of the command line
             raise UserError(f"a text has a character that is not valid Unicode ({short(text)}); remove it") from None
         if bos and self.bos_id is not None:

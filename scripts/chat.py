@@ -6,16 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from lit_llama.adapter import cache_prefix
 from lit_llama.cli import run
-from lit_llama.conversation import Conversation
-from lit_llama.device import Precision, default_device, default_precision, storage_dtype
+from lit_llama.conversation import Conversation, takes_turns
+from lit_llama.device import Precision, default_precision, storage_dtype
 from lit_llama.errors import UserError
-from lit_llama.finetuned import FinetunedFile, base_is_nf4, read_finetuned
-from lit_llama.generation import Sampling
-from lit_llama.lora import remove_lora
-from lit_llama.model_folder import find_model, load_model, own_template
-from lit_llama.prompt import STYLES, find_template, name_of, takes_turns
+from lit_llama.finetuned import FinetunedFile, base_is_nf4, load_for_use, read_finetuned, swap_lora
+from lit_llama.generation import Sampling, compile_steps
+from lit_llama.model_folder import find_model, own_template
+from lit_llama.prompt import STYLES, find_template, name_of
+from lit_llama.quantization import Quantization
 from lit_llama.tokenizer import find_tokenizer
 
 import torch
@@ -45,13 +44,15 @@ def main(
     top_p: NonNegativeFloat | None = None,
     seed: int = 1234,
     precision: Precision | None = None,
+    quantize: Quantization | None = None,
+    compile: bool = False,
 ) -> None:
     """Answer the lines of the terminal or of a pipe, as one conversation. /help lists the commands.
 
     Args:
         checkpoint_path: The base model, or what finetune_full.py or merge_lora.py wrote. Default:
             checkpoints/lit-llama/7B, or else the model written last.
-        lora_path: The file that finetune_lora.py wrote, or the run's folder. It is not merged, so it can be swapped.
+        lora_path: The file that finetune_lora.py wrote, or the run's folder. It can be swapped in the conversation.
         adapter_path: The file that finetune_adapter.py wrote, or the run's folder.
         tokenizer_path: The tokenizer, if it is not next to the checkpoint.
         prompt_style: The chat template: own (that of the LoRA or adapter file, or else the model's: the default),
@@ -65,6 +66,10 @@ def main(
         top_p: Draw only from the likeliest tokens that together have this probability.
         seed: Random seed of the sampling.
         precision: By default the weights are bfloat16 on a GPU that has it, else float32.
+        quantize: int8: weights in 8 bits, for less memory, faster tokens on a CPU and slightly different numbers; nf4:
+            those of the blocks in 4 bits, which follows by itself if LoRA or an adapter was trained so.
+        compile: Compile the computation of a token first, which takes up to a few minutes. With this or int8, LoRA is
+            merged, and cannot be swapped.
     """
     checkpoint_path = find_model(checkpoint_path)
     dtype = storage_dtype(precision or default_precision())
@@ -73,23 +78,24 @@ def main(
     lora = read_finetuned(lora_path, "lora", lora_alpha, checkpoint_path, force) if lora_path else None
     adapter = read_finetuned(adapter_path, "adapter", None, checkpoint_path, force) if adapter_path else None
     nf4 = base_is_nf4(lora, adapter)
-    model = load_model(checkpoint_path, dtype, default_device(), nf4).eval()
+    is_fixed = compile or quantize == "int8"
+    model = load_for_use(checkpoint_path, dtype, [lora, adapter], quantize, merge=is_fixed)
     tokenizer.check_fits(model.config.vocab_size)
-    own = own_template(checkpoint_path)
-    if adapter:
-        adapter.add_to(model)
-        own = adapter.prompt_style
-        model.to(dtype)
+    if compile:
+        compile_steps(model)
 
-    def read(path: Path) -> FinetunedFile:
-        file = read_finetuned(path, "lora", lora_alpha, checkpoint_path, force)
-        if base_is_nf4(file) != nf4:
+    def read(path: Path | None) -> FinetunedFile | None:
+        if is_fixed:
+            raise UserError("with --compile or --quantize int8, LoRA is merged; start chat.py again, with --lora_path")
+        file = read_finetuned(path, "lora", lora_alpha, checkpoint_path, force) if path else None
+        if file and not quantize and base_is_nf4(file) != nf4:
             kind = "that is not in 4 bits" if nf4 else "in 4 bits"
             raise UserError(f"{path} was trained on a base {kind}; start chat.py again with --lora_path {path}")
         return file
 
+    own = adapter.prompt_style if adapter else own_template(checkpoint_path)
     chat = Chat(Conversation(model, tokenizer, STYLES["plain"]), sampling, read, own, prompt_style)
-    chat.use(lora)
+    chat.set_lora(lora)
     if system:
         chat.conversation.set_system(system)
     torch.manual_seed(seed)
@@ -109,7 +115,7 @@ class Chat:
     """A conversation, and the commands that change it.
 
     Args:
-        read: reads a LoRA file for the base model.
+        read: reads a LoRA file for the base model, if its layers can be put in place of those that are on it.
         own: the template of the model without LoRA, if it is known.
         style: the one that --prompt_style names, to be used with any LoRA file.
     """
@@ -118,7 +124,7 @@ class Chat:
         self,
         conversation: Conversation,
         sampling: Sampling,
-        read: Callable[[Path], FinetunedFile],
+        read: Callable[[Path | None], FinetunedFile | None],
         own: str | None,
         style: str | None,
     ) -> None:
@@ -138,7 +144,7 @@ class Chat:
         elif command == "/system":
             self.conversation.set_system(rest)
         elif command == "/lora":
-            self.swap(self.read(Path(rest).expanduser()) if rest else None)
+            self.swap(self.read(Path(rest).expanduser() if rest else None))
         elif command == "/help":
             print(HELP, file=sys.stderr)
         else:
@@ -179,14 +185,12 @@ class Chat:
 
     def use(self, lora: FinetunedFile | None) -> None:
         """Put the LoRA layers of a file onto the base model, in place of others."""
-        model = self.conversation.model
-        dtype = model.lm_head.weight.dtype
         self.conversation.forget()
-        remove_lora(model)
-        if lora:
-            lora.add_to(model)
-        model.to(dtype).eval()
-        cache_prefix(model)
+        swap_lora(self.conversation.model, lora)
+        self.set_lora(lora)
+
+    def set_lora(self, lora: FinetunedFile | None) -> None:
+        """Answer in the template of a LoRA file whose layers are on the model."""
         self.lora = lora
         self.conversation.template = find_template(self.style, lora.prompt_style if lora else self.own)
 

@@ -21,11 +21,10 @@ from lit_llama.formats.gguf import (
     rope_divisors,
 )
 from lit_llama.formats.huggingface import Expected, check_known
-from lit_llama.formats.tokenizers import LLAMA_3, PRE_TOKENIZERS, byte_level_bpe
+from lit_llama.formats.tokenizers import LLAMA_3, PRE_TOKENIZERS, byte_level_bpe, tried
 from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling
 from lit_llama.model_folder import check_complete, save_model_folder
 from lit_llama.progress import progress
-from lit_llama.prompt import tried
 from lit_llama.storage.checks import from_fields
 from lit_llama.tokenizer import CONTROL, ENDS_NAME, USER_DEFINED, find_tokenizer
 

@@ -10,10 +10,10 @@ from typing import Any, Literal, cast
 from lit_llama.cli import run
 from lit_llama.errors import UserError, short
 from lit_llama.formats.huggingface import config_from_hf, from_hf
-from lit_llama.formats.tokenizers import read_chat_template, read_tokenizer
+from lit_llama.formats.tokenizers import read_chat_template, read_tokenizer, tried
 from lit_llama.model_folder import check_complete, load_model, own_template, save_model_folder, suggest_script
 from lit_llama.progress import progress
-from lit_llama.prompt import encode_prompt, tried
+from lit_llama.prompt import Message, encode
 from lit_llama.storage.files import check_apart, read_file, read_json, read_safetensors
 from lit_llama.tokenizer import find_tokenizer
 
@@ -150,7 +150,7 @@ def compare(theirs_dir: Path, ours_dir: Path, has_tokenizer: bool) -> None:
         turn = [{"role": "user", "content": question}]
         text = other.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         theirs_ids = other(text, add_special_tokens=False)["input_ids"]
-        same = encode_prompt(template, question, "", tokenizer) == theirs_ids
+        same = encode(template, [Message("user", question)], tokenizer).ids == theirs_ids
         found = "the same token ids as" if same else "other token ids than"
         print(f"A question in the chat template has {found} in transformers", file=sys.stderr)
 

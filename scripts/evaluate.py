@@ -5,24 +5,21 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llama.adapter import cache_prefix
 from lit_llama.cli import run
 from lit_llama.data.batches import Dataset, matching_tokenizer
 from lit_llama.data.evaluation import response_loss, text_loss
-from lit_llama.device import Precision, default_device, default_precision, storage_dtype
+from lit_llama.device import Precision, default_precision, storage_dtype
 from lit_llama.errors import UserError
-from lit_llama.finetuned import base_is_nf4, read_finetuned
-from lit_llama.generation import Sampling, generate_batch
-from lit_llama.lora import merge_lora
+from lit_llama.finetuned import load_for_use, read_finetuned
+from lit_llama.generation import Sampling, compile_steps, generate_batch
 from lit_llama.model import LLaMA
-from lit_llama.model_folder import find_model, finish_loading, load_for_merging
+from lit_llama.model_folder import find_model
 from lit_llama.progress import progress
 from lit_llama.prompt import stop_ids
 from lit_llama.quantization import Quantization
 from lit_llama.storage.files import read_text as read_text_file
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 
-import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 # The arguments of load_dataset, the column, and what joins its rows: as usual since GPTQ (arXiv 2210.17323).
@@ -61,6 +58,7 @@ def main(
     lora_alpha: float | None = None,
     precision: Precision | None = None,
     quantize: Quantization | None = None,
+    compile: bool = False,
     json: bool = False,
     force: bool = False,
 ) -> None:
@@ -82,7 +80,8 @@ def main(
         max_new_tokens: The longest answer.
         lora_alpha: Only for a LoRA file of the archived Lit-LLaMA, which did not store it.
         precision: By default the weights are bfloat16 on a GPU that has it, else float32.
-        quantize: int8: weights in 8 bits, as in the generate scripts.
+        quantize: int8 or nf4: weights in 8 bits, or those of the blocks in 4, as in the generate scripts.
+        compile: Compile the computation of a token of an answer first.
         json: Print JSON instead of the table.
         force: Use the file even if it was trained on a different base model of the same shape.
     """
@@ -93,7 +92,9 @@ def main(
         rouge_and_bleu([""], [""])  # now rather than after the work, if a library is missing
     texts = {name: read_text(name) for name in text}
     dtype = storage_dtype(precision or default_precision())
-    model = load(checkpoint_path, lora_path, adapter_path, lora_alpha, dtype, force, quantize)
+    lora = read_finetuned(lora_path, "lora", lora_alpha, checkpoint_path, force) if lora_path else None
+    adapter = read_finetuned(adapter_path, "adapter", None, checkpoint_path, force) if adapter_path else None
+    model = load_for_use(checkpoint_path, dtype, [lora, adapter], quantize)
     block_size = block_size or min(2048, model.config.block_size)
     dataset = Dataset(data_dir, split, block_size) if data_dir else None
     if dataset is None:
@@ -105,33 +106,10 @@ def main(
     if dataset is not None:
         results["responses"] = response_loss(model, dataset, batch_size)
         if n_answers:
+            if compile:
+                compile_steps(model)
             results["answers"] = answer_scores(model, tokenizer, dataset, n_answers, batch_size, max_new_tokens)
     print(to_json(results) if json else table(results))
-
-
-def load(
-    path: Path,
-    lora_path: Path | None,
-    adapter_path: Path | None,
-    lora_alpha: float | None,
-    dtype: torch.dtype,
-    force: bool = False,
-    quantize: Quantization | None = None,
-) -> LLaMA:
-    """The model as its generate script would use it, but with LoRA merged on a 4-bit base, too."""
-    device = default_device()
-    lora = read_finetuned(lora_path, "lora", lora_alpha, path, force) if lora_path else None
-    adapter = read_finetuned(adapter_path, "adapter", None, path, force) if adapter_path else None
-    model = load_for_merging(path, quantize, dtype, device, base_is_nf4(lora, adapter))
-    if lora:
-        lora.add_to(model)
-        merge_lora(model)
-    if adapter:
-        adapter.add_to(model)
-    finish_loading(model, quantize, dtype, device)
-    model.eval()
-    cache_prefix(model)
-    return model
 
 
 def read_text(name: str) -> str:

@@ -23,12 +23,12 @@ from lit_llama.formats.gguf import (
 )
 from lit_llama.formats.huggingface import NAMES
 from lit_llama.formats.peft import parts
-from lit_llama.formats.tokenizers import PRE_TOKENIZERS, TEMPLATE_NAME, byte_level_bpe
+from lit_llama.formats.tokenizers import PRE_TOKENIZERS, TEMPLATE_NAME, byte_level_bpe, portable
 from lit_llama.lora import LoRAConfig
 from lit_llama.model import LLaMAConfig
 from lit_llama.model_folder import find_model, load_model, own_template, read_config
 from lit_llama.progress import progress
-from lit_llama.prompt import find_template, portable, stop_ids
+from lit_llama.prompt import find_template, stop_ids
 from lit_llama.storage.files import check_apart, check_finite, read_file, replacing_folder, write_file
 from lit_llama.tokenizer import CONTROL, USER_DEFINED, Tokenizer, find_tokenizer
 
@@ -246,6 +246,9 @@ def sentencepiece_to_gguf(path: Path, content: bytes, n_rows: int) -> dict[str, 
 
 def bpe_to_gguf(path: Path, content: bytes, n_rows: int) -> dict[str, Any]:
     fields = json.loads(HFTokenizer.from_buffer(content).to_str())
+    if fields["model"].get("byte_fallback"):
+        remedy = "convert the model again with its tokenizer.model in place of the tokenizer.json"
+        raise UserError(f"{path} is SentencePiece's without the scores of its pieces, which a GGUF needs; {remedy}")
     ways = ((pre, json.loads(byte_level_bpe(pre, [], [], [], {}, False)["tokenizer.json"])) for pre in PRE_TOKENIZERS)
     pre = next((pre for pre, example in ways if how_cut(example) == how_cut(fields)), None)
     if not pre:

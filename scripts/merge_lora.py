@@ -8,7 +8,7 @@ from lit_llama.finetuned import base_is_nf4, read_finetuned
 from lit_llama.lora import merge_lora
 from lit_llama.model import LLaMA
 from lit_llama.model_folder import find_model, load_model, save_model_folder
-from lit_llama.prompt import encode_prompt
+from lit_llama.prompt import Message, encode
 from lit_llama.quantization import dequantize_blocks, quantize_blocks
 from lit_llama.storage.files import check_apart
 from lit_llama.tokenizer import find_tokenizer
@@ -48,7 +48,7 @@ def main(
     model = load_model(pretrained_path, nf4=nf4).eval()
     tokenizer.check_fits(model.config.vocab_size)
     lora.add_to(model)
-    idx = torch.tensor([encode_prompt(lora.prompt_style, prompt, "", tokenizer)])
+    idx = torch.tensor([encode(lora.prompt_style, [Message("user", prompt)], tokenizer).ids])
     apart = logits(model, idx)
     merge_lora(model)
     dequantize_blocks(model)  # those that had no update

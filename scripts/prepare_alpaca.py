@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lit_llama.cli import run
 from lit_llama.data.preparation import N_CORES, Encoder, prepare
+from lit_llama.data.records import Fields
 from lit_llama.data.sources import download
 from lit_llama.model_folder import find_model, own_template
 from lit_llama.prompt import find_template
@@ -20,6 +21,7 @@ def main(
     tokenizer_path: Path | None = None,
     prompt_style: str | None = None,
     data_file: Path | None = None,
+    ignored_fields: tuple[str, ...] = (),
     val_split_size: NonNegativeInt | None = None,
     seed: NonNegativeInt = 42,
     num_workers: PositiveInt = N_CORES,
@@ -35,6 +37,7 @@ def main(
         prompt_style: The chat template: own (the model's), alpaca, chatml or another style of lit_llama/prompt.py, or a
             file that holds one. By default own, or alpaca for a model that has none.
         data_file: Records in the Alpaca format on the disk, instead of the download.
+        ignored_fields: Fields to leave out, such as tools or images; otherwise, a record that has one is refused.
         val_split_size: Records to hold out for validation. By default 2000, or a tenth if that is less.
         seed: Random seed of the split.
         num_workers: Processes that tokenise: at most one for each CPU core, which is the default.
@@ -42,7 +45,8 @@ def main(
     """
     pretrained_path = find_model(pretrained_path)
     template = find_template(prompt_style, own_template(pretrained_path), "alpaca")
-    encoder = Encoder(find_tokenizer(pretrained_path, tokenizer_path), template, skip_bad=skip_bad)
+    tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
+    encoder = Encoder(tokenizer, template, Fields(ignored=ignored_fields), skip_bad)
     source = data_file or data_dir / "alpaca_data_cleaned_archive.json"
     if data_file is None:
         download(URL, source)

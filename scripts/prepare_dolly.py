@@ -21,6 +21,7 @@ def main(
     tokenizer_path: Path | None = None,
     prompt_style: str | None = None,
     data_file: Path | None = None,
+    ignored_fields: tuple[str, ...] = (),
     val_split_size: NonNegativeInt | None = None,
     seed: NonNegativeInt = 42,
     num_workers: PositiveInt = N_CORES,
@@ -36,6 +37,7 @@ def main(
         prompt_style: The chat template: own (the model's), alpaca, chatml or another style of lit_llama/prompt.py, or a
             file that holds one. By default own, or alpaca for a model that has none.
         data_file: databricks-dolly-15k.jsonl on the disk, instead of the download.
+        ignored_fields: Fields to leave out, such as tools or images; otherwise, a record that has one is refused.
         val_split_size: Records to hold out for validation. By default 2000, or a tenth if that is less.
         seed: Random seed of the split.
         num_workers: Processes that tokenise: at most one for each CPU core, which is the default.
@@ -44,7 +46,8 @@ def main(
     pretrained_path = find_model(pretrained_path)
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     template = find_template(prompt_style, own_template(pretrained_path), "alpaca")
-    encoder = Encoder(tokenizer, template, Fields(input="context", output="response"), skip_bad)
+    fields = Fields(input="context", output="response", ignored=ignored_fields)
+    encoder = Encoder(tokenizer, template, fields, skip_bad)
     source = data_file or data_dir / "databricks-dolly-15k.jsonl"
     if data_file is None:
         download(URL, source)

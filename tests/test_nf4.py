@@ -18,7 +18,7 @@ from lit_llama.training.run import compile_blocks, load_base
 
 import pytest
 import torch
-from builders import TINY, random_model, randomize, run_script
+from builders import TINY, random_model, randomize, run_script, save_file
 from lightning.fabric.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -153,6 +153,15 @@ def test_loading_quantises_and_keeps_the_rest_as_it_is(tmp_path: Path) -> None:
         assert torch.equal(*(w.dequantize() if isinstance(w, NF4Weight) else w for w in (weight, other)))
 
 
+def lora_of(checkpoint: Path, folder: Path) -> Path:
+    """A file of random LoRA for a base that is not in 4 bits."""
+    model, config = load_model(checkpoint), LoRAConfig(r=2, targets=("query", "mlp"))
+    add_lora(model, config)
+    randomize(lora_state_dict(model))
+    save_file(folder / "lora.pth", config, model, lora_state_dict(model), "plain")
+    return folder / "lora.pth"
+
+
 @pytest.fixture(scope="module")
 def finetuned(checkpoint: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA file that was trained on a 4-bit base."""
@@ -180,6 +189,21 @@ def test_a_lora_file_answers_on_the_base_that_it_was_trained_on(
     dequantize_blocks(expected)
     for name, weight in load_model(tmp_path / "merged" / "lit-llama.pth").state_dict().items():
         assert torch.equal(weight, expected.state_dict()[name]), name
+
+
+def test_4_bits_can_be_asked_for(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    base = load_model(checkpoint, nf4=True)
+    dequantize_blocks(base)
+    files = {name: checkpoint.with_name(name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    save_model_folder(tmp_path / "rounded", base.state_dict(), base.config, files)
+    path = lora_of(checkpoint, tmp_path)
+    same = ("--prompt_style", "plain", "--prompt", "Count to 3", "--temperature", 0, "--max_new_tokens", 30)
+    for script, flags in (("generate", "--checkpoint_path"), ("generate_lora", "--pretrained_path")):
+        lora = ("--lora_path", path, "--force", True) if script == "generate_lora" else ()
+        assert run_script(script, flags, checkpoint, *same, *lora, "--quantize", "nf4") is None
+        assert run_script(script, flags, tmp_path / "rounded", *same, *lora) is None
+        first, second = capsys.readouterr().out.split("Count to 3")[1:]
+        assert first == second
 
 
 def test_an_export_to_peft_says_how_to_load_the_base(

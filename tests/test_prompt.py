@@ -6,8 +6,9 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
+from lit_llama.data.batches import unlearned
 from lit_llama.errors import UserError
-from lit_llama.prompt import STYLES, Message, encode, encode_prompt, find_template, name_of, stop_ids, unlearned
+from lit_llama.prompt import STYLES, Message, encode, find_template, name_of, stop_ids
 from lit_llama.tokenizer import Tokenizer
 
 import pytest
@@ -110,7 +111,7 @@ def test_control_tokens_in_a_text_never_become_control_tokens(style: str, tokeni
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("answer", ["Yes", "\n\nYes", " yes", "!"])
 def test_a_prompt_is_how_its_record_begins(style: str, answer: str, tokenizer: Tokenizer) -> None:
-    prompt = encode_prompt(style, "Is it?", "", tokenizer)
+    prompt = encode(style, [Message("user", "Is it?")], tokenizer).ids
     whole = encode(style, [Message("user", "Is it?"), Message("assistant", answer)], tokenizer)
     assert whole.ids[: len(prompt)] == prompt
     assert not any(whole.trained[: len(prompt)])
@@ -129,7 +130,7 @@ def test_alpaca_templates_are_those_of_stanford(tokenizer: Tokenizer) -> None:
     )
 
     def text(style: str, context: str) -> str:
-        return tokenizer.decode(encode_prompt(style, "Add the numbers.", context, tokenizer))
+        return tokenizer.decode(encode(style, [Message("user", "Add the numbers.", context)], tokenizer).ids)
 
     assert (text("alpaca-stanford", ""), text("alpaca-stanford", "1, 2")) == (without, with_input)
     assert (text("alpaca", ""), text("alpaca", "1, 2")) == (f"{without}\n", f"{with_input}\n")
@@ -145,7 +146,7 @@ def test_what_does_not_fit_a_template_is_refused(tokenizer: Tokenizer) -> None:
     for messages in ([], [question, question], [answer, question], [Message("system", "Be brief."), answer]):
         refused(lambda messages=messages: encode("chatml", messages, tokenizer), "must take turns")
     refused(lambda: encode("alpaca", [question, answer, question], tokenizer), "one question and its answer")
-    refused(lambda: encode_prompt("chat", "Hi", "", tokenizer), "no prompt style 'chat'")
+    refused(lambda: encode("chat", [question], tokenizer), "no prompt style 'chat'")
 
 
 def loop(body: str, ask: str = "") -> str:
@@ -247,15 +248,15 @@ def test_generation_tags_name_the_same_tokens(tokenizer: Tokenizer, theirs: PreT
 def test_what_a_template_leaves_out_or_changes_is_refused(tokenizer: Tokenizer) -> None:
     system, question, answer = Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Ho")
     only_user = loop("{{ m.content if m.role == 'user' }}")
-    refused(lambda: encode(only_user, [system, question], tokenizer), r"leaves out message 1 \(system\)")
-    refused(lambda: encode(only_user, [question, answer], tokenizer), "leaves out message 2")
+    refused(lambda: encode(only_user, [system, question], tokenizer), r"leaves out or changes message 1 \(system\)")
+    refused(lambda: encode(only_user, [question, answer], tokenizer), "leaves out or changes message 2")
     for changed in (
         "m.content | upper",
         "m.content[1:]",
         "m.content.replace('i', 'o')",
         "m.content | length ~ m.content",
     ):
-        refused(lambda changed=changed: encode(loop(f"{{{{ {changed} }}}}"), [question], tokenizer), "changes what")
+        refused(lambda changed=changed: encode(loop(f"{{{{ {changed} }}}}"), [question], tokenizer), "changes ")
 
 
 @pytest.mark.parametrize("name", CHAT_STYLES)

@@ -36,7 +36,7 @@ BROKEN = {
     "{{ 1 | nosuch }}": "No filter named 'nosuch'",
     "{% include '/etc/passwd' %}": "no loader",
     f"{{{{ {'(' * 5000}1{')' * 5000} }}}}": "maximum recursion depth",
-    "x" * 10**7: "10,000,000 characters",
+    "x" * 10**7: "makes more than 4,194,304 characters",
     "{{ tools.name.first }}": "has no attribute 'name'",
     "{{ raise_exception('Only\ntwo roles') }}": "conversation: Only two roles",
 }
@@ -61,7 +61,7 @@ def test_a_template_that_would_not_end_or_fill_the_memory_is_refused(
 
 @pytest.mark.parametrize("template", INSIDES)
 def test_a_template_that_reaches_for_the_insides_of_python_is_refused(template: str) -> None:
-    assert "which is not safe" in refusal(template)
+    assert "is unsafe" in refusal(template)
 
 
 @pytest.mark.parametrize("template", BROKEN, ids=BROKEN.values())

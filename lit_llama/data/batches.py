@@ -13,7 +13,7 @@ from lit_llama.data.sources import shuffled
 from lit_llama.errors import UserError
 from lit_llama.model import LLaMA
 from lit_llama.progress import say
-from lit_llama.prompt import stored_template, unlearned
+from lit_llama.prompt import EXCHANGED, attempt, stored_template
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 
 import numpy as np
@@ -232,3 +232,11 @@ def matching_tokenizer(dataset: Dataset, model: LLaMA, pretrained_path: Path, to
             "in another --prompt_style, or take a model that was trained in this one"
         )
     return tokenizer
+
+
+def unlearned(template: str, tokenizer: Tokenizer, embedding: Tensor) -> list[str]:
+    """The control tokens of a template that a model has not learned: its rows (V, C) for them are zero or the same."""
+    rows = {i: embedding[i] for i in tokenizer.controls.values() if i < len(embedding)}
+    used = sorted({*attempt(template, EXCHANGED, tokenizer).ids} & rows.keys())
+    same = {i: sum(bool((row == rows[i]).all()) for row in rows.values()) for i in used}
+    return [tokenizer.token(i) for i, n in same.items() if n > 1 or not rows[i].any()]

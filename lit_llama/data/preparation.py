@@ -129,8 +129,8 @@ def prepare(
         files.write_file(part / "meta.json", json.dumps(meta, indent=2))
     if (n_held_out := len(splits.get("validation", ()))) < 2:
         what = "one record to validate on: its loss says little" if n_held_out else "no records to validate on"
-        say(f"warning: {what}; hold out more, or give a --validation_file")
-    if n_documents < n and turn_end(encoder.template, encoder.tokenizer) is None:
+        say(f"warning: {what}; give more, as by --val_split_size")
+    if n_documents < n and not turn_end(encoder.template, encoder.tokenizer):
         say(
             "warning: the chat template puts no control token after an answer, so the model does not learn to end one; "
             "choose another --prompt_style"
@@ -171,7 +171,7 @@ def tokenised(source: Path, encoder: Encoder, num_workers: int) -> Iterator[dict
             return
         named = {
             "has no '": "; name its fields: prepare_json.py --instruction_key question",
-            "cannot be used here": "; leave out such fields: prepare_json.py --ignored_fields tools",
+            "cannot be used here": "; leave out such fields, as by --ignored_fields tools",
         }
         remedies = [remedy for sign, remedy in named.items() if any(sign in reason for reason in places)]
         raise UserError(f"{found}{''.join(remedies)}; mend the records, or leave them out with --skip_bad true")

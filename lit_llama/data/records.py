@@ -16,11 +16,12 @@ from lit_llama.prompt import Message, Role, check_order
 Conversation = list[Message]  # of a document: the answer alone
 Row = tuple[str, object]  # its place, such as "line 3", and what is there: bytes of JSON, a value, or an error
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant"}  # of ShareGPT and others
-WEIGHTS = ("weight", "loss_weight", "train")  # 0 or false: not to be learned
+WEIGHTS = ("weight", "loss_weight", "loss", "train", "trainable")  # 0 or false: not to be learned
+LABELS = ("label", "kto_tag")  # false: an answer that is wrong
 SYSTEMS = {"system", "system_prompt"}
 UNUSED = {  # what changes the meaning of a record or a message, and has no use here
     "tools", "functions", "tool_calls", "function_call", "images", "image", "videos", "audios", "context",
-    "reasoning_content", "thinking",
+    "reasoning", "reasoning_content", "thinking", "documents", "train_detail",
 }  # fmt: skip
 
 
@@ -48,8 +49,10 @@ def conversation(row: object, fields: Fields) -> Conversation:
     instruction, text = given.get(fields.instruction), given.get(fields.text)
     if "history" in given and instruction is None:
         raise ValueError("has a 'history', which goes with an instruction alone")
-    if not all(map(is_learned, given.items())) or given.get("label") in (False, "false", "False"):
+    if not all(map(is_learned, given.items())) or any(given.get(name) in (False, "false", "False") for name in LABELS):
         raise ValueError("is marked as not to be learned (by its weight or label)")
+    if turns is not None and instruction is not None:
+        raise ValueError(f"has {fields.instruction!r} beside messages; leave out one of them by --ignored_fields")
     if turns is not None:
         messages = [message(turn, fields) for turn in turns_of(turns)]
     elif text is not None and instruction is None:
@@ -87,7 +90,7 @@ def is_absent(value: object) -> bool:
 def is_learned(item: tuple[str, object]) -> bool:
     """False if a field is a weight of 0; a ValueError for weights in between."""
     name, value = item
-    if name not in WEIGHTS or value in (1, "1", "true", "True"):
+    if name not in WEIGHTS or isinstance(value, list) or value in (1, "1", "true", "True"):
         return True
     if value not in (0, "0", "false", "False"):
         raise ValueError(f"has a {name} of {value!r}, expected 0 or 1")

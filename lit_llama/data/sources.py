@@ -14,13 +14,14 @@ from typing import Any
 from urllib.request import urlopen
 
 from lit_llama.data.records import Row, parse_line
-from lit_llama.errors import UserError
+from lit_llama.errors import UserError, short
 from lit_llama.storage.files import write_file
 
 import numpy as np
 
 SUFFIXES = {".csv", ".tsv", ".txt", ".json", ".jsonl"}
 DELIMITERS = ",;\t|"
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # how a file in it begins
 
 
 def read_rows(source: Path) -> Iterator[Row]:
@@ -37,14 +38,27 @@ def read_rows(source: Path) -> Iterator[Row]:
 
 
 def open_binary(source: Path) -> Any:
-    return gzip.open(source) if source.suffix.lower() == ".gz" else open(source, "rb")
+    with open(source, "rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+    return gzip.open(source) if is_gzip else open(source, "rb")
+
+
+def open_lines(source: Path) -> Iterator[bytes]:
+    """The lines of a file, as UTF-8 if it begins with the mark of UTF-16."""
+    with open_binary(source) as file:
+        if file.read(2) not in UTF_16:
+            file.seek(0)
+            yield from file
+            return
+    with open_text(source) as text:
+        yield from map(str.encode, text)
 
 
 @contextmanager
 def open_text(source: Path) -> Iterator[io.TextIOWrapper]:
     """A file to be read as UTF-8, or as UTF-16 if it begins with the mark of that; a UserError says where it is not."""
     with open_binary(source) as file:
-        encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        encoding = "utf-16" if file.read(2) in UTF_16 else "utf-8-sig"
     try:
         with io.TextIOWrapper(open_binary(source), encoding, newline="") as file:
             yield file
@@ -81,6 +95,8 @@ def csv_rows(source: Path) -> Iterator[Row]:
                     cells.pop()
                 if any(map(str.strip, cells)) and not names:
                     names = [name.strip() for name in cells]
+                    if twice := [name for name in names if name and names.count(name) > 1]:
+                        raise UserError(f"{source}: two columns are called {short(twice[0])}; rename one")
                 elif any(map(str.strip, cells)):
                     fits, found = len(cells) == len(names), f"has {len(cells)} cells, expected {len(names)}"
                     wrong = f"{found} as in the header (quote cells that contain a delimiter)"
@@ -93,8 +109,7 @@ def csv_rows(source: Path) -> Iterator[Row]:
 def json_rows(source: Path) -> Iterator[Row]:
     """The values of a JSON list, of the one list in a JSON object, or of the lines of a JSONL file."""
     if has_lines(source):
-        with open_binary(source) as file:
-            yield from ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
+        yield from ((f"line {number}", line) for number, line in enumerate(open_lines(source), 1) if line.strip())
         return
     try:
         content = json.loads(read_all(source))
@@ -108,9 +123,8 @@ def json_rows(source: Path) -> Iterator[Row]:
 
 def has_lines(source: Path) -> bool:
     """Whether a file is JSON lines: more follow the first, which is a value (in a .jsonl file, may be a broken one)."""
-    with open_binary(source) as file:
-        filled = (line for line in file if line.strip())
-        first, second = next(filled, b""), next(filled, b"")
+    filled = (line for line in open_lines(source) if line.strip())
+    first, second = next(filled, b""), next(filled, b"")
     try:
         parse_line(first)
     except ValueError:

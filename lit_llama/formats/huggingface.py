@@ -170,7 +170,7 @@ def config_from_hf(fields: Mapping[str, Any]) -> LLaMAConfig:
     for theirs, (ours, default) in FIELDS.items():
         check_type(theirs, values[ours], type(default))
     values["n_kv_head"] = fields.get("num_key_value_heads") or values["n_head"]
-    head_size = fields.get("head_dim") or values["n_embd"] // values["n_head"]
+    head_size = fields.get("head_dim") or values["n_embd"] // max(values["n_head"], 1)
     if head_size * values["n_head"] != values["n_embd"]:
         raise UserError(
             f"head_dim is {short(head_size)}, but {values['n_head']} heads must make up {values['n_embd']} channels"

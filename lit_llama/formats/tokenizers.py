@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from lit_llama.errors import UserError
-from lit_llama.prompt import portable
+from lit_llama.progress import say
+from lit_llama.prompt import EXCHANGED, STYLES, names_of
+from lit_llama.sandbox import render
 from lit_llama.storage.files import read_json, read_text
 from lit_llama.tokenizer import CONFIG_NAME, FILE_NAMES, Tokenizer, tokenizer_in
 
@@ -183,3 +185,20 @@ def default(template: object) -> str | None:
         named = (each for each in template if isinstance(each, dict) and each.get("name") == "default")
         template = next(named, {}).get("template")
     return template if isinstance(template, str) else None
+
+
+def portable(template: str, tokenizer: Tokenizer) -> str:
+    """A template as other programs are to have it, which may have another idea of the bos, if the model has none."""
+    has_bos = names_of(template, tokenizer)["bos_token"]
+    return template if has_bos or template not in STYLES.values() else template.replace("{{ bos_token }}", "")
+
+
+def tried(template: object) -> str | None:
+    """A chat template that comes with a model, if any; says so if it cannot render a conversation."""
+    if not isinstance(template, str):
+        return None
+    try:
+        render(template, [message._asdict() for message in EXCHANGED], {"bos_token": "<s>", "eos_token": "</s>"}, False)
+    except UserError as error:
+        say(f"warning: {error}; pass a --prompt_style to every script that takes one")
+    return template

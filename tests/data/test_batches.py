@@ -8,7 +8,7 @@ from pathlib import Path
 from lit_llama.data.batches import BatchSchedule, Dataset, deal, loss_sum
 from lit_llama.data.preparation import TYPES, Encoder, prepare
 from lit_llama.errors import UserError
-from lit_llama.prompt import Message, encode, encode_prompt
+from lit_llama.prompt import Message, encode
 from lit_llama.storage import files
 from lit_llama.tokenizer import Tokenizer
 
@@ -35,7 +35,7 @@ def test_unmasked_targets_are_the_response_and_eos_exactly(data_dir: Path, token
 def test_the_prompt_at_training_is_the_prompt_at_generation(data_dir: Path, tokenizer: Tokenizer) -> None:
     dataset = Dataset(data_dir, "train", block_size=128)
     for i, record in enumerate(RECORDS[:11]):
-        prompt = encode_prompt("plain", record["instruction"], record["input"], tokenizer)
+        prompt = encode("plain", [Message("user", record["instruction"], record["input"])], tokenizer).ids
         ids, _, select, _ = dataset.batch([i])
         assert ids[0, : len(prompt)].tolist() == prompt
         assert select[0] == len(prompt) - 1  # the last prompt token predicts the first of the response
@@ -67,7 +67,7 @@ def test_packed_records_give_what_each_gives_alone(data_dir: Path) -> None:
 def test_a_truncated_response_has_no_eos_and_a_prompt_without_room_is_dropped(
     data_dir: Path, tokenizer: Tokenizer
 ) -> None:
-    longest = len(encode_prompt("plain", RECORDS[8]["instruction"], RECORDS[8]["input"], tokenizer))
+    longest = len(encode("plain", [Message("user", RECORDS[8]["instruction"], RECORDS[8]["input"])], tokenizer).ids)
     dataset = Dataset(data_dir, "train", block_size=longest)
     assert dataset.n_dropped > 0
     assert len(dataset) + dataset.n_dropped == 11

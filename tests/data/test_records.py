@@ -177,7 +177,7 @@ def test_a_system_message_and_the_history_come_first(row: dict) -> None:
     assert conversation_of(**ALPACA, system="Be kind.", history=[["1?", "2."]]) == [system, *earlier, *HI]
 
 
-@pytest.mark.parametrize("name", ["weight", "loss_weight", "train"])
+@pytest.mark.parametrize("name", ["weight", "loss_weight", "loss", "train", "trainable"])
 @pytest.mark.parametrize("value", [0, 0.0, False, "0", "false"])
 def test_an_answer_of_weight_0_is_not_learned(name: str, value: object) -> None:
     with pytest.raises(ValueError, match="marked as not to be learned"):
@@ -193,6 +193,10 @@ def test_an_answer_of_weight_0_is_not_learned(name: str, value: object) -> None:
     ("row", "reason"),
     [
         ({**ALPACA, "label": False}, "marked as not to be learned"),
+        ({**CHAT, "kto_tag": False}, "marked as not to be learned"),
+        ({**CHAT, **ALPACA}, "has 'instruction' beside messages"),
+        ({"train": [ALPACA], "test": [ALPACA]}, "has no 'instruction', only 'train', 'test'"),
+        ({"messages": [MESSAGES[0], {**MESSAGES[1], "reasoning": "hm"}]}, "has 'reasoning'"),
         ({**ALPACA, "weight": 0.5}, "has a weight of 0.5, expected 0 or 1"),
         ({**ALPACA, "tools": [{"name": "f"}]}, "has 'tools', which cannot be used here"),
         ({**ALPACA, "images": ["a.png"]}, "has 'images'"),
@@ -242,7 +246,10 @@ def test_numbers_parts_and_nothing_are_read_as_they_are_meant() -> None:
         ("a.csv", "\ufeff instruction ;output;;\n\nHi;Hello;;\n;;;\n".encode()),
         ("a.csv", b"sep=|\r\ninstruction|output\r\nHi|Hello\r\n"),
         ("a.csv", "instruction\toutput\nHi\tHello\n".encode("utf-16")),
+        ("a.jsonl", f"{json.dumps(ALPACA)}\n".encode("utf-16")),
+        ("a.json", json.dumps([ALPACA], indent=1).encode("utf-16")),
         ("a.jsonl.gz", gzip.compress(json.dumps(ALPACA).encode() + b"\n", mtime=0)),
+        ("a.json", gzip.compress(json.dumps([ALPACA]).encode(), mtime=0)),
         ("a.csv.gz", gzip.compress(b"instruction,output\nHi,Hello\n", mtime=0)),
         ("a.JSON", json.dumps([ALPACA]).encode()),
     ],
@@ -252,9 +259,21 @@ def test_tables_and_compressed_files(tmp_path: Path, name: str, content: bytes) 
     assert read_records(tmp_path / name) == [HI]
 
 
+def test_json_lines_in_utf_16_are_cut_at_line_feeds_alone(tmp_path: Path) -> None:
+    lines = [json.dumps(ALPACA | {"output": text}, ensure_ascii=False) for text in ("a\u2028b", "c\x85d")]
+    (tmp_path / "a.jsonl").write_bytes("\r\n".join(lines).encode("utf-16"))
+    assert [record[1].content for record in read_records(tmp_path / "a.jsonl")] == ["a\u2028b", "c\x85d"]
+
+
 def test_a_row_with_more_or_fewer_cells_than_the_header_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("instruction,output\nHi,Hello, there\nHi\nHi,Hello\n")
     with pytest.raises(UserError, match=r"2 of 3 .*line 2 has 3 cells.*expected 2.*line 3 has 1 cell"):
+        read_records(tmp_path / "a.csv")
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("instruction,output,output,,\nHi,Hello,there,,\n")
+    with pytest.raises(UserError, match="two columns are called 'output'; rename one"):
         read_records(tmp_path / "a.csv")
 
 

@@ -104,6 +104,20 @@ def test_a_lora_file_for_a_4_bit_base_is_not_put_onto_another(talk: Talk, lora_f
     assert f"error: {plain} was trained on a base that is not in 4 bits" in err
 
 
+def test_lora_in_8_bits_is_merged_and_stays(talk: Talk, lora_files: list[Path]) -> None:
+    flags = ("--lora_path", lora_files[0], "--quantize", "int8")
+    (first, again), err = talk("a", f"/lora {lora_files[1]}", "/lora", "/reset", "a", flags=flags)
+    assert first == again != talk("a", flags=("--prompt_style", "zephyr", "--quantize", "int8"))[0][0]
+    assert err.count("error: with --compile or --quantize int8, LoRA is merged; start chat.py again") == 2
+
+
+def test_lora_is_swapped_on_a_base_in_4_bits(talk: Talk, lora_files: list[Path]) -> None:
+    zephyr, alpaca = lora_files
+    quantized = ("--quantize", "nf4", "--lora_path")
+    alone = [talk("a", flags=(*quantized, path))[0][0] for path in lora_files]
+    assert talk("a", f"/lora {alpaca}", "a", flags=(*quantized, zephyr))[0] == alone
+
+
 def test_a_style_of_one_question_says_so_once(talk: Talk) -> None:
     out, err = talk("a", "b", "a", flags=("--prompt_style", "plain"))
     assert out[0] == out[2]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import UserError
-from lit_llama.formats.tokenizers import PRE_TOKENIZERS
+from lit_llama.formats.tokenizers import PRE_TOKENIZERS, from_sentencepiece
 from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLAMA_3_SCALING, LLaMA, LLaMAConfig, RopeScaling
 from lit_llama.model_folder import load_model, own_template, save_model_folder
@@ -112,6 +112,11 @@ def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path: Path) -> 
         hf.save(str(path))
         with pytest.raises(UserError, match=r"tokenizer\.json cuts text in a way"):
             export_gguf.tokenizer_metadata(Tokenizer(path), 320)
+    train_sentencepiece(tmp_path / "tokenizer.model", vocab_size=350)
+    for name, text in from_sentencepiece(Tokenizer(tmp_path / "tokenizer.model")).items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=r"without the scores .*its tokenizer\.model in place"):
+        export_gguf.tokenizer_metadata(Tokenizer(path), 350)
     train_sentencepiece(tmp_path / "tokenizer.model", model_type="unigram", vocab_size=350)
     with pytest.raises(UserError, match=r"tokenizer\.model changes text or is not BPE"):
         export_gguf.tokenizer_metadata(Tokenizer(tmp_path / "tokenizer.model"), 450)
