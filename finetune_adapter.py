@@ -89,8 +89,7 @@ def main(
     val_data = Dataset(data_dir, "validation", block_size, mask_prompt, limit=eval_records)
     settings = {**constants(sys.modules[__name__]), "data": train_data.fingerprint, **identity(pretrained_path)}
     state = TrainingState(fabric, out_dir, [ADAPTER_FILE, BEST_FILE], settings, resume, dry_run)
-    max_tokens = micro_batch_tokens or micro_batch_size * block_size  # of a micro-batch
-    schedule = BatchSchedule(train_data, batch_size, max_tokens, seed)
+    schedule = BatchSchedule(train_data, batch_size, micro_batch_tokens or micro_batch_size * block_size, seed)
 
     torch.manual_seed(seed)
     llama = load_base(fabric, pretrained_path, dtype, quantize)
@@ -126,7 +125,7 @@ def main(
     log = TrainingLog(fabric, out_dir, n_steps, first_step, log_interval, settings)
     stop, check_step = StopSignal(), StepCheck(log, llama, fabric.strategy.precision)
     if first_step == 0:
-        val_loss = validation_loss(fabric, model, val_data, max_tokens)
+        val_loss = validation_loss(fabric, model, val_data, schedule.max_tokens)
         log.validation(0, val_loss)
         state.is_best(0, val_loss)  # the best file has to beat the untrained model, too
     # A step depends on nothing but its number and the state before it: a resumed run ends like an uninterrupted one.
@@ -157,7 +156,7 @@ def main(
         done = step + 1
         log.step(done, data, mean_loss, rate.at(step), gradient_norm)
         if done % validate_every == 0 or done == n_steps:
-            val_loss = validation_loss(fabric, model, val_data, max_tokens)
+            val_loss = validation_loss(fabric, model, val_data, schedule.max_tokens)
             log.validation(done, val_loss)
             if state.is_best(done, val_loss):
                 save_weights(fabric, out_dir / BEST_FILE, metadata, weights, dtype)

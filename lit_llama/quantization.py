@@ -31,11 +31,12 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, device: torch.device) -> None:
         super().__init__()
+        weight = weight.to(device)
         scale = (weight.abs().amax(1).float() / 127).bfloat16()  # (out,); rounded first, so that q makes up for it
         scale = scale.clamp(min=torch.finfo(torch.bfloat16).tiny)  # for a channel of zeros
         q = (weight.float() / scale.float()[:, None]).round_().clamp_(-127, 127)  # (out, in)
-        self.weight = nn.Buffer(q.to(device, torch.int8))
-        self.scale = nn.Buffer(scale.to(device))
+        self.weight = nn.Buffer(q.to(torch.int8))
+        self.scale = nn.Buffer(scale)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.numel() <= FEW * x.size(-1):

@@ -7,10 +7,11 @@ import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 from unittest import mock
 
+from lit_llama import kernels
 from lit_llama.data.batches import Batch, loss_sum
 from lit_llama.model import LLaMA
 from lit_llama.quantization import NF4Weight, quantize_blocks
@@ -142,10 +143,22 @@ def compute_gradients(llama: LLaMA, lengths: list[int], dtype: torch.dtype) -> N
 
 
 def gpu_operations() -> Any:
-    """A context in which operations of torch.nn.functional keep and move what a GPU's do, not what a CPU's do."""
-    return mock.patch.multiple(
-        F, dropout=dropout, rms_norm=FusedRMSNorm.rms_norm, scaled_dot_product_attention=attention
-    )
+    """A context in which operations keep and move what a GPU's do, not what a CPU's do."""
+    stack = ExitStack()
+    new = {"dropout": dropout, "rms_norm": FusedRMSNorm.rms_norm, "scaled_dot_product_attention": attention}
+    stack.enter_context(mock.patch.multiple(F, **new))
+    stack.enter_context(mock.patch.multiple(kernels, has_flash=has_flash, takes_groups=takes_groups))
+    return stack
+
+
+def has_flash(q: Tensor) -> bool:
+    """Whether the GPU that there is has FlashAttention; of others, those that compute in bfloat16 have it."""
+    is_new = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return q.itemsize == 2 and (is_new or q.dtype == torch.bfloat16)
+
+
+def takes_groups(q: Tensor, mask: Tensor | None) -> bool:
+    return mask is None and has_flash(q)
 
 
 def dropout(x: Tensor, p: float, training: bool, *_: Any) -> Tensor:
@@ -156,11 +169,10 @@ def dropout(x: Tensor, p: float, training: bool, *_: Any) -> Tensor:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False, enable_gqa: bool = False
 ) -> Tensor:
-    """On a GPU: FlashAttention, or for float32 the memory-efficient kernel, which takes no grouped queries."""
-    if mask is None and q.dtype != torch.float32:
+    """On a GPU: FlashAttention, or the memory-efficient kernel, which takes no grouped queries."""
+    if mask is None and has_flash(q):
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
-    if enable_gqa:
-        return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, mask, 0.0, is_causal, enable_gqa=True)[0]
+    assert not enable_gqa
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, 0.0, is_causal)[0]
 
 

@@ -94,7 +94,8 @@ def expected_memory(
         return f"memory: see scripts/estimate_memory.py --devices {fabric.world_size} (with --model and --method)"
     fullest, *others = schedule.step(0).micro_batches()
     lengths = (schedule.dataset.lengths[fullest] - 1).tolist()
-    lengths += [left] if others and (left := schedule.max_tokens - sum(lengths)) > 0 else []  # others may be fuller
+    left = schedule.max_tokens - schedule.dataset.n_tokens(fullest)
+    lengths += [left] if others and left > 0 else []  # that of another step may be fuller
     on_gpu = fabric.device.type != "cpu"
     peak = peak_of_step(llama, lengths, dtype, make_optimizer, on_gpu)
     if isinstance(fabric.strategy, DDPStrategy):  # gradients are sent in buckets beside them

@@ -1,6 +1,6 @@
 """Time LoRA training against transformers + PEFT on the same machine, weights, records and batches.
 
-Both sides train r = 8 on query and value with dropout 0.05, on the same micro-batches:
+Both sides train r = 8 on query and value with dropout 0.05, on the device that there is, on the same micro-batches:
   random   the records of a micro-batch are drawn at random, as finetune_lora.py draws them
   grouped  they are of similar length, as with Trainer's group_by_length
 In each, the peer pads its micro-batches to the longest record, or packs them without padding (position_ids restart at
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_llama.cli import run
-from lit_llama.data.batches import BatchSchedule, Dataset, loss_sum
-from lit_llama.device import peak_memory
+from lit_llama.data.batches import Batch, BatchSchedule, Dataset, loss_sum
+from lit_llama.device import default_device, default_precision, peak_memory, storage_dtype
 from lit_llama.formats.huggingface import hf_config, to_hf
 from lit_llama.lora import LoRAConfig, add_lora, mark_only_lora_as_trainable
 from lit_llama.model_folder import QUICKSTART_MODEL, find_model, load_model
@@ -145,13 +145,15 @@ def in_fresh_process(measure: Callable[[Setting], Measured], setting: Setting) -
 
 def measure_ours(setting: Setting) -> Measured:
     dataset, micro_batches = setting.micro_batches()
-    model = load_model(setting.checkpoint)
+    device, dtype = machine()
+    model = load_model(setting.checkpoint, dtype, device)
     add_lora(model, LoRAConfig())
     mark_only_lora_as_trainable(model)
 
     def loss_of(records: np.ndarray) -> Tensor:
         batch = dataset.batch(records)
-        return loss_sum(model, batch) / len(batch.targets)
+        ids, select, targets = (part.to(device) for part in (batch.input_ids, batch.select, batch.targets))
+        return loss_sum(model, Batch(ids, batch.lengths, select, targets)) / len(targets)
 
     return measure(model, loss_of, dataset, micro_batches, model.transformer.h if setting.compile else ())
 
@@ -174,22 +176,29 @@ def measure_peer(setting: Setting, inputs: Callable[[Dataset, np.ndarray], dict[
     model = peft.get_peft_model(model, lora).train()
 
     def loss_of(records: np.ndarray) -> Tensor:
-        return model(**inputs(dataset, records), use_cache=False).loss  # else records would see each other
+        given = {name: tensor.to(model.device) for name, tensor in inputs(dataset, records).items()}
+        return model(**given, use_cache=False).loss  # with a cache, records would see each other
 
     return measure(model, loss_of, dataset, micro_batches, blocks)
+
+
+def machine() -> tuple[torch.device, torch.dtype]:
+    """The device that there is, and what weights are stored in there, and products computed."""
+    return default_device(), storage_dtype(default_precision())
 
 
 def hf_model(checkpoint: Path) -> Any:
     """The same model in transformers."""
     import transformers
 
-    ours = load_model(checkpoint)
-    config = transformers.LlamaConfig(**hf_config(ours.config, torch.float32))
+    device, dtype = machine()
+    ours = load_model(checkpoint, dtype, device)
+    config = transformers.LlamaConfig(**hf_config(ours.config, dtype))
     with torch.device("meta"):
         model: Any = transformers.LlamaForCausalLM(config)
     model.load_state_dict(to_hf(ours.state_dict(), ours.config), assign=True)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     return model
 
 
@@ -229,21 +238,26 @@ def measure(
     """Train, with an optimizer step after each micro-batch; `blocks` are compiled."""
     for block in blocks:
         block.compile(dynamic=True)
+    device, dtype = machine()
+    mixed = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     start, losses, warm_up = 0.0, [], micro_batches[:WARM_UP]
     for i, records in enumerate([*warm_up, *micro_batches]):
         if i == len(warm_up):
             start = time.perf_counter()
-        loss = loss_of(records)
+        with mixed:
+            loss = loss_of(records)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     seconds = time.perf_counter() - start
-    memory = peak_memory(torch.device("cpu"))
+    memory = peak_memory(device)
     with torch.compiler.set_stance("force_eager"), Products() as products:
         for records in micro_batches:
-            loss_of(records).backward()
+            with mixed:
+                loss = loss_of(records)
+            loss.backward()
     speed = sum(dataset.n_tokens(records) for records in micro_batches) / seconds
     share = products.operations / seconds / matrix_rate()
     return Measured(speed, memory, statistics.mean(losses[len(warm_up) :]), share)
@@ -263,8 +277,14 @@ class Products(TorchDispatchMode):
 
 def matrix_rate(size: int = 2048) -> float:
     """Operations per second of a large matrix product, at its best."""
-    matrix = torch.randn(size, size)
-    return 2 * size**3 / min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=10))
+    device, dtype = machine()
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+
+    def multiply() -> None:
+        product = matrix @ matrix
+        product[0, 0].item()  # waits for it
+
+    return 2 * size**3 / min(timeit.repeat(multiply, number=1, repeat=10))
 
 
 if __name__ == "__main__":

