@@ -6,7 +6,6 @@ Every setting below is also a command-line flag.
 import math
 import shlex
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from lit_llama.model_folder import WEIGHTS, find_model, identity, own_template
 from lit_llama.storage.files import check_apart
 from lit_llama.training.log import TrainingLog, make_logger
 from lit_llama.training.optimizer import AdamW, LearningRate, LRSchedule, StepCheck, clip_gradients, sum_over_devices
-from lit_llama.training.plan import doubts, expected_memory, plan, show_records
+from lit_llama.training.plan import doubts, measured_memory, plan, show_records
 from lit_llama.training.run import StopSignal, Strategy, compile_blocks, launch, load_base, validation_loss
 from lit_llama.training.state import Resume, TrainingState, save_model
 
@@ -111,13 +110,13 @@ def main(
     if state.is_complete(limits, patience, out_dir / WEIGHTS, out_dir / "config.json"):
         return
 
-    memory = expected_memory(fabric, llama, schedule, dtype, partial(AdamW, lr=0.0, moments_dtype=moments))
     found = doubts(train_data, val_data, llama, tokenizer, own_template(pretrained_path), learning_rate)
-    lines = (*plan(schedule, val_data, rate, llama, state, patience), memory, *found)
+    lines = (*plan(schedule, val_data, rate, llama, state, patience), *found)
     fabric.print(*lines, sep="\n", file=sys.stderr)
     if compile:
         compile_blocks(llama)
     if dry_run:
+        fabric.print(measured_memory(fabric, model, optimizer, schedule), file=sys.stderr)
         fabric.print(show_records(train_data, tokenizer))
         return
     log = TrainingLog(fabric, out_dir, n_steps, first_step, log_interval, settings)

@@ -10,7 +10,12 @@ from unittest import mock
 
 from lit_llama.model import LLaMA
 from lit_llama.quantization import NF4Weight
-from lit_llama.training.memory import (
+from lit_llama.training.run import fill, shard
+from lit_llama.training.state import room_for
+
+import torch
+import torch.distributed as dist
+from memory_trace import (
     Count,
     after_a_step,
     compute_gradients,
@@ -19,11 +24,6 @@ from lit_llama.training.memory import (
     shapes_of,
     take_step,
 )
-from lit_llama.training.run import fill, shard
-from lit_llama.training.state import room_for
-
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh

@@ -3,22 +3,21 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-from lit_llama.data.batches import BatchSchedule, Dataset
+from lit_llama.data.batches import BatchSchedule, Dataset, loss_sum
 from lit_llama.device import describe_machine, free_memory
 from lit_llama.errors import UserError
 from lit_llama.model import LLaMA
 from lit_llama.prompt import name_of, stop_ids
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.training.memory import peak_of_step
 from lit_llama.training.optimizer import LearningRate
 from lit_llama.training.state import TrainingState
 
 import torch
 from lightning import Fabric
-from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.optim import Optimizer
 
 FEW = 200  # records that are looked at, or tokens that say little
 COLOUR, PLAIN = ("\033[32m", "\033[0m"), ("[[", "]]")  # around what is trained on
@@ -35,8 +34,11 @@ def plan(
     """Lines about the machine, the records, the steps, the learning rate and the trained parameters of a run."""
     if patience and not len(val_data):
         raise UserError("--patience needs validation records, and there are none; leave it out, or prepare some")
-    n = state.fabric.world_size
-    yield f"on {f'{n} devices: ' if n > 1 else ''}{describe_machine()}, in {state.fabric.strategy.precision.precision}"
+    n, free = state.fabric.world_size, free_memory(state.fabric.device)
+    where = (
+        f"on {f'{n} devices: ' if n > 1 else ''}{describe_machine()}, in {state.fabric.strategy.precision.precision}"
+    )
+    yield f"{where}, {free / 1e9:.1f} GB of memory free" if free else where
     data, epochs = schedule.dataset, rate.n_steps / schedule.steps_per_epoch
     yield (
         f"{len(data):,} records to train on, {data.n_cut:,} truncated, {data.n_dropped:,} dropped (prompt fills "
@@ -86,25 +88,14 @@ def doubts(
         yield f"warning: {n:,} tokens are trained on, more than {capacity:,} parameters can hold; raise --lora_r"
 
 
-def expected_memory(
-    fabric: Fabric, llama: LLaMA, schedule: BatchSchedule, dtype: torch.dtype, make_optimizer: Callable[..., Any]
-) -> str:
-    """A line about the memory that a full micro-batch takes on a device, and what there is."""
-    if isinstance(fabric.strategy, ModelParallelStrategy):
-        return f"memory: see scripts/estimate_memory.py --devices {fabric.world_size} (with --model and --method)"
-    fullest, *others = schedule.step(0).micro_batches()
-    lengths = (schedule.dataset.lengths[fullest] - 1).tolist()
-    left = schedule.max_tokens - schedule.dataset.n_tokens(fullest)
-    lengths += [left] if others and left > 0 else []  # that of another step may be fuller
-    on_gpu = fabric.device.type != "cpu"
-    peak = peak_of_step(llama, lengths, dtype, make_optimizer, on_gpu)
-    if isinstance(fabric.strategy, DDPStrategy):  # gradients are sent in buckets beside them
-        peak += sum(parameter.nbytes for parameter in llama.parameters() if parameter.requires_grad)
-    free = free_memory(fabric.device)
-    there = f", {free / 1e9:.1f} GB {'on this GPU' if on_gpu else 'available'}" if free else ""
-    scope = "" if on_gpu else " (steps report the whole process)"
-    warning = "; this may not fit, see --activation_checkpointing and --micro_batch_size" if 0 < free < peak else ""
-    return f"expected peak: about {peak / 1e9:.1f} GB of tensors{scope}{there}{warning}"
+def measured_memory(fabric: Fabric, model: nn.Module, optimizer: Optimizer, schedule: BatchSchedule) -> str:
+    """A line about the memory of a step: on a GPU, a full micro-batch is computed to see what it takes."""
+    if fabric.device.type == "cpu":
+        return "what a step takes is told by scripts/estimate_memory.py, or by the first step: it is the largest"
+    batch = next(schedule.step(0).batches(fabric.global_rank, fabric.world_size))
+    fabric.backward(loss_sum(model, fabric.to_device(batch)))
+    optimizer.step()
+    return f"a full micro-batch takes {torch.cuda.max_memory_reserved(fabric.device) / 1e9:.1f} GB"
 
 
 def show_records(dataset: Dataset, tokenizer: Tokenizer, n: int = 2) -> str:

@@ -142,7 +142,7 @@ class Checks:
         )
 
     def memory(self) -> Iterator[Row]:
-        from lit_llama.training.memory import peak_of_step
+        from scripts.memory_trace import peak_of_step
 
         for what, name, nf4, checkpointing in (
             (self.model, self.model, False, False), (f"{self.model}, checkpointing", self.model, False, True),

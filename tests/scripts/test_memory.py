@@ -10,30 +10,27 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 from lit_llama import model
 from lit_llama.adapter import AdapterConfig, add_adapter, mark_only_adapter_as_trainable
-from lit_llama.data.batches import Batch, BatchSchedule, loss_sum
+from lit_llama.data.batches import Batch, loss_sum
 from lit_llama.device import storage_dtype
 from lit_llama.formats.huggingface import hf_config
 from lit_llama.generation import Sampling, next_tokens
 from lit_llama.lora import TARGETS, LoRAConfig, add_lora, mark_only_lora_as_trainable
 from lit_llama.model import Block, LLaMA, RMSNorm
-from lit_llama.training import memory
-from lit_llama.training import plan as preview
-from lit_llama.training.memory import peak_of_step
 from lit_llama.training.optimizer import AdamW
 
-import numpy as np
+import memory_trace
 import pytest
 import torch
-from builders import ROOT, TINY, Lengths, random_model, run_script
+from builders import ROOT, TINY, random_model, run_script
 from estimate_memory import store_as
-from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 from memory_parts import Ledger, estimate_step
+from memory_trace import peak_of_step
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -55,15 +52,17 @@ def watched(script: ModuleType) -> Iterator[list[int]]:
     with ExitStack() as stack:
         plan, ledgers = script.plan, []
 
-        def estimate(*args: Any) -> int:
-            peaks.append(peak_of_step(*args))
-            return peaks[0]
-
-        def begin(schedule: Any, val_data: Any, rate: Any, llama: LLaMA, *more: Any) -> Any:
+        def begin(schedule: Any, val_data: Any, rate: Any, llama: LLaMA, state: Any, *more: Any) -> Any:
+            if state.fabric.world_size == 1:
+                fullest = max(schedule.step(0).micro_batches(), key=schedule.dataset.n_tokens)
+                lengths = (schedule.dataset.lengths[fullest] - 1).tolist()
+                is_full = script.__name__ == "finetune_full"
+                dtype = storage_dtype(state.fabric.strategy.precision.precision)
+                make_optimizer = partial(AdamW, lr=0.0) if is_full else torch.optim.AdamW
+                peaks.append(peak_of_step(llama, lengths, dtype, make_optimizer, False))
             ledgers.append(stack.enter_context(Ledger(llama)))
-            return plan(schedule, val_data, rate, llama, *more)
+            return plan(schedule, val_data, rate, llama, state, *more)
 
-        stack.enter_context(mock.patch.object(preview, "peak_of_step", estimate))
         stack.enter_context(mock.patch.object(script, "plan", begin))
         yield peaks
     peaks.append(max(ledgers[0].peaks.values()))
@@ -115,20 +114,6 @@ if os.environ.get("LOCAL_RANK") == "1":
     assert estimate.peak == pytest.approx(int(result.stdout), rel=0.01)
 
 
-def test_ddp_sends_gradients_in_buckets_beside_them() -> None:
-    with torch.device("meta"):
-        llama = LLaMA(replace(TINY, vocab_size=2_000_000))
-    schedule = BatchSchedule(Lengths(np.array([9, 9])), batch_size=2, max_tokens=18, seed=0)
-    expected = []
-    for strategy in (SingleDeviceStrategy(), DDPStrategy()):
-        fabric = SimpleNamespace(strategy=strategy, device=torch.device("cpu"), world_size=2)
-        line = preview.expected_memory(fabric, llama, schedule, torch.float32, partial(AdamW, lr=0.0))
-        expected.append(float(line.split()[3]))
-    buckets = sum(parameter.nbytes for parameter in llama.parameters()) / 1e9
-    assert expected[1] - expected[0] == pytest.approx(buckets, abs=0.1)
-    assert buckets > 0.5
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", [*METHODS, "head"])
@@ -145,7 +130,7 @@ def test_a_deep_model_is_extrapolated_from_few_blocks(method: str, checkpointing
     llama.recompute_blocks = checkpointing
     make_optimizer = partial(AdamW, lr=0.0) if method == "full" else torch.optim.AdamW
     step = partial(peak_of_step, llama, [9, 30], torch.bfloat16, make_optimizer, True)
-    with mock.patch.object(memory, "for_all_blocks", lambda llama, trace: trace(llama.transformer.h)):
+    with mock.patch.object(memory_trace, "for_all_blocks", lambda llama, trace: trace(llama.transformer.h)):
         whole = step()
     assert step() == pytest.approx(whole, rel=0.001)
 
