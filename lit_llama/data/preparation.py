@@ -71,7 +71,8 @@ class Encoder:
             except UserError as error:
                 problems.append((place, f"does not fit: {error}"))
                 continue
-            changes = np.flatnonzero(np.diff(trained, prepend=False, append=False))  # where a span starts or ends
+            flags = np.array([False, *trained, False])
+            changes = np.flatnonzero(flags[1:] != flags[:-1])  # where a span starts or ends
             spans += (len(tokens) + changes).tolist()
             tokens += ids[: changes[-1]]
             documents += [len(ends)] * (len(record) == 1)
