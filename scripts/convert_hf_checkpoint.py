@@ -1,26 +1,40 @@
 """Convert a Hugging Face model folder (config.json and .safetensors or .bin shards) into a model folder."""
 
+import base64
+import re
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from lit_llama.cli import run
 from lit_llama.errors import UserError, short
-from lit_llama.formats.huggingface import config_from_hf, from_hf
-from lit_llama.formats.tokenizers import read_chat_template, read_tokenizer, tried
+from lit_llama.formats.huggingface import NAMES, QKV, config_from_hf, pairs_from_halves
+from lit_llama.formats.tokenizers import byte_level_bpe, read_chat_template, splits, tried
+from lit_llama.model import LLaMAConfig
 from lit_llama.model_folder import check_complete, load_model, own_template, save_model_folder, suggest_script
 from lit_llama.progress import progress
 from lit_llama.prompt import Message, encode
-from lit_llama.storage.files import check_apart, read_file, read_json, read_safetensors
-from lit_llama.tokenizer import find_tokenizer
+from lit_llama.storage.files import check_apart, is_plain, read_file, read_json, read_safetensors
+from lit_llama.tokenizer import Tokenizer, find_tokenizer, tokenizer_in
 
 import torch
+from tokenizers import AddedToken
 from torch import Tensor
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each may be one file or have an index; in transformers' order
+LLAMA_3_NAMES = (
+    *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
+    *("finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"),
+    *(f"reserved_special_token_{i}" for i in range(2, 247)),
+)
+LLAMA_3_SPECIAL = [f"<|{name}|>" for name in LLAMA_3_NAMES]  # as of Llama 3.1; their ids follow those in the file
+
+# Byte-level BPE writes a byte as one character: printable ones as in Latin-1, the others as those from 256 on (GPT-2).
+PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+BYTE_TO_CHAR = {byte: 256 + i for i, byte in enumerate(sorted({*range(256)} - PRINTABLE))}
 TEXTS = [
     "Hello, my name is",
     "  two  spaces\n\tand a tab",
@@ -153,6 +167,90 @@ def compare(theirs_dir: Path, ours_dir: Path, has_tokenizer: bool) -> None:
         same = encode(template, [Message("user", question)], tokenizer).ids == theirs_ids
         found = "the same token ids as" if same else "other token ids than"
         print(f"A question in the chat template has {found} in transformers", file=sys.stderr)
+
+
+def from_hf(
+    tensors: Iterable[tuple[str, Tensor]], config: LLaMAConfig, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The state dict of LLaMA from the named tensors of a LlamaForCausalLM, which may come in any order.
+
+    Args:
+        config: if it ties head and embedding, a head may be missing; one that is there is not compared.
+        dtype: None for the weights' own, which is float32 if they have several.
+    """
+    names = {theirs: ours for ours, theirs in NAMES.items()}
+    state: dict[str, Tensor] = {}
+    qkv: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors:
+        if not is_plain(tensor) or not tensor.is_floating_point() or tensor.itemsize == 1:
+            raise UserError(f"{short(name)} is {short(tensor)}, expected float32, bfloat16 or float16")
+        tensor = tensor.to(dtype or tensor.dtype, copy=True)  # a mapped file could not be let go
+        layer, prefix, number = name, "", ""
+        if name.startswith("model.layers.") and name.count(".") > 2:
+            number, layer = name.removeprefix("model.layers.").split(".", 1)
+            prefix = f"transformer.h.{number}."
+        if layer in names:
+            state[prefix + names[layer]] = tensor
+        elif layer in QKV:
+            parts = qkv.setdefault(prefix, {})
+            parts[QKV[layer]] = tensor
+            if len(parts) == 3:
+                del qkv[prefix]
+                if any(parts[x].shape != (n, config.n_embd) for x, n in zip("qkv", config.qkv_sizes, strict=True)):
+                    raise UserError(f"q, k or v of layer {number} has a shape that config.json does not imply")
+                q, k = pairs_from_halves(parts["q"], config.n_head), pairs_from_halves(parts["k"], config.n_kv_head)
+                state[f"{prefix}attn.c_attn.weight"] = torch.cat((q, k, parts["v"]))
+        elif not layer.endswith("rotary_emb.inv_freq"):  # old files carry these tables
+            raise UserError(f"there is a tensor {name}, which a LLaMA does not have")
+    dtypes = {tensor.dtype for tensor in state.values()}
+    if len(dtypes) > 1 or torch.float64 in dtypes:  # a model has one
+        state = {name: tensor.float() for name, tensor in state.items()}
+    if config.tie_embeddings and "transformer.wte.weight" in state:
+        state.setdefault("lm_head.weight", state["transformer.wte.weight"])
+    return state
+
+
+def read_tokenizer(*folders: Path) -> dict[str, bytes | str]:
+    """The tokenizer's files in the first folder that has one; none if none has."""
+    for path in filter(None, map(tokenizer_in, folders)):
+        return from_tiktoken(path) if is_tiktoken(path) else dict(Tokenizer(path).files())
+    return {}
+
+
+def is_tiktoken(path: Path) -> bool:
+    """Whether the file is of tiktoken's format, as Llama 3's `tokenizer.model` is, despite its name."""
+    with open(path, "rb") as file:
+        return re.match(rb"[A-Za-z0-9+/]+=* \d+\s", file.read(1024)) is not None
+
+
+def from_tiktoken(path: Path) -> dict[str, bytes | str]:
+    """Llama 3's `tokenizer.model` as the Hugging Face files tokenizer.json and tokenizer_config.json, with its BOS.
+
+    tiktoken merges the pair of neighbours whose union has the lowest rank, whatever the two are: every way to split a
+    token into two others is a merge.
+    """
+    ranks = read_ranks(path)
+    chars = {token: token.decode("latin-1").translate(BYTE_TO_CHAR) for token in ranks}
+    merges = []
+    for token in ranks:
+        pairs = sorted(splits(token, ranks), key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(chars[left], chars[right]) for left, right in pairs]
+    special = [AddedToken(token, special=True) for token in LLAMA_3_SPECIAL]
+    names = {"eos_token": LLAMA_3_SPECIAL[1], "bos_token": LLAMA_3_SPECIAL[0]}
+    return byte_level_bpe("llama-bpe", [*chars.values(), *LLAMA_3_SPECIAL], merges, special, names, begins=True)
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """The tokens of a tiktoken file and their ranks, which count from 0 in the order of the lines."""
+    lines = path.read_bytes().splitlines()
+    try:
+        pairs = [line.split() for line in lines]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except ValueError:
+        raise UserError(f"{path} is not a tiktoken file, or is truncated; copy it again") from None
+    if [*ranks.values()] != [*range(len(lines))] or any(bytes([byte]) not in ranks for byte in range(256)):
+        raise UserError(f"{path} is a tiktoken file with tokens missing or twice; copy it again")
+    return ranks
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from typing import Any
 from lit_llama.cli import run
 from lit_llama.errors import UserError, error_context, short
 from lit_llama.formats.huggingface import check_known
-from lit_llama.formats.tokenizers import read_tokenizer
 from lit_llama.model import CONFIGS, LLAMA_3_SCALING, LLaMA, LLaMAConfig
 from lit_llama.model_folder import check_complete, save_model_folder
 from lit_llama.progress import progress
@@ -18,6 +17,7 @@ from lit_llama.storage.checks import from_fields
 from lit_llama.storage.files import check_apart, is_plain, read_file, read_json
 
 import torch
+from convert_hf_checkpoint import read_tokenizer
 from torch import Tensor
 
 NAMES = {

@@ -23,7 +23,7 @@ from lit_llama.formats.gguf import (
 )
 from lit_llama.formats.huggingface import NAMES
 from lit_llama.formats.peft import parts
-from lit_llama.formats.tokenizers import PRE_TOKENIZERS, TEMPLATE_NAME, byte_level_bpe, portable
+from lit_llama.formats.tokenizers import PRE_TOKENIZERS, TEMPLATE_NAME, byte_level_bpe
 from lit_llama.lora import LoRAConfig
 from lit_llama.model import LLaMAConfig
 from lit_llama.model_folder import find_model, load_model, own_template, read_config
@@ -33,6 +33,7 @@ from lit_llama.storage.files import check_apart, check_finite, read_file, replac
 from lit_llama.tokenizer import CONTROL, USER_DEFINED, Tokenizer, find_tokenizer
 
 import numpy as np
+from export_hf import portable
 from modelfile import modelfile
 from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor

@@ -6,20 +6,25 @@ from pathlib import Path
 
 from lit_llama.cli import run
 from lit_llama.formats.huggingface import hf_config, to_hf
-from lit_llama.formats.tokenizers import TOKENIZER_FILES, tokenizer_files
+from lit_llama.formats.tokenizers import TOKENIZER_FILES, default, splits
 from lit_llama.model_folder import find_model, load_model, own_template
 from lit_llama.progress import progress
-from lit_llama.prompt import find_template, stop_ids
+from lit_llama.prompt import STYLES, find_template, names_of, stop_ids
 from lit_llama.storage.files import check_apart, replacing_folder, write_file, write_safetensors
-from lit_llama.tokenizer import find_tokenizer
+from lit_llama.tokenizer import CONFIG_NAME, FILE_NAMES, Tokenizer, find_tokenizer
 
 from jsonargparse.typing import PositiveFloat
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, decoders, models, normalizers, processors
+from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor
 
 HF_FILES = (
     r"config\.json|generation_config\.json|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors"
     rf"|{TOKENIZER_FILES}"
 )
+LEFT_OUT = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "auto_map", "backend")
+SPACE = "\u2581"  # how SentencePiece writes it
 
 
 def main(
@@ -78,6 +83,59 @@ def save_weights(state: dict[str, Tensor], out_dir: Path, max_bytes: int) -> Non
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
         write_file(out_dir / "model.safetensors.index.json", json.dumps(index, indent=2))
+
+
+def from_sentencepiece(ours: Tokenizer) -> dict[str, str]:
+    """A SentencePiece `tokenizer.model` of BPE as the Hugging Face files that give the same ids.
+
+    SentencePiece merges the pair of neighbours whose union has the highest score: every way to split a piece into two
+    others is a merge.
+    """
+    sp = SentencePieceProcessor(model_proto=ours.files()["tokenizer.model"])
+    ids = range(sp.vocab_size())
+    pieces = [sp.id_to_piece(i) for i in ids]
+    special = [pieces[i] for i in ids if sp.is_control(i) or sp.is_unknown(i)]
+    texts = {pieces[i] for i in ids if not sp.is_byte(i)} - {*special}
+    merges = []
+    for piece in sorted(texts, key=lambda piece: (-sp.get_score(sp.piece_to_id(piece)), piece)):
+        merges += splits(piece, texts)
+    vocabulary, unk = {piece: i for i, piece in enumerate(pieces)}, pieces[sp.unk_id()]
+    tokenizer = HFTokenizer(models.BPE(vocabulary, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
+    prefix = sp.encode_as_pieces("a")[0].startswith(SPACE)  # whether a text begins as if a space came before it
+    escape = normalizers.Replace(" ", SPACE)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), escape] if prefix else [escape])
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    if ours.bos_id is not None:
+        bos = pieces[ours.bos_id]
+        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, ours.bos_id)])
+    names = {"unk_token": unk, **ours.names}
+    return {"tokenizer.json": tokenizer.to_str(), CONFIG_NAME: json.dumps(names, indent=2)}
+
+
+def tokenizer_files(tokenizer: Tokenizer, template: str | None) -> dict[str, bytes | str]:
+    """A tokenizer.json and a tokenizer_config.json, which say all that the tokenizer's own files do.
+
+    The class is the one that reads a tokenizer.json as it is, in transformers 4 and 5: others build it anew from its
+    vocabulary. The chat template that the tokenizer has stays, be it one of several, if it is this one or if there is
+    no other.
+    """
+    files: dict[str, bytes | str] = dict(tokenizer.files())
+    if "tokenizer.json" not in files:
+        files |= from_sentencepiece(tokenizer)
+    fields = {name: value for name, value in json.loads(files.get(CONFIG_NAME, "{}")).items() if name not in LEFT_OUT}
+    fields |= {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.names}
+    if template and default(fields.get("chat_template")) != template:
+        fields["chat_template"] = portable(template, tokenizer)
+    kept = {name: files[name] for name in FILE_NAMES if name in files}
+    return {**kept, CONFIG_NAME: json.dumps(fields, indent=2)}
+
+
+def portable(template: str, tokenizer: Tokenizer) -> str:
+    """A template as other programs are to have it, which may have another idea of the bos, if the model has none."""
+    has_bos = names_of(template, tokenizer)["bos_token"]
+    return template if has_bos or template not in STYLES.values() else template.replace("{{ bos_token }}", "")
 
 
 if __name__ == "__main__":

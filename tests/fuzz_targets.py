@@ -14,7 +14,6 @@ from lit_llama.data.preparation import Encoder, prepare
 from lit_llama.data.records import Fields, conversation
 from lit_llama.data.sources import read_rows
 from lit_llama.finetuned import Kind, describe, read_finetuned, save_finetuned
-from lit_llama.formats.tokenizers import from_tiktoken
 from lit_llama.generation import Sampling, generate, read_prompts
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLaMA
@@ -35,6 +34,7 @@ import torch
 from builders import RECORDS, TINY, prepare_records, random_model, randomize
 from builders_gguf import bpe_metadata, write_gguf
 from builders_tokenizers import train_byte_tokenizer, train_sentencepiece
+from convert_hf_checkpoint import from_tiktoken
 from lightning import Fabric
 from test_convert_meta import VARIANTS, write_folder
 from torch import Tensor

@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 from lit_llama.errors import UserError
-from lit_llama.formats.tokenizers import from_sentencepiece
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 
 import pytest
 import sentencepiece
+from export_hf import from_sentencepiece
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, pre_tokenizers, processors
 

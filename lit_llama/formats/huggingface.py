@@ -1,12 +1,11 @@
 """Hugging Face's names, row order and configuration of the same models, in both directions."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lit_llama.errors import UserError, check_type, short
 from lit_llama.model import LLaMAConfig
 from lit_llama.storage.checks import from_fields
-from lit_llama.storage.files import is_plain
 
 import torch
 from torch import Tensor
@@ -96,47 +95,6 @@ def to_hf(state: dict[str, Tensor], config: LLaMAConfig) -> dict[str, Tensor]:
         else:
             result[prefix + NAMES[parts[3]]] = tensor
     return result
-
-
-def from_hf(
-    tensors: Iterable[tuple[str, Tensor]], config: LLaMAConfig, dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
-    """The state dict of LLaMA from the named tensors of a LlamaForCausalLM, which may come in any order.
-
-    Args:
-        config: if it ties head and embedding, a head may be missing; one that is there is not compared.
-        dtype: None for the weights' own, which is float32 if they have several.
-    """
-    names = {theirs: ours for ours, theirs in NAMES.items()}
-    state: dict[str, Tensor] = {}
-    qkv: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors:
-        if not is_plain(tensor) or not tensor.is_floating_point() or tensor.itemsize == 1:
-            raise UserError(f"{short(name)} is {short(tensor)}, expected float32, bfloat16 or float16")
-        tensor = tensor.to(dtype or tensor.dtype, copy=True)  # a mapped file could not be let go
-        layer, prefix, number = name, "", ""
-        if name.startswith("model.layers.") and name.count(".") > 2:
-            number, layer = name.removeprefix("model.layers.").split(".", 1)
-            prefix = f"transformer.h.{number}."
-        if layer in names:
-            state[prefix + names[layer]] = tensor
-        elif layer in QKV:
-            parts = qkv.setdefault(prefix, {})
-            parts[QKV[layer]] = tensor
-            if len(parts) == 3:
-                del qkv[prefix]
-                if any(parts[x].shape != (n, config.n_embd) for x, n in zip("qkv", config.qkv_sizes, strict=True)):
-                    raise UserError(f"q, k or v of layer {number} has a shape that config.json does not imply")
-                q, k = pairs_from_halves(parts["q"], config.n_head), pairs_from_halves(parts["k"], config.n_kv_head)
-                state[f"{prefix}attn.c_attn.weight"] = torch.cat((q, k, parts["v"]))
-        elif not layer.endswith("rotary_emb.inv_freq"):  # old files carry these tables
-            raise UserError(f"there is a tensor {name}, which a LLaMA does not have")
-    dtypes = {tensor.dtype for tensor in state.values()}
-    if len(dtypes) > 1 or torch.float64 in dtypes:  # a model has one
-        state = {name: tensor.float() for name, tensor in state.items()}
-    if config.tie_embeddings and "transformer.wte.weight" in state:
-        state.setdefault("lm_head.weight", state["transformer.wte.weight"])
-    return state
 
 
 def hf_config(config: LLaMAConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -1,21 +1,18 @@
 """Tokenizers as files of Hugging Face's, with a chat template: made from SentencePiece, tiktoken and others."""
 
-import base64
 import json
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from lit_llama.errors import UserError
 from lit_llama.progress import say
-from lit_llama.prompt import EXCHANGED, STYLES, names_of
+from lit_llama.prompt import EXCHANGED
 from lit_llama.sandbox import render
 from lit_llama.storage.files import read_json, read_text
-from lit_llama.tokenizer import CONFIG_NAME, FILE_NAMES, Tokenizer, tokenizer_in
+from lit_llama.tokenizer import CONFIG_NAME
 
-from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as HFTokenizer
 
 T = TypeVar("T", str, bytes)
@@ -23,8 +20,6 @@ TEMPLATE_NAME = "chat_template.jinja"  # where transformers keeps it today; it r
 TOKENIZER_FILES = (
     r"tokenizer\.(json|model)|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja"
 )
-LEFT_OUT = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "auto_map", "backend")
-SPACE = "\u2581"  # how SentencePiece writes it
 
 BYTES = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
 DIGITS = [pre_tokenizers.Digits(individual_digits=True), *BYTES]
@@ -41,65 +36,12 @@ PRE_TOKENIZERS = {  # llama.cpp's names for how text is cut before the byte pair
     **dict.fromkeys(("smollm", "minerva-7b"), DIGITS),
     **dict.fromkeys(("llama-bpe", "llama-v3", "llama3", "falcon3"), LLAMA_3),
 }
-LLAMA_3_NAMES = (
-    *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
-    *("finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"),
-    *(f"reserved_special_token_{i}" for i in range(2, 247)),
-)
-LLAMA_3_SPECIAL = [f"<|{name}|>" for name in LLAMA_3_NAMES]  # as of Llama 3.1; their ids follow those in the file
-
-# Byte-level BPE writes a byte as one character: printable ones as in Latin-1, the others as those from 256 on (GPT-2).
-PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
-BYTE_TO_CHAR = {byte: 256 + i for i, byte in enumerate(sorted({*range(256)} - PRINTABLE))}
-
-
-def read_tokenizer(*folders: Path) -> dict[str, bytes | str]:
-    """The tokenizer's files in the first folder that has one; none if none has."""
-    for path in filter(None, map(tokenizer_in, folders)):
-        return from_tiktoken(path) if is_tiktoken(path) else dict(Tokenizer(path).files())
-    return {}
-
-
-def is_tiktoken(path: Path) -> bool:
-    """Whether the file is of tiktoken's format, as Llama 3's `tokenizer.model` is, despite its name."""
-    with open(path, "rb") as file:
-        return re.match(rb"[A-Za-z0-9+/]+=* \d+\s", file.read(1024)) is not None
-
-
-def from_tiktoken(path: Path) -> dict[str, bytes | str]:
-    """Llama 3's `tokenizer.model` as the Hugging Face files tokenizer.json and tokenizer_config.json, with its BOS.
-
-    tiktoken merges the pair of neighbours whose union has the lowest rank, whatever the two are: every way to split a
-    token into two others is a merge.
-    """
-    ranks = read_ranks(path)
-    chars = {token: token.decode("latin-1").translate(BYTE_TO_CHAR) for token in ranks}
-    merges = []
-    for token in ranks:
-        pairs = sorted(splits(token, ranks), key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [(chars[left], chars[right]) for left, right in pairs]
-    special = [AddedToken(token, special=True) for token in LLAMA_3_SPECIAL]
-    names = {"eos_token": LLAMA_3_SPECIAL[1], "bos_token": LLAMA_3_SPECIAL[0]}
-    return byte_level_bpe("llama-bpe", [*chars.values(), *LLAMA_3_SPECIAL], merges, special, names, begins=True)
 
 
 def splits(token: T, others: Collection[T]) -> list[tuple[T, T]]:
     """The ways to split a token into two others."""
     pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
     return [(left, right) for left, right in pairs if left in others and right in others]
-
-
-def read_ranks(path: Path) -> dict[bytes, int]:
-    """The tokens of a tiktoken file and their ranks, which count from 0 in the order of the lines."""
-    lines = path.read_bytes().splitlines()
-    try:
-        pairs = [line.split() for line in lines]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-    except ValueError:
-        raise UserError(f"{path} is not a tiktoken file, or is truncated; copy it again") from None
-    if [*ranks.values()] != [*range(len(lines))] or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise UserError(f"{path} is a tiktoken file with tokens missing or twice; copy it again")
-    return ranks
 
 
 def byte_level_bpe(
@@ -124,53 +66,6 @@ def byte_level_bpe(
     return {"tokenizer.json": tokenizer.to_str(), CONFIG_NAME: json.dumps(names, indent=2)}
 
 
-def from_sentencepiece(ours: Tokenizer) -> dict[str, str]:
-    """A SentencePiece `tokenizer.model` of BPE as the Hugging Face files that give the same ids.
-
-    SentencePiece merges the pair of neighbours whose union has the highest score: every way to split a piece into two
-    others is a merge.
-    """
-    sp = SentencePieceProcessor(model_proto=ours.files()["tokenizer.model"])
-    ids = range(sp.vocab_size())
-    pieces = [sp.id_to_piece(i) for i in ids]
-    special = [pieces[i] for i in ids if sp.is_control(i) or sp.is_unknown(i)]
-    texts = {pieces[i] for i in ids if not sp.is_byte(i)} - {*special}
-    merges = []
-    for piece in sorted(texts, key=lambda piece: (-sp.get_score(sp.piece_to_id(piece)), piece)):
-        merges += splits(piece, texts)
-    vocabulary, unk = {piece: i for i, piece in enumerate(pieces)}, pieces[sp.unk_id()]
-    tokenizer = HFTokenizer(models.BPE(vocabulary, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
-    prefix = sp.encode_as_pieces("a")[0].startswith(SPACE)  # whether a text begins as if a space came before it
-    escape = normalizers.Replace(" ", SPACE)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), escape] if prefix else [escape])
-    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    if ours.bos_id is not None:
-        bos = pieces[ours.bos_id]
-        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, ours.bos_id)])
-    names = {"unk_token": unk, **ours.names}
-    return {"tokenizer.json": tokenizer.to_str(), CONFIG_NAME: json.dumps(names, indent=2)}
-
-
-def tokenizer_files(tokenizer: Tokenizer, template: str | None) -> dict[str, bytes | str]:
-    """A tokenizer.json and a tokenizer_config.json, which say all that the tokenizer's own files do.
-
-    The class is the one that reads a tokenizer.json as it is, in transformers 4 and 5: others build it anew from its
-    vocabulary. The chat template that the tokenizer has stays, be it one of several, if it is this one or if there is
-    no other.
-    """
-    files: dict[str, bytes | str] = dict(tokenizer.files())
-    if "tokenizer.json" not in files:
-        files |= from_sentencepiece(tokenizer)
-    fields = {name: value for name, value in json.loads(files.get(CONFIG_NAME, "{}")).items() if name not in LEFT_OUT}
-    fields |= {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.names}
-    if template and default(fields.get("chat_template")) != template:
-        fields["chat_template"] = portable(template, tokenizer)
-    kept = {name: files[name] for name in FILE_NAMES if name in files}
-    return {**kept, CONFIG_NAME: json.dumps(fields, indent=2)}
-
-
 def read_chat_template(folder: Path) -> str | None:
     """The chat template of a folder of Hugging Face's, if any: a file of its own, or else in the tokenizer's config."""
     file, config = folder / TEMPLATE_NAME, folder / CONFIG_NAME
@@ -185,12 +80,6 @@ def default(template: object) -> str | None:
         named = (each for each in template if isinstance(each, dict) and each.get("name") == "default")
         template = next(named, {}).get("template")
     return template if isinstance(template, str) else None
-
-
-def portable(template: str, tokenizer: Tokenizer) -> str:
-    """A template as other programs are to have it, which may have another idea of the bos, if the model has none."""
-    has_bos = names_of(template, tokenizer)["bos_token"]
-    return template if has_bos or template not in STYLES.values() else template.replace("{{ bos_token }}", "")
 
 
 def tried(template: object) -> str | None:

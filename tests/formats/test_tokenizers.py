@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import UserError
-from lit_llama.formats.tokenizers import from_tiktoken, is_tiktoken
 from lit_llama.tokenizer import Tokenizer
 
 import pytest
@@ -17,6 +16,7 @@ import regex
 from builders_gguf import bpe_metadata, sentencepiece_metadata
 from builders_tokenizers import CORPUS, TEXTS, train_sentencepiece
 from convert_gguf_checkpoint import tokenizer_from_gguf
+from convert_hf_checkpoint import from_tiktoken, is_tiktoken
 from tokenizers import Tokenizer as HFTokenizer
 
 PATTERN = (  # Llama 3's, as its authors published it

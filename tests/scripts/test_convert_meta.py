@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lit_llama.errors import UserError
-from lit_llama.formats.huggingface import from_hf, hf_config, pairs_from_halves
+from lit_llama.formats.huggingface import hf_config, pairs_from_halves
 from lit_llama.model import CONFIGS, LLaMAConfig
 from lit_llama.model_folder import load_model
 
@@ -13,6 +13,7 @@ import convert_meta_checkpoint
 import pytest
 import torch
 from builders import TINY, peak_of_conversion, run_script
+from convert_hf_checkpoint import from_hf
 from convert_meta_checkpoint import published_length
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import UserError
-from lit_llama.formats.tokenizers import PRE_TOKENIZERS, from_sentencepiece
+from lit_llama.formats.tokenizers import PRE_TOKENIZERS
 from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLAMA_3_SCALING, LLaMA, LLaMAConfig, RopeScaling
 from lit_llama.model_folder import load_model, own_template, save_model_folder
@@ -20,6 +20,7 @@ import torch
 from builders import TINY, random_model, randomize, run_script, save_file
 from builders_chat import write_chat_tokenizer
 from builders_tokenizers import TEXTS, train_sentencepiece
+from export_hf import from_sentencepiece
 from gguf import GGUFReader, dequantize
 from modelfile import TEMPLATES, modelfile
 from tokenizers import Tokenizer as HFTokenizer
