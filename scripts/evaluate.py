@@ -1,6 +1,7 @@
 """Evaluate a base, LoRA, adapter or fully finetuned model: perplexity of texts, loss of responses, ROUGE and BLEU."""
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,8 @@ CORPORA: dict[str, tuple[dict[str, Any], str, str]] = {
         " ",
     ),
 }
+
+UNSPACED = "[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]"  # Thai, kana, Han
 
 
 def main(
@@ -154,18 +157,28 @@ def answer_scores(
 def rouge_and_bleu(answers: list[str], references: list[str]) -> dict[str, float]:
     """ROUGE-1, -2 and -L (means of the F-measure, with stemming) and the BLEU of the corpus, from 0 to 100.
 
-    Lin 2004, "ROUGE"; Papineni et al. 2002, "BLEU"; as rouge-score and sacrebleu compute them.
+    Lin 2004, "ROUGE"; Papineni et al. 2002, "BLEU"; as rouge-score and sacrebleu compute them. rouge-score knows only
+    the words of ASCII; here, those of other scripts count, too. Chinese, Japanese and Thai, which put no spaces between
+    words, are compared by their characters.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score.tokenizers import DefaultTokenizer
         from sacrebleu import corpus_bleu
     except ImportError:
         raise UserError("ROUGE and BLEU need two more libraries; run: pip install -e '.[eval]'") from None
-    names = ["rouge1", "rouge2", "rougeL"]
-    scorer = RougeScorer(names, use_stemmer=True)
+    names, ascii_words = ["rouge1", "rouge2", "rougeL"], DefaultTokenizer(use_stemmer=True)
+
+    class Words:
+        def tokenize(self, text: str) -> list[str]:
+            words = re.findall(f"{UNSPACED}|(?:(?!{UNSPACED})[^\\W_])+", text.lower())
+            return [part for word in words for part in (ascii_words.tokenize(word) if word.isascii() else [word])]
+
+    unspaced = len(re.findall(UNSPACED, "".join(references))) > sum(map(len, references)) / 3
+    scorer = RougeScorer(names, tokenizer=Words())
     scores = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
     rouge = {name: 100 * sum(score[name].fmeasure for score in scores) / len(scores) for name in names}
-    return {**rouge, "bleu": corpus_bleu(answers, [references]).score}
+    return {**rouge, "bleu": corpus_bleu(answers, [references], tokenize="char" if unspaced else "13a").score}
 
 
 def to_json(results: dict[str, dict[str, float]]) -> str:

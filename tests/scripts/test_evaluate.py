@@ -72,6 +72,22 @@ ANSWERS = ["The cat sat on the mat.", "A llama runs quickly over hills", "nothin
 REFERENCES = ["The cat is sitting on the mat.", "Llamas run over the hills, quickly", "Paris"]
 
 
+@pytest.mark.parametrize(
+    ("answer", "reference", "rouge", "bleu"),
+    [
+        ("Ваш счёт готов к оплате сегодня", "Ваш счёт готов к оплате завтра", 100 * 5 / 6, (60, 80)),
+        ("您的账单已经准备好了", "您的账单已经准备好了", 100, (100, 100)),
+        ("您的账单", "我的账单", 75, (0, 75)),
+        ("Fön über Öl", "Fün äber Ül", 0, (0, 0)),
+        ("Über dem Fluss liegt Nebel", "Über dem Fluss liegt Nebel", 100, (100, 100)),
+    ],
+)
+def test_words_of_every_script_count(answer: str, reference: str, rouge: float, bleu: tuple[float, float]) -> None:
+    found = evaluate.rouge_and_bleu([answer], [reference])
+    assert found["rouge1"] == pytest.approx(rouge)
+    assert bleu[0] - 1e-6 <= found["bleu"] <= bleu[1] + 1e-6
+
+
 def test_rouge_and_bleu_are_those_of_the_libraries() -> None:
     found = evaluate.rouge_and_bleu(ANSWERS, REFERENCES)
     assert found["bleu"] == sacrebleu.BLEU().corpus_score(ANSWERS, [REFERENCES]).score
