@@ -15,8 +15,8 @@ from lit_llama.finetuned import load_for_use, read_finetuned
 from lit_llama.generation import Sampling, compile_steps, generate_batch
 from lit_llama.model import LLaMA
 from lit_llama.model_folder import find_model
-from lit_llama.progress import progress
-from lit_llama.prompt import stop_ids
+from lit_llama.progress import progress, say
+from lit_llama.prompt import name_of, stop_ids
 from lit_llama.quantization import Quantization
 from lit_llama.storage.files import read_text as read_text_file
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
@@ -105,6 +105,10 @@ def main(
         tokenizer.check_fits(model.config.vocab_size)
     else:
         tokenizer = matching_tokenizer(dataset, model, checkpoint_path, tokenizer_path)
+        for file in (lora, adapter):
+            if file and file.prompt_style != dataset.prompt_style:
+                theirs, ours = name_of(file.prompt_style), name_of(dataset.prompt_style)
+                say(f"note: {file.path} was trained in the prompt style {theirs}, and the data is in {ours}")
     results = {f"text {name}": text_loss(model, tokenizer, texts[name], block_size, max_blocks) for name in texts}
     if dataset is not None:
         results["responses"] = response_loss(model, dataset, batch_size)
