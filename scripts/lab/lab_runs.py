@@ -270,10 +270,7 @@ class Lab:
         """Of the change of all entries: how many directions hold it, and the loss with only the first r of them."""
         changed = self.matrices({name: tensor.detach() for name, tensor in model.named_parameters()})
         changes = {name: svd(changed[name] - weight) for name, weight in self.weights.items()}
-        losses = {}
-        for r in RANKS:
-            with self.updated({name: truncate(change, r) for name, change in changes.items()}) as cut:
-                losses[r] = self.validation_loss(cut)
+        losses = {r: self.loss_with({name: truncate(change, r) for name, change in changes.items()}) for r in RANKS}
         return {"cut": losses, "rank 90%": {name: rank_of_energy(change.S, 0.9) for name, change in changes.items()}}
 
     @contextmanager
@@ -285,6 +282,10 @@ class Lab:
         yield self.base
         for name, weight in before.items():
             self.weights[name].copy_(weight)
+
+    def loss_with(self, updates: Mapping[str, Tensor]) -> float:
+        with self.updated(updates) as model:
+            return self.validation_loss(model)
 
     def n_parameters(self, r: int, targets: tuple[str, ...]) -> int:
         """How many parameters LoRA trains."""

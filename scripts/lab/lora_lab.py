@@ -17,8 +17,7 @@ from lit_llama.storage.files import replacing, write_file
 
 import numpy as np
 import torch
-from comparison_report import new_figure
-from lab_merging import merging
+from comparison_report import COLORS, new_figure
 from lab_report import curve, difference, finish, mean, table
 from lab_runs import ATTENTION, MLP, RANKS, Lab, Run
 from lora_measures import (
@@ -173,6 +172,36 @@ def first_update(gradient: Tensor, r: int, alpha: float) -> Tensor:
     """dW after AdamW's first step at a rate of 2e-3: A stays as it is drawn, each entry of B moves by the rate."""
     A = torch.empty(r, gradient.size(1)).uniform_(-1, 1) / gradient.size(1) ** 0.5  # as LoRALinear starts it
     return -alpha / r * 2e-3 * (gradient @ A.mT).sign() @ A
+
+
+def merging(lab: Lab, figure: "Figure") -> str:
+    """What does rounding do to a merged weight?"""
+    update_of = ARMS["LoRA, r = 8"]
+    updates = {name: B @ A for name, (B, A) in lab.factors(update_of, update_of.n_steps).items()}
+    rows: list[list[object]] = []
+    for title, dtype in {"float32": torch.float32, "bfloat16": torch.bfloat16}.items():
+        rounded = {name: lab.weights[name].to(dtype).float() for name in updates}
+        merged = {name: (rounded[name] + dW).to(dtype).float() for name, dW in updates.items()}
+        kept = mean(float((merged[name] == rounded[name]).float().mean()) for name in updates)
+        wrong = mean(float((merged[name] - rounded[name] - dW).norm() / dW.norm()) for name, dW in updates.items())
+        losses = []
+        for how, weights in {
+            "apart": {name: rounded[name] + dW for name, dW in updates.items()},
+            "merged": merged,
+        }.items():
+            change = {name: weight - lab.weights[name] for name, weight in weights.items()}
+            losses.append(lab.kept(f"merging: {title}, {how}", lambda change=change: lab.loss_with(change)))
+        rows.append([title, f"{kept:.1%}", f"{wrong:.1%}", *(f"{loss:.4f}" for loss in losses)])
+    ratios = torch.cat([(dW / lab.weights[name]).abs().flatten()[::50] for name, dW in updates.items()])
+    axes = figure.subplots()
+    axes.hist(ratios.clamp(2**-16, 2**4).log2().numpy(), bins=60, color=COLORS["lora"])
+    axes.axvline(-9, color="black", linestyle="--")
+    text = f"below 1/512 of the weight:\n{float((ratios < 1 / 512).float().mean()):.0%}, lost in bfloat16"
+    axes.text(-9.2, 0.9 * axes.get_ylim()[1], text, ha="right")
+    axes.set(title="Size of an update's entries, relative to their weights", xlabel="|dW / W|", yticks=[])
+    axes.set_xticks(range(-16, 5, 4), [f"{2.0**power:.2g}" for power in range(-16, 5, 4)])
+    titles = ["base in", "entries that stay as they were", "error, of the norm of dW", "loss, apart", "loss, merged"]
+    return table(titles, rows)
 
 
 def rank(lab: Lab, figure: "Figure") -> str:
@@ -396,6 +425,7 @@ def runs(experiment: str) -> list[Run]:
         "forgetting": trained,
         "directions": trained,
         "low_rank": trained,
+        "merging": trained[:1],
         "overfitting": [replace(few, seed=seed) for seed in SEEDS],
     }.get(experiment, [replace(one, rate=rate, seed=seed) for seed in SEEDS for rate in RATES for one in rates])
 
