@@ -1,7 +1,8 @@
 # make quickstart   finetune a real LLaMA with LoRA on this machine, in a few minutes
 # make check        lint, types and the tests that take less than a second each: about a minute
 # make test         lint, types and all tests
-# make lab          experiments on LoRA, with tables and pictures in out/lab (up to 40 minutes on 2 cores)
+# make lab          experiments on LoRA, with tables and pictures in out/lab: those that take ten minutes
+# make lab-full     all of them; interrupted, it goes on where it stopped
 # make figures      measure every figure of README and guides again (two hours on 2 cores)
 # make fuzz         damage every kind of file that is read, for an hour, and count what comes of it
 # make format       format the code
@@ -13,37 +14,42 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 MODEL = checkpoints/lit-llama/SmolLM2-135M-Instruct
 RUN = out/lora/quickstart
 
-.PHONY: quickstart lab check test figures fuzz format clean
+.PHONY: quickstart lab lab-full check test figures fuzz format clean
 
 # Every line can be typed by hand, after: source .venv/bin/activate
 quickstart: .venv/quickstart
 	python scripts/download_smollm2.py --out_dir $(MODEL)
-	python scripts/prepare_json.py --train_file data/ml_questions/train.json \
-	  --validation_file data/ml_questions/validation.json --prompt_style chatml \
+	python scripts/bookings.py --records_dir data/bookings
+	python scripts/prepare_json.py --train_file data/bookings/train.json --val_split_size 20 --prompt_style chatml \
 	  --pretrained_path $(MODEL)/lit-llama.pth --data_dir data/quickstart
 	rm -rf $(RUN)
 	python finetune_lora.py --pretrained_path $(MODEL)/lit-llama.pth --data_dir data/quickstart --out_dir $(RUN) \
-	  --lora_r 32 --lora_alpha 64 --lora_targets query,key,value,projection,mlp --lora_dropout 0 \
-	  --learning_rate 2e-3 --warmup_steps 10 --lr_schedule linear --batch_size 4 --num_epochs 1 \
-	  --eval_interval 1000 --log_interval 20
+	  --lora_r 8 --lora_alpha 16 --lora_targets all --lora_dropout 0 \
+	  --learning_rate 2e-3 --warmup_steps 5 --lr_schedule linear --batch_size 4 --num_epochs 1 \
+	  --eval_interval 10 --log_interval 10
 	@echo; echo 'Before:'
-	python generate.py --checkpoint_path $(MODEL)/lit-llama.pth --prompt_style chatml \
-	  --prompt_file data/ml_questions/questions.txt --temperature 0 --max_new_tokens 60
+	python scripts/bookings.py --score true --checkpoint_path $(MODEL) --n 20 --show 5
+	@echo; echo 'Before, with three examples shown first:'
+	python scripts/bookings.py --score true --checkpoint_path $(MODEL) --n 20 --shots 3
 	@echo; echo 'After:'
-	python generate_lora.py --pretrained_path $(MODEL)/lit-llama.pth \
-	  --lora_path $(RUN) \
-	  --prompt_file data/ml_questions/questions.txt --temperature 0 --max_new_tokens 60
+	python scripts/bookings.py --score true --checkpoint_path $(MODEL) --lora_path $(RUN) --show 5
 	@echo; echo 'The losses are drawn in $(RUN)/loss.png. Next, ask it something of your own:'
 	@echo 'source .venv/bin/activate'
-	@echo 'python generate_lora.py --pretrained_path $(MODEL)/lit-llama.pth \'
-	@echo '  --lora_path $(RUN) --prompt "In one sentence, what is overfitting?"'
+	@echo 'python generate_lora.py --pretrained_path $(MODEL)/lit-llama.pth --lora_path $(RUN) --temperature 0 \'
+	@echo '  --prompt "Answer in JSON with name, place, people, day, time: A table for two at Nine Pins, Friday 8 pm, Ada."'
 
-lab: .venv/quickstart
+# What the experiments train on, and the guides
+data/questions/meta.json: .venv/quickstart
 	python scripts/download_smollm2.py --out_dir $(MODEL)
 	python scripts/prepare_json.py --train_file data/ml_questions/train.json \
 	  --validation_file data/ml_questions/validation.json --prompt_style chatml \
-	  --pretrained_path $(MODEL)/lit-llama.pth --data_dir data/quickstart
-	python scripts/lab/lora_lab.py --pretrained_path $(MODEL)/lit-llama.pth --data_dir data/quickstart
+	  --pretrained_path $(MODEL)/lit-llama.pth --data_dir data/questions
+
+lab: data/questions/meta.json
+	python scripts/lab/lora_lab.py --pretrained_path $(MODEL)/lit-llama.pth --only spectrum first_step merging
+
+lab-full: data/questions/meta.json
+	python scripts/lab/lora_lab.py --pretrained_path $(MODEL)/lit-llama.pth
 
 check: .venv/test
 	ruff format --check .
@@ -68,7 +74,7 @@ format: .venv/test
 	ruff check --fix .
 
 clean:
-	rm -rf .venv *.egg-info .pytest_cache .ruff_cache data/quickstart $(RUN) $(MODEL)
+	rm -rf .venv *.egg-info .pytest_cache .ruff_cache data/quickstart data/bookings data/questions $(RUN) $(MODEL)
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

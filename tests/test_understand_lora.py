@@ -87,3 +87,25 @@ def test_twice_the_scale_moves_the_update_twice_as_far_in_the_first_step_of_adam
         optimizer.step()
         moved.append(layer.delta().detach())
     torch.testing.assert_close(moved[1], 2 * moved[0])
+
+
+LAB = (ROOT / "howto" / "lab.md").read_text(encoding="utf-8")
+
+
+def test_the_guide_is_one_sitting_with_a_picture_in_each_of_its_ideas() -> None:
+    assert GUIDE.count("\n") <= 300
+    first_seven = GUIDE.partition("\n## 8.")[0]
+    assert len(re.findall(r"^!\[[^]]{20,}\]", first_seven, re.MULTILINE)) >= 5
+
+
+@pytest.mark.parametrize("section", re.split(r"^## ", LAB, flags=re.MULTILINE)[3:], ids=lambda text: text[:20])
+def test_numbers_of_the_labs_prose_are_those_of_its_tables(section: str) -> None:
+    """Each decimal and each percentage that the text of an experiment names is a cell of its table, or rounded."""
+    figures = "".join(re.findall(r"<!-- figures:.*?<!-- end of", section, re.DOTALL))
+    prose = re.sub(
+        r"<!-- figures:.*?<!-- end of [\w-]+ -->|\]\([^)]*\)|[Ss]ection \d\.\d", "", section, flags=re.DOTALL
+    )
+    known = {float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", figures.replace(",", ""))}
+    for number in re.findall(r"(?<![\w.])-?\d+\.\d+(?![\w.])", prose):
+        digits = len(number.partition(".")[2])
+        assert any(round(abs(value), digits) == abs(float(number)) for value in known), f"{number} is in no table"

@@ -1,4 +1,4 @@
-"""Exercises for howto/understand_lora.md. Edit this file, then check one of them, here the merge:
+"""Nine exercises on LoRA: howto/exercises/README.md. Edit this file, then check one of them, here the merge:
 
     pytest howto/exercises/test_exercises.py -k merge
 
@@ -9,7 +9,33 @@ from lit_llama.lora import LoRAConfig
 from lit_llama.model import LLaMA
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class Layer(nn.Module):
+    """layer: a frozen linear layer with a LoRA update, h = W x + (alpha / r) B A x.
+
+    Only A (r, C) and B (out, r) are trained. As it is made, the layer computes what `linear` does.
+    """
+
+    def __init__(self, linear: nn.Linear, r: int, alpha: float) -> None:  # noqa: ARG002
+        super().__init__()
+        self.linear = linear
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to (..., out)."""
+        raise NotImplementedError
+
+
+def predict(shapes: list[tuple[int, int]], r: int) -> tuple[int, int, str]:
+    """predict: before anything runs, what does training LoRA on linear layers of these shapes (out, C) take?
+
+    Returns:
+        How many parameters are trained; how many bytes they, their gradients and AdamW's two moments take, all in
+        float32; and which of "A" and "B" a first step of AdamW moves (without weight decay).
+    """
+    raise NotImplementedError
 
 
 def gradients(x: Tensor, dh: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -62,11 +88,21 @@ def add_keys(A: Tensor, B: Tensor, new_A: Tensor, qkv_sizes: tuple[int, int, int
     raise NotImplementedError
 
 
+def phi(A: Tensor, other: Tensor, i: int, j: int) -> float:
+    """phi: how much of the first i directions that A reads lies within the first j that the other reads, from 0 to 1.
+
+    The directions of A (r, C) are its right singular vectors, the strongest first: section 7.2 of the LoRA paper has
+    the formula. Then train with two seeds and use it on `lora_A` of both files: is phi(1, 1) far above 1 / C?
+    """
+    raise NotImplementedError
+
+
 def update(x: Tensor, A: Tensor, B: Tensor, scaling: float, qkv_sizes: tuple[int, int, int]) -> Tensor:
     """bug: what LoRA on query and value adds to the output of the fused layer, (..., all rows), zero for the keys.
 
-    This code passed its review, since it is right for a model with as many key and value heads as query heads. For
-    SmolLM2, with 9 query heads and 3 of the others, it is wrong, and no error tells. Find the bug and mend it.
+    This code passed its review, since it is right for a model with as many key and value heads as query heads, in
+    float32 on a CPU. For SmolLM2, with 9 query heads and 3 of the others, it is wrong, and no error tells; in bfloat16
+    it returns another type. Find both bugs and mend them.
 
     Args:
         x: (..., C).
@@ -81,3 +117,15 @@ def update(x: Tensor, A: Tensor, B: Tensor, scaling: float, qkv_sizes: tuple[int
     value = scaling * x @ A_value.T @ B_value.T
     key = torch.zeros(*x.shape[:-1], qkv_sizes[1])
     return torch.cat((query, key, value), dim=-1)
+
+
+def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]], rate: float) -> None:
+    """loop: one AdamW step for each of the batches (x, y), on the mean squared error; only A and B may change.
+
+    `model` has parameters whose names contain lora_A or lora_B, and others, which must stay as they are, bit for bit.
+    Three things are wrong here; the loss falls all the same.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=10 * rate)
+    for x, y in batches:
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()

@@ -2,8 +2,7 @@
 
 A place for a figure is <!-- figures: NAME --> ... <!-- end of NAME -->, and NAME a function below. Each of them runs
 commands that a user could type. Some fill a second place, which they name. The verdict on an answer comes from
-howto/verdicts.json, which lists exact answers; the quickstart's tables mark an answer that is not there with a question
-mark.
+howto/verdicts.json, which lists exact answers.
 """
 
 import contextlib
@@ -19,13 +18,22 @@ from pathlib import Path
 from lit_llama.cli import run
 from lit_llama.device import describe_machine
 from lit_llama.errors import UserError
-from lit_llama.storage.files import read_json, write_file
+from lit_llama.storage.files import write_file
 from lit_llama.training.log import read_metrics
 
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
-LAB = ("low_rank", "subspaces", "targets", "settings", "forgetting", "overfitting", "merging")  # experiments
+LAB = {  # experiments, and what their pictures show
+    "spectrum": "the part of the squared norm in the first directions of the gradient, its sign and noise",
+    "first_step": "the first-order fall of the loss and the norm of dW over the rank, for both rules of alpha",
+    "merging": "a histogram of how large the entries of an update are beside their weights",
+    "rank": "the validation loss over the learning rate for three ranks, alpha fixed on the left, 2 r on the right",
+    "forgetting": "what was forgotten over what was learned, a curve for each method",
+    "directions": "the similarity of first directions and the amplification over the steps, beside chance",
+    "low_rank": "the validation loss of a change that is cut to rank r, over r",
+    "overfitting": "three losses over ten epochs: that of the records falls to zero, the others rise",
+}
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "howto").glob("*.md")))
 IMAGES, VERDICTS = ROOT / "howto" / "images", ROOT / "howto" / "verdicts.json"
 MODEL = Path("checkpoints/lit-llama/SmolLM2-135M-Instruct/lit-llama.pth")
@@ -53,6 +61,7 @@ def main(only: tuple[str, ...] = (), alpaca_file: Path | None = None) -> None:
     if not Path("data/alpaca/meta.json").is_file() and {"speed", "compiled"} & set(only or FIGURES):
         local = ("--data_file", alpaca_file) if alpaca_file else ()
         script("prepare_alpaca.py", "--pretrained_path", MODEL, *local)
+    command("make", "data/questions/meta.json")
     for name in only or FIGURES:
         print(f"## {name}", file=sys.stderr)
         write_figure(name, FIGURES[name]())
@@ -75,41 +84,41 @@ def replace_figure(document: Path, name: str, text: str) -> None:
 
 
 def quickstart() -> str:
-    """What `make quickstart` prints, and how long it takes. All its answers go to the place `quickstart-answers`."""
+    """What `make quickstart` prints, and how long it takes."""
     start = time.perf_counter()
     printed = command("make", "quickstart")
     minutes = (time.perf_counter() - start) / 60
     shutil.copy(RUN / "loss.png", IMAGES / "loss.png")
-    losses = validation_losses(RUN)
     step, tokens, seconds, memory = read_metrics(RUN / "metrics.csv", "step", "tokens", "seconds", "memory_gb")
     trained = np.isfinite(memory)
     training = (seconds[trained][-1] - seconds[0]) / 60
-    validations = re.findall(r"^step \d+/\d+: validation loss .*$", printed, flags=re.MULTILINE)
-    pattern = r"^> (.*?)\n(.*?)\n(?:\(Cut after [^\n]*\n)?Time for inference"
-    answers = re.findall(pattern, printed, flags=re.MULTILINE | re.DOTALL)
-    n = len(answers) // 2
-    table = [
-        f"| {question} | {judged(before)} | {judged(after)} |"
-        for (question, before), (_, after) in zip(answers[:n], answers[n:], strict=True)
-    ]
-    write_figure("quickstart-answers", "\n".join(["| asked | before | after |", "|---|---|---|", *table]))
-    lines = [
-        "| | before | after |",
-        "|---|---|---|",
-        f"| printed | `{validations[0]}` | `{validations[-1]}` |",
-        table[0],
-        "",
-        f"{minutes:.1f} minutes in all, once installed; {training:.1f} of them for {step[-1]:.0f} steps over "
-        f"{tokens[-1]:,.0f} tokens; {np.nanmax(memory):.1f} GB of memory; validation loss {losses[0]:.2f} to "
-        f"{losses[-1]:.2f} ({sitting()}).",
-    ]
-    return "\n".join(lines)
+    return (
+        f"{quickstart_tables(printed)}\n\n{minutes:.1f} minutes in all, once installed; {training:.1f} of them for "
+        f"{step[-1]:.0f} steps over {tokens[-1]:,.0f} tokens; {np.nanmax(memory):.1f} GB of memory ({sitting()})."
+    )
 
 
-def judged(answer: str) -> str:
-    """An answer and its verdict."""
+def quickstart_tables(printed: str) -> str:
+    """Scores and an answer before and after, and an error, from what the quickstart prints."""
+    _, before, few_shot, after = re.split(r"^(?:Before|Before, with .*|After):$", printed, flags=re.MULTILINE)
+    rows = ["| | valid JSON | all fields right: new names | new wordings, too |", "|---|---:|---:|---:|"]
+    titles = {"before": before, "before, with three examples shown first": few_shot, "after": after}
+    for title, part in titles.items():
+        scores = [[*map(int, score)] for score in re.findall(r": (\d+) of (\d+) valid JSON, (\d+) exact", part)]
+        valid, n = sum(score[0] for score in scores), sum(score[1] for score in scores)
+        exact = " | ".join(f"{right / of_set:.0%}" for _, of_set, right in scores)
+        rows.append(f"| {title} | {valid / n:.0%} of {n} | {exact} |")
+    asked = re.compile(r"^> (.*)\n((?:(?!> ).*\n)*?.*) \((right|wrong)\)$", re.MULTILINE)
+    answers, wrong = asked.findall(after), [one for one in asked.findall(after) if one[2] == "wrong"]
+    told = [f"*{answers[0][0]}* Before: {shortened(asked.findall(before)[0][1])} After: `{answers[0][1]}`"]
+    told += [f"One of its errors: *{sentence}* `{answer}`" for sentence, answer, _ in wrong[:1]]
+    return "\n".join([*rows, "", " ".join(told)])
+
+
+def shortened(answer: str) -> str:
+    """As code on one line, at most 80 characters."""
     answer = " ".join(answer.split())
-    return f"{answer} **({read_json(VERDICTS).get(answer, '?')})**"
+    return f"`{answer if len(answer) <= 80 else f'{answer[:77]}...'}`"
 
 
 def comparison() -> str:
@@ -134,7 +143,7 @@ def adapter() -> str:
         out_dir = Path("out/adapter") / f"rate-{rate}"
         shutil.rmtree(ROOT / out_dir, ignore_errors=True)
         flags = ("--learning_rate", rate, "--lr_schedule", "linear", "--warmup_epochs", 0, "--num_epochs", 1)
-        places = ("--pretrained_path", MODEL, "--data_dir", "data/quickstart", "--out_dir", out_dir)
+        places = ("--pretrained_path", MODEL, "--data_dir", "data/questions", "--out_dir", out_dir)
         command(sys.executable, ROOT / "finetune_adapter.py", *places, *flags, "--batch_size", 4, "--log_interval", 20)
         losses = validation_losses(out_dir)
         rows.append(f"| {rate} | {losses[-1]:.3f} |")
@@ -166,7 +175,7 @@ def nf4() -> str:
     for title, flags in (("float32", ()), ("4 bits", ("--quantize", "nf4"))):
         out_dir = Path("out/lora") / f"base-in-{title.replace(' ', '-')}"
         shutil.rmtree(ROOT / out_dir, ignore_errors=True)
-        places = ("--pretrained_path", MODEL, "--data_dir", "data/quickstart", "--out_dir", out_dir)
+        places = ("--pretrained_path", MODEL, "--data_dir", "data/questions", "--out_dir", out_dir)
         command(sys.executable, ROOT / "finetune_lora.py", *places, *NF4_RUN.split(), *flags)
         rows.append(f"| {title} | {' | '.join(f'{loss:.3f}' for loss in validation_losses(out_dir))} |")
     return "\n".join([*rows, "", f"(`finetune_lora.py {NF4_RUN}`, {sitting()})"])
@@ -227,7 +236,7 @@ def experiment(name: str) -> Callable[[], str]:
     def figure() -> str:
         text = script("lora_lab.py", "--only", name).strip()
         shutil.copy(f"out/lab/{name}.png", IMAGES / f"lab_{name}.png")
-        picture = f"![the experiment as a picture](images/lab_{name}.png)"
+        picture = f"![{LAB[name]}](images/lab_{name}.png)"
         return f"{text}\n\n{picture}\n\n(`python scripts/lab/lora_lab.py --only {name}`, {sitting()})"
 
     return figure

@@ -36,9 +36,10 @@ adapter_learning_rate: PositiveFloat = 9e-3  # of LLaMA-Adapter
 lora_learning_rate: PositiveFloat = 2e-3  # of LoRA, of whatever rank
 full_learning_rate: PositiveFloat = 2e-4  # of full finetuning
 lora_r: PositiveInt = 8  # rank of LoRA's updates, where --ranks gives no others
-lora_alpha_over_r: PositiveInt = 2  # what updates are scaled by, at every rank
+lora_alpha: PositiveInt = 16  # at every rank, so that a first step lowers the loss equally far
 lora_targets = "query,key,value,projection,mlp"  # matrices that LoRA updates
 article_settings = False  # train LoRA once more, for 5 epochs in batches of 128 at the defaults of finetune_lora.py
+activation_checkpointing = False  # of all methods: less memory, more time
 n_seeds: PositiveInt = 1  # trainings of each method; from 2 on, the figures are means
 n_answers: PositiveInt = 39  # validation records that are answered, for ROUGE-L
 max_new_tokens: PositiveInt = 100  # of an answer
@@ -49,7 +50,7 @@ RESULTS = {**FILE_NAMES, "full": WEIGHTS}  # what the training scripts write
 
 
 def main(
-    data_dir: Path = Path("data/quickstart"),
+    data_dir: Path = Path("data/questions"),
     pretrained_path: Path | None = None,
     out_dir: Path = Path("out/comparison"),
     own_template_dir: Path | None = None,
@@ -95,7 +96,7 @@ def main(
     text = "\n".join([about, "", *table(results, picture.name), *answers(results, questions, known)])
     write_file(picture.with_suffix(".md"), text)
     (draw_ranks if ranks else draw_methods)(figure, results)
-    figure.suptitle(f"{pretrained_path.parent.name}, {n_train:,} records")
+    figure.suptitle(f"{pretrained_path.parent.name}, {n_train:,} records, seeds: {n_seeds}")
     with replacing(picture) as part:
         figure.savefig(part, dpi=110, format="png")
     print(f"Saved {picture.with_suffix('.md')} and {picture}", file=sys.stderr)
@@ -128,7 +129,7 @@ def lora_ranks(data_dir: Path, ranks: str) -> list[Method]:
 
 
 def lora(data_dir: Path, rank: int) -> Method:
-    scale = ("--lora_r", rank, "--lora_alpha", lora_alpha_over_r * rank, "--lora_targets", lora_targets)
+    scale = ("--lora_r", rank, "--lora_alpha", lora_alpha, "--lora_targets", lora_targets)
     rate = ("--learning_rate", lora_learning_rate, "--lr_schedule", lr_schedule, "--warmup_steps", 10)
     return Method(f"LoRA, r = {rank}", "lora", data_dir, (*scale, *rate), rank)
 
@@ -173,15 +174,16 @@ def train(method: Method, pretrained_path: Path, path: Path) -> dict[str, Any]:
     """Run the training script, which writes `path`; returns what it took and made, by the names of Result."""
     places = ("--pretrained_path", pretrained_path, "--data_dir", method.data_dir, "--out_dir", path.parent)
     batches = ("--batch_size", batch_size, "--micro_batch_size", micro_batch_size, "--block_size", block_size)
+    memory = ("--activation_checkpointing", activation_checkpointing)
     rarely = ("--eval_interval", 10**9, "--log_interval", 10)  # validated at the start and the end alone
     extent = ("--num_epochs", num_epochs, "--resume", (path.parent / STATE_FILE).is_file())
-    call(f"finetune_{method.kind}.py", *places, *batches, *rarely, *extent, *method.flags)
-    losses, seconds, memory = read_metrics(path.parent / "metrics.csv", "train_loss", "seconds", "memory_gb")
+    call(f"finetune_{method.kind}.py", *places, *batches, *memory, *rarely, *extent, *method.flags)
+    losses, seconds, peaks = read_metrics(path.parent / "metrics.csv", "train_loss", "seconds", "memory_gb")
     return {
         "parameters": count_parameters(path),
         "file_mb": path.stat().st_size / 1e6,
         "minutes": (seconds[np.isfinite(losses)][-1] - seconds[0]) / 60,  # from the first validation to the last step
-        "memory_gb": np.nanmax(memory),
+        "memory_gb": np.nanmax(peaks),
     }
 
 

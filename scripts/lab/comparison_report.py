@@ -11,8 +11,9 @@ from lit_llama.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLORS = {"base": "#9aa5b1", "adapter": "#e0a458", "lora": "#3a6ea5", "full": "#7d5ba6"}
-COLUMNS = {  # of the table and the picture: title, digits, whether a bar's axis is logarithmic
+COLORS = {"base": "#8a8a8a", "adapter": "#e6a700", "lora": "#1f5fa8", "full": "#111111"}
+MARKERS = {"base": ":^", "adapter": "--s", "lora": "-o", "full": "-.D"}  # dashes and marker of a line
+COLUMNS = {  # of the table and the picture: title, digits, whether its axis is logarithmic
     "parameters": ("trained parameters", 0, True),
     "file_mb": ("file (MB)", 1, True),
     "minutes": ("training (min)", 1, False),
@@ -112,24 +113,23 @@ def new_figure() -> "Figure":
 
 
 def draw_methods(figure: "Figure", results: dict[Method, Result]) -> None:
-    """A panel of bars for each column of the table, except what goes with another one."""
+    """A panel of dots for each column of the table, except what goes with another one; bars are the spread of seeds."""
     keys = [key for key in COLUMNS if key != "file_mb"]
     for axes, key in zip(figure.subplots(2, 3).flat, keys, strict=True):
         title, _, logarithmic = COLUMNS[key]
-        values = [getattr(result, key) for result in results.values()]
-        names = [method.name for method in results]
-        room = 2.3 if any(key in result.spread for result in results.values()) else 1.3  # for the labels
-        smallest, largest = min(filter(None, values), default=1), max(filter(None, values), default=1)
-        left, right = (
-            (smallest / 10, 10 * largest * (largest / smallest) ** 0.7) if logarithmic else (0, room * largest)
-        )
-        widths = [value or left for value in values]
-        bars = axes.barh(names, widths, color=[COLORS[method.kind] for method in results], log=logarithmic)
-        labels = [format_column(result, key) or "none" for result in results.values()]
-        axes.bar_label(bars, labels, padding=3, fontsize=9)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlim(left, right)
-        axes.invert_yaxis()
+        values = [value for result in results.values() if (value := getattr(result, key)) is not None]
+        smallest, largest = min(values, default=1), max(values, default=1)
+        left, right = (smallest / 10, 10 * largest * (largest / smallest) ** 0.7) if logarithmic else (0, 2.2 * largest)
+        for y, (method, result) in enumerate(results.items()):
+            value, marker, color = getattr(result, key), MARKERS[method.kind][-1], COLORS[method.kind]
+            if value is not None:
+                axes.errorbar(value, y, xerr=result.spread.get(key), fmt=marker, color=color, capsize=4)
+            text = format_column(result, key) or "-"
+            axes.annotate(text, (value or left, y), (8, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.set_title(f"{title} ({'→' if key == 'rouge_l' else '←'} better)", fontsize=8.5)
+        axes.set(xscale="log" if logarithmic else "linear", xlim=(left, right))
+        axes.set_yticks(range(len(results)), [method.name for method in results])
+        axes.set_ylim(len(results) - 0.5, -0.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9)
 

@@ -77,12 +77,3 @@ def amplification(W: Tensor, update: SVD, r: int) -> tuple[float, float, float]:
     of_update = float(update.S.norm())
     of_W = float((update.U[:, :r].mT @ W @ update.V[:, :r]).norm())
     return of_update, of_W, of_update / of_W
-
-
-def nearest_cosines(U: Tensor, updated: Tensor, k: int = 10) -> Tensor:
-    """How near the top k left singular vectors of an updated matrix are to the original's, U (out, d).
-
-    For each, the largest cosine with any of those, whatever its sign: (k,). One below 0.5 is an intruder dimension
-    (arXiv 2410.21228). This measure, alone here, takes an SVD of the whole matrix.
-    """
-    return (svd(updated).U[:, :k].mT @ U).abs().amax(1)

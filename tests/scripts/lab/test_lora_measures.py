@@ -1,15 +1,11 @@
-"""The measures of updates against numpy, the papers' formulas written out, and PEFT."""
-
-import re
+"""The measures of updates against numpy and the paper's formulas written out."""
 
 import numpy as np
-import peft
 import pytest
 import torch
 from lora_measures import (
     amplification,
     energy,
-    nearest_cosines,
     rank_of_energy,
     similarity_by_chance,
     subspace_similarity,
@@ -17,8 +13,6 @@ from lora_measures import (
     svd_of_product,
     truncate,
 )
-from peft.tuners.lora.intruders import reduce_intruder_dimension
-from torch import nn
 
 OUT, IN, R = 24, 18, 5
 
@@ -76,33 +70,3 @@ def test_amplification_is_the_formula_of_the_paper() -> None:
         of_update = np.linalg.norm((B @ A).numpy())
         expected = (of_update, of_W, of_update / of_W)
         assert amplification(W, svd_of_product(B, A), r) == pytest.approx(expected, rel=1e-3)
-
-
-class OneLayer(nn.Module):
-    def __init__(self, W: torch.Tensor) -> None:
-        super().__init__()
-        self.layer = nn.Linear(IN, OUT, bias=False)
-        self.layer.weight.data = W
-
-
-@pytest.mark.parametrize("size", [0.02, 0.3, 3.0])
-def test_intruders_are_as_many_as_peft_finds(size: float) -> None:
-    (B, A), W = factors(), torch.randn(OUT, IN)
-    model = peft.get_peft_model(OneLayer(W.clone()), peft.LoraConfig(r=R, lora_alpha=R, target_modules=["layer"]))
-    layer = model.base_model.model.layer
-    layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = A, size * B
-    said: list[str] = []
-    reduce_intruder_dimension(model, top_k=6, threshold_epsilon=0.5, logging_sink=said.append)
-    theirs = re.search(r"Intruders: (\d+)", said[0])
-    assert int((nearest_cosines(svd(W).U, W + size * B @ A, k=6) < 0.5).sum()) == (int(theirs[1]) if theirs else 0)
-
-
-def test_a_new_direction_is_near_none_of_the_old_ones() -> None:
-    W = torch.diag(torch.tensor([5.0, 4.0, 3.0, 0.1]))
-    W = torch.cat([W, torch.zeros(2, 4)])  # W writes to the first four directions of six
-    updated = W.clone()
-    updated[5, 3] = 10.0  # a strong new one, in a direction to which W does not write
-    torch.testing.assert_close(
-        nearest_cosines(svd(W).U, updated, k=3), torch.tensor([0.0, 1.0, 1.0]), atol=1e-2, rtol=0
-    )
-    torch.testing.assert_close(nearest_cosines(svd(W).U, 2 * W, k=3), torch.ones(3))
