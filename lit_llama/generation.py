@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import chain, tee
 from pathlib import Path
+from typing import Any
 
 from lit_llama.device import peak_memory
 from lit_llama.errors import UserError
@@ -50,7 +51,7 @@ def compile_steps(model: LLaMA) -> None:
     kernel that writes them to memory first.
     """
     check_compilable(model)
-    options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+    options: Any = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
     model.compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, options=options)
 
 

@@ -105,11 +105,15 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = True) -> Tensor:
     """Attention of queries (B, nh, T, hs) to keys and values (B, nkv, S, hs); `is_causal` is for where T = S."""
-    is_causal, is_grouped = is_causal and mask is None, q.size(1) != k.size(1)
-    if is_grouped and not takes_groups(q, mask):
-        k, v = (tensor.repeat_interleave(q.size(1) // k.size(1), dim=1) for tensor in (k, v))  # (B, nh, S, hs)
+    shape, is_grouped = q.shape, q.size(1) != k.size(1)
+    if is_grouped and not takes_groups(q, mask):  # each group as a sequence of its own; its heads share one key
+        if mask is not None and mask.dim() == 4:
+            mask = mask.repeat_interleave(k.size(1), 0)  # (B nkv, 1, T, S)
+        q = q.unflatten(1, (k.size(1), -1)).flatten(0, 1)  # (B nkv, nh / nkv, T, hs)
+        k, v = (tensor.flatten(0, 1).unsqueeze(1).expand(-1, q.size(1), -1, -1) for tensor in (k, v))  # no copies
         is_grouped = False
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=is_grouped)
+    is_causal = is_causal and mask is None
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=is_grouped).reshape(shape)
 
 
 def takes_groups(q: Tensor, mask: Tensor | None) -> bool:

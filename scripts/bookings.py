@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.cli import run
+from lit_llama.finetuned import load_for_use, read_finetuned
 from lit_llama.generation import Sampling, generate_batch
 from lit_llama.model_folder import QUICKSTART_MODEL, find_model
 from lit_llama.progress import progress
@@ -18,7 +19,6 @@ from lit_llama.storage.files import read_json, read_text, write_file
 from lit_llama.tokenizer import find_tokenizer
 
 import torch
-from evaluate import load
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 Record = dict[str, str]  # instruction and output
@@ -65,7 +65,8 @@ def main(
         return
     checkpoint_path = find_model(checkpoint_path, QUICKSTART_MODEL)
     tokenizer = find_tokenizer(checkpoint_path)
-    model = load(checkpoint_path, lora_path, None, None, torch.float32)
+    lora = read_finetuned(lora_path, "lora", base_path=checkpoint_path) if lora_path else None
+    model = load_for_use(checkpoint_path, torch.float32, [lora])
     stop, sampling = stop_ids(STYLE, tokenizer), Sampling(N_TOKENS, temperature=0)
     examples = read_records(records_dir / "train.json")[:shots]
     before = [

@@ -25,6 +25,8 @@ from memory_parts import Estimate, estimate_step
 
 Method = Literal["lora", "adapter", "full"]
 GPUS = (8, 12, 16, 24, 40, 48, 80)  # sizes in GiB
+OUTSIDE = 0.8e9  # bytes that are not for tensors: CUDA's context, workspaces of libraries, gaps
+BETWEEN = 3e9  # beside them where a model is spread over GPUs: NCCL's buffers, memory that FSDP's streams do not share
 MOST_SHOWN = 6  # of the operations whose results are kept
 
 
@@ -68,7 +70,7 @@ def main(
         quantize_blocks(llama, "meta", dtype)
     step = partial(estimate_method, method, llama, dtype=dtype, devices=devices)
     if fit_gpu:
-        fits = largest(cache(lambda size: step([block_size] * size).peak), room(fit_gpu))
+        fits = largest(cache(lambda size: step([block_size] * size).peak), room(fit_gpu, devices))
         print(f"micro_batch_size {fits} fits" if fits else "not even one record fits", f"a GPU of {fit_gpu} GiB")
         return
     found = step([block_size] * micro_batch_size)
@@ -78,8 +80,9 @@ def main(
     if devices > 1:
         print(f"{gb(found.received)} come from other devices in it")
     print(f"{gb(found.resume)} when a run is resumed")
-    need = max(found.peak, found.resume)
-    print(next((f"fits a GPU of {size} GiB" for size in GPUS if room(size) >= need), "fits no GPU of a usual size"))
+    left = {size: room(size, devices) - max(found.peak, found.resume) for size in GPUS}
+    fits = ", ".join(f"{size} GiB ({gb(most)} left)" for size, most in left.items() if most >= 0)
+    print(f"fits a GPU of {fits}" if fits else "fits no GPU of a usual size")
 
 
 def largest(peak: Callable[[int], int], most: float) -> int:
@@ -108,13 +111,13 @@ def table(found: Estimate) -> Iterator[str]:
                 yield f"{size / 1e9:17.2f}  {operation}"
 
 
-def gb(size: int) -> str:
+def gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
 
 
-def room(gpu: int) -> float:
-    """Bytes that tensors can take on a GPU of so many GiB: one is left for CUDA, and a twentieth for fragments."""
-    return 0.95 * (gpu - 1) * 2**30
+def room(gpu: int, devices: int = 1) -> float:
+    """Bytes that tensors can take on a GPU of so many GiB."""
+    return gpu * 2**30 - OUTSIDE - (BETWEEN if devices > 1 else 0)
 
 
 def model_config(name: str) -> LLaMAConfig:

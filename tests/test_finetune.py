@@ -388,6 +388,7 @@ def test_a_dry_run_shows_the_plan_and_records_and_writes_nothing(
     printed = capsys.readouterr()
     assert printed.out.startswith("Count to 1[[1<|im_end|>]]\n\nCount to 2[[1 2<|im_end|>]]")
     for line in (
+        "no GPU, in 32-true",
         "11 records to train on",
         "12 steps of at most 4 records, 4 epochs",
         "learning rate, at most",

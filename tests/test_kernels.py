@@ -55,11 +55,11 @@ def test_rotate_and_its_gradient_are_those_of_the_formula(is_compiling: bool, mo
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_keys_and_values_are_repeated_where_no_fused_kernel_takes_groups(
+def test_groups_become_sequences_where_no_fused_kernel_takes_them(
     masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
-    mask = torch.ones(5, 5, dtype=torch.bool).tril() if masked else None
+    mask = (torch.randn(2, 1, 5, 5) > 0).tril() | torch.eye(5, dtype=torch.bool) if masked else None
     expected = attention(q, k, v, mask)
     given: list[tuple[torch.Size, bool]] = []
     sdpa = F.scaled_dot_product_attention
@@ -71,7 +71,7 @@ def test_keys_and_values_are_repeated_where_no_fused_kernel_takes_groups(
     monkeypatch.setattr(F, "scaled_dot_product_attention", note)
     monkeypatch.setattr(kernels, "takes_groups", lambda *_: False)
     torch.testing.assert_close(attention(q, k, v, mask), expected)
-    assert given == [(q.shape, False)]
+    assert given == [((4, 3, 5, 8), False)]
 
 
 @pytest.mark.parametrize("n", [0, 1, CHUNK, 2 * CHUNK + 7])

@@ -77,10 +77,11 @@ def optimizer_of(llama: nn.Module) -> torch.optim.Optimizer:
 
 def seconds(act: Callable[[int], object], n: int = TIMED, warm_up: int = WARM_UP) -> float:
     """Of one of n calls, after some to warm up."""
-    for i in range(warm_up + n):
-        if i == warm_up:
-            torch.cuda.synchronize()
-            start = time.perf_counter()
+    for i in range(warm_up):
+        act(i)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for i in range(warm_up, warm_up + n):
         act(i)
     torch.cuda.synchronize()
     return (time.perf_counter() - start) / n
@@ -96,7 +97,7 @@ def count_kernels(act: Callable[[], object]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         act()
         torch.cuda.synchronize()
-    on_card = (event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    on_card = (event for event in profile.events() or () if event.device_type == torch.autograd.DeviceType.CUDA)
     return sum(not event.name.startswith(("Mem", "gpu_")) for event in on_card)
 
 
@@ -252,7 +253,7 @@ class Checks:
         )
 
     def decoding(self) -> Iterator[Row]:
-        speeds = {}
+        speeds, read = {}, 0
         for what in ("eager", "compiled", "int8, compiled"):
             with freed(), torch.inference_mode():
                 llama = make_model(self.model, self.layers, self.device).eval()
@@ -325,9 +326,10 @@ class Checks:
         config = replace(CONFIGS[self.model], n_layer=self.layers or CONFIGS[self.model].n_layer)
         for what, lengths in (("4 records of 512", LONG), ("16 of 128", SHORT)):
             with freed():
-                theirs = transformers.LlamaConfig(**hf_config(config, torch.bfloat16), attn_implementation="sdpa")
+                theirs = transformers.LlamaConfig(**hf_config(config, torch.bfloat16))
                 with torch.device(self.device):
-                    model: Any = transformers.LlamaForCausalLM(theirs).to(torch.bfloat16)
+                    model: Any = transformers.LlamaForCausalLM(theirs)
+                model = model.to(torch.bfloat16)
                 lora = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
                 model = peft.get_peft_model(model, lora).train()
                 optimizer = optimizer_of(model)

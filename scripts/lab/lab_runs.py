@@ -26,7 +26,7 @@ from lit_llama.lora import LoRAConfig, add_lora, lora_shapes, lora_state_dict, m
 from lit_llama.model import LLaMA
 from lit_llama.model_folder import load_model
 from lit_llama.progress import say
-from lit_llama.prompt import encode_prompt, stop_ids
+from lit_llama.prompt import Message, encode, stop_ids
 from lit_llama.storage.files import read_file, read_json, write_file, write_tensors
 from lit_llama.tokenizer import Tokenizer, find_tokenizer
 from lit_llama.training.optimizer import LearningRate
@@ -221,7 +221,7 @@ class Lab:
     def ordinary(self) -> list[Batch]:
         """Ordinary questions, each with an answer that was drawn from the base model, token by token."""
         questions = ORDINARY.read_text(encoding="utf-8").splitlines()
-        prompts = [encode_prompt(self.style, question, "", self.tokenizer) for question in questions]
+        prompts = [encode(self.style, [Message("user", question)], self.tokenizer).ids for question in questions]
 
         def draw() -> list[list[int]]:
             torch.manual_seed(0)

@@ -187,7 +187,7 @@ def test_the_largest_micro_batch_that_fits_is_found(
     script = importlib.import_module("estimate_memory")
     llama = script.make_model(TINY, "lora", LoRAConfig())
     bytes_for = [script.estimate_method("lora", llama, [4] * n).peak for n in (fits, fits + 1) if n]
-    monkeypatch.setattr(script, "room", lambda _: sum(bytes_for) / 2 if fits else 1.0)
+    monkeypatch.setattr(script, "room", lambda *_: sum(bytes_for) / 2 if fits else 1.0)
     assert run_script("estimate_memory", "--model", model_folder, "--block_size", 4, "--fit_gpu", 8) is None
     found = f"micro_batch_size {fits} fits" if fits else "not even one record fits"
     assert capsys.readouterr().out == f"{found} a GPU of 8 GiB\n"
