@@ -243,7 +243,7 @@ class Checks:
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            losses.append(float(loss))
+            losses.append(loss.item())
         fine = bool(torch.tensor(losses).isfinite().all()) and scaler.get_scale() >= 2**13
         yield (
             "16-mixed, 20 steps of 2 layers",
@@ -283,7 +283,7 @@ class Checks:
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                losses.append(float(loss))
+                losses.append(loss.item())
             return losses
 
         llama = with_lora(make_model(self.model, 2, self.device), dropout=0.0)

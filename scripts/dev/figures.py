@@ -207,7 +207,7 @@ def fits() -> str:
         ("LoRA, 7B, in 4 bits", "1 of 12 GB", "--quantize", "nf4"),
         ("LoRA, 7B, in 4 bits", "1 of 8 GB", "--quantize", "nf4", *CHECKPOINTING),
         ("LoRA, Llama 3.1 8B", "1 of 24 GB", "--model", "Llama-3.1-8B", *CHECKPOINTING),
-        ("all weights, 7B", "4 of 24 GB", "--method", "full", "--devices", "4", *CHECKPOINTING),
+        ("all weights, 7B", "4 of 40 GB", "--method", "full", "--devices", "4", *CHECKPOINTING),
         ("LoRA, 70B", "8 of 80 GB", "--model", "Llama-2-70B", "--devices", "8"),
         ("LoRA, 70B", "8 of 40 GB", "--model", "Llama-2-70B", "--devices", "8", *CHECKPOINTING),
         ("all weights, 70B", "16 of 80 GB", *LARGE, "--devices", "16", *CHECKPOINTING),
