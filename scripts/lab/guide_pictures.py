@@ -53,7 +53,7 @@ def toy(figure: "Figure") -> None:
 def learn(r: int) -> tuple[list[float], list[tuple[float, float]]]:
     """The loss before each step, and the distance of A and B from their start before each of the first ones."""
     torch.manual_seed(0)
-    W, change, x = torch.randn(N, N), torch.randn(N, 2) @ torch.randn(2, N), torch.randn(256, N)
+    change, x, W = torch.randn(N, 2) @ torch.randn(2, N), torch.randn(256, N), torch.randn(N, N)  # as in the guide
     layer = LoRALinear(Linear(N, N), {"projection": N}, LoRAConfig(r, ALPHA, 0.0, ("projection",)))
     layer.weight.data = W
     start, losses, moved = layer.lora_A.detach().clone(), [], []
