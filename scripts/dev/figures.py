@@ -28,7 +28,7 @@ LAB = {  # experiments, and what their pictures show
     "spectrum": "the part of the squared norm in the first directions of the gradient, its sign and noise",
     "first_step": "the first-order fall of the loss and the norm of dW over the rank, for both rules of alpha",
     "merging": "a histogram of how large the entries of an update are beside their weights",
-    "rank": "the validation loss over the learning rate for three ranks, alpha fixed on the left, 2 r on the right",
+    "rank": "the validation loss after ten steps over the rank: nearly level at a fixed alpha, falling at alpha = 2 r",
     "forgetting": "what was forgotten over what was learned, a curve for each method",
     "directions": "the similarity of first directions and the amplification over the steps, beside chance",
     "low_rank": "the validation loss of a change that is cut to rank r, over r",

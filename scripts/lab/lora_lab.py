@@ -205,22 +205,19 @@ def merging(lab: Lab, figure: "Figure") -> str:
 
 
 def rank(lab: Lab, figure: "Figure") -> str:
-    """Rank and rate, at a fixed alpha and at alpha = 2 r."""
-    rows, losses = [], {(one.r, one.alpha, one.rate, one.seed): lab.last_loss(one) for one in runs("rank")}
-    for axes, (title, alphas) in zip(figure.subplots(1, 2, sharey=True), ALPHAS.items(), strict=True):
-        for (r, alpha), color in zip(alphas.items(), ("adapter", "lora"), strict=True):
-            means = [mean(losses[r, alpha, rate, seed] for seed in SEEDS) for rate in RATES]
-            curve(axes, RATES, means, f"r = {r}", color)
-            rows.append([f"{title}: r = {r}", *means])
-        finish(axes, title, "learning rate", log=True, ticks=RATES)
-    figure.axes[0].set_ylabel("validation loss (nats)")
-    pairs = []
-    for title, alphas in ALPHAS.items():
-        for rate in RATES:
-            low, high = ([losses[r, alphas[r], rate, seed] for seed in SEEDS] for r in (1, 64))
-            pairs.append([f"{title}, rate {rate:g}: r = 1 minus r = 64", difference(low, high)])
-    texts = table(["", *(f"rate {rate:g}" for rate in RATES)], rows), table(["paired", "nats"], pairs)
-    return "\n\n".join(texts)
+    """Rank at one rate, at a fixed alpha and at alpha = 2 r."""
+    rows, losses, axes = (
+        [],
+        {(one.r, one.alpha, one.seed): lab.last_loss(one) for one in runs("rank")},
+        figure.subplots(),
+    )
+    for (title, alphas), color in zip(ALPHAS.items(), ("lora", "full"), strict=True):
+        of_ranks = [[losses[r, alpha, seed] for seed in SEEDS] for r, alpha in alphas.items()]
+        curve(axes, [*alphas], [*map(mean, of_ranks)], title, color)
+        rows.append([title, *map(mean, of_ranks), difference(*of_ranks)])
+    finish(axes, "Ten steps at a rate of 2e-3", "rank r", log=True, ticks=[*ALPHAS["alpha = 16"]])
+    axes.set_ylabel("validation loss (nats)")
+    return table(["", *(f"r = {r}" for r in ALPHAS["alpha = 16"]), "r = 1 minus r = 64"], rows)
 
 
 ALPHAS = {"alpha = 16": {1: 16, 64: 16}, "alpha = 2 r": {1: 2, 64: 128}}
@@ -420,14 +417,15 @@ def runs(experiment: str) -> list[Run]:
     trained = [replace(arm, seed=seed) for seed in SEEDS for arm in ARMS.values()]
     scales = [Run(r=r, alpha=alpha) for alphas in ALPHAS.values() for r, alpha in alphas.items()]
     places = [Run(r=RANKS_OF_PLACES[title], targets=names) for title, names in PLACES.items()]
-    rates = {"rank": scales, "targets": places}.get(experiment, [])
     return {
+        "rank": [replace(one, seed=seed) for seed in SEEDS for one in scales],
+        "targets": [replace(one, rate=rate, seed=seed) for seed in SEEDS for rate in RATES for one in places],
         "forgetting": trained,
         "directions": trained,
         "low_rank": trained,
         "merging": trained[:1],
         "overfitting": [replace(few, seed=seed) for seed in SEEDS],
-    }.get(experiment, [replace(one, rate=rate, seed=seed) for seed in SEEDS for rate in RATES for one in rates])
+    }.get(experiment, [])
 
 
 ALL = (spectrum, first_step, merging, rank, forgetting, directions, low_rank, targets, overfitting)
