@@ -10,8 +10,7 @@ from unittest import mock
 
 from lit_llama.model import LLaMA
 from lit_llama.quantization import NF4Weight
-from lit_llama.training.run import fill, shard
-from lit_llama.training.state import room_for
+from lit_llama.training.run import shard
 
 import torch
 import torch.distributed as dist
@@ -78,14 +77,12 @@ def estimate_step(
             if mesh is not None:
                 shard(shapes, mesh, dtype)
             optimizer = after_a_step(shapes, make_optimizer, foreach=on_gpu and mesh is None)
-            step = trace_step(shapes, lengths, dtype, optimizer)
-            resume = trace_resume(shapes, optimizer)
-        return Counter(step.found() | {("resume", phase): peak for phase, peak in resume.peaks.items()})
+            return Counter(trace_step(shapes, lengths, dtype, optimizer).found())
 
     total = for_all_blocks(llama, trace, n=4 if n_devices > 1 else 2)  # FSDP gathers blocks ahead
     phase = max(("blocks", "after the blocks"), key=lambda phase: total["peak", phase])
     parts = Counter({key[1:]: size for key, size in total.items() if key[0] == phase})
-    resume = max(size for key, size in total.items() if key[0] == "resume")
+    resume = parts[WEIGHTS] + parts[MOMENTS]  # which are put back one by one
     launches, traffic, received = (total[name,] for name in ("launches", "traffic", "received"))
     return Estimate(total["peak", phase], parts, launches, traffic, received, resume)
 
@@ -209,23 +206,6 @@ def trace_step(llama: LLaMA, lengths: list[int], dtype: torch.dtype, optimizer: 
             llama.set_requires_gradient_sync(True)
             ledger.launches = ledger.traffic = ledger.received = 0
         take_step(ledger, llama, lengths, dtype, optimizer)
-    return ledger
-
-
-def trace_resume(llama: LLaMA, optimizer: Optimizer) -> Ledger:
-    """Count what it takes to put weights and moments back, as `TrainingState.restore` does, one by one."""
-    optimizer.zero_grad()
-    blocks = set(llama.transformer.h.parameters())
-    with torch.no_grad(), Ledger(llama) as ledger:
-        ledger.phase = "before the blocks"
-        for parameter in optimizer.param_groups[0]["params"]:
-            fill(parameter, torch.empty(parameter.shape))
-            saved = torch.empty(parameter.shape, dtype=getattr(optimizer, "moments_dtype", torch.float32))
-            optimizer.state[parameter] = {i: room_for(saved, parameter) for i in range(2)}
-            for moment in optimizer.state[parameter].values():
-                fill(moment, saved)
-            if parameter in blocks:
-                ledger.phase = "blocks"
     return ledger
 
 
