@@ -28,7 +28,7 @@ LAB = {  # experiments, and what their pictures show
     "spectrum": "the part of the squared norm in the first directions of the gradient, its sign and noise",
     "first_step": "the first-order fall of the loss and the norm of dW over the rank, for both rules of alpha",
     "merging": "a histogram of how large the entries of an update are beside their weights",
-    "rank": "the validation loss over the learning rate for three ranks, alpha fixed on the left, 2 r on the right",
+    "rank": "the validation loss over the learning rate for two ranks, alpha fixed on the left, 2 r on the right",
     "forgetting": "what was forgotten over what was learned, a curve for each method",
     "directions": "the similarity of first directions and the amplification over the steps, beside chance",
     "low_rank": "the validation loss of a change that is cut to rank r, over r",
@@ -137,7 +137,7 @@ def comparison() -> str:
 
 
 def adapter() -> str:
-    """LLaMA-Adapter at several learning rates, for one epoch on the quickstart's records."""
+    """LLaMA-Adapter at several learning rates, for one epoch on the questions."""
     rows, losses = ["| learning rate | validation loss |", "|---:|---:|"], [0.0]
     for rate in ADAPTER_RATES:
         out_dir = Path("out/adapter") / f"rate-{rate}"
@@ -170,7 +170,7 @@ def validation_losses(out_dir: Path) -> list[float]:
 
 
 def nf4() -> str:
-    """LoRA on a base in float32 and on one in 4 bits, for two epochs on the quickstart's records."""
+    """LoRA on a base in float32 and on one in 4 bits, for two epochs on the questions."""
     rows = ["| base in | validation loss before | after one epoch | after two |", "|---|---:|---:|---:|"]
     for title, flags in (("float32", ()), ("4 bits", ("--quantize", "nf4"))):
         out_dir = Path("out/lora") / f"base-in-{title.replace(' ', '-')}"
