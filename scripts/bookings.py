@@ -1,7 +1,7 @@
 """The quickstart's task: a sentence that books a table becomes JSON. Writes the records, and scores a model on it.
 
-All sentences are invented: drawn with a seed from the words of data/bookings.json. Two sets judge what was learned. No
-training record has the names and places of new_names.json; nor those of new_wordings.json, nor its wordings.
+All sentences are invented: drawn with a seed from the words of data/bookings.json. The two sets that judge what was
+learned have names and places that are in no training record; new_wordings.json has new wordings, too.
 """
 
 import json
