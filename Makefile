@@ -1,7 +1,7 @@
 # make quickstart   finetune a real LLaMA with LoRA on this machine, in a few minutes
 # make check        lint, types and the tests that take less than a second each: about a minute
 # make test         lint, types and all tests
-# make lab          experiments on LoRA, with tables and pictures in out/lab: those that take ten minutes
+# make lab          experiments on LoRA, with tables and pictures in out/lab: those that take ten minutes in all
 # make lab-full     all of them; interrupted, it goes on where it stopped
 # make figures      measure every figure of README and guides again (two hours on 2 cores)
 # make fuzz         damage every kind of file that is read, for an hour, and count what comes of it

@@ -77,7 +77,8 @@ def main(
             state, metrics.csv and loss.png.
         tokenizer_path: The base model's tokenizer, if it is not next to the checkpoint.
         resume: Continue the run in out_dir from its last saved state. auto: if there is one, else begin.
-        dry_run: End before the first step, after showing the plan and two records, with what is trained on marked.
+        dry_run: End before the first step: show the plan, on a GPU the memory that the largest micro-batch of that step
+            takes, and two records with what is trained on marked.
     """
     pretrained_path = find_model(pretrained_path)
     precision_name = precision or default_precision()

@@ -23,8 +23,8 @@ def check_gpu() -> None:
     if there_is_one and not is_hidden and not torch.cuda.is_available():
         build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build without CUDA"
         raise UserError(
-            f"there is an NVIDIA GPU, but torch {torch.__version__} does not see it: it {build}; install a build for "
-            'its driver (see https://pytorch.org), or compute on the CPU: export CUDA_VISIBLE_DEVICES=""'
+            f"there is an NVIDIA GPU, but torch {torch.__version__} does not see it: it {build}; install one that "
+            'fits its driver (see https://pytorch.org), or compute on the CPU: export CUDA_VISIBLE_DEVICES=""'
         )
 
 

@@ -188,7 +188,7 @@ def identity(path: Path) -> dict[str, str]:
 def check_base(path: Path, trained_on: Mapping[str, Any], given: Mapping[str, Any], remedy: str) -> None:
     """Raise a UserError if what `path` holds was trained on another base model than the one that is given.
 
-    `trained_on` and `given` are what `identity` says of each, among other things; imported files do not tell.
+    `trained_on` and `given` hold, among other things, what `identity` says of each; of imported files it is unknown.
     """
     theirs, ours = trained_on.get("base"), given.get("base")
     if theirs and ours and theirs != ours:

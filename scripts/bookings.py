@@ -1,7 +1,7 @@
 """The quickstart's task: a sentence that books a table becomes JSON. Writes the records, and scores a model on it.
 
-All sentences are invented: put together by a seed from the words of data/bookings.json. Two sets judge what was
-learned: in new_names.json names and places are in no training record, in new_wordings.json the wording is not, either.
+All sentences are invented: drawn with a seed from the words of data/bookings.json. The two sets that judge what was
+learned have names and places that are in no training record; new_wordings.json has new wordings, too.
 """
 
 import json
@@ -44,20 +44,20 @@ def main(
 ) -> None:
     """Write train.json, new_names.json and new_wordings.json; with --score true, print the score of a model instead.
 
-    An answer is valid if a parser takes it for a JSON object, and exact if it has the five fields and each is right.
+    An answer is valid if it parses as a JSON object, and exact if it has the five fields, no others, and each is right.
 
     Args:
         records_dir: The folder of these files.
         checkpoint_path: The model to score. Default: checkpoints/lit-llama/SmolLM2-135M-Instruct, or else the model
             written last.
         lora_path: The file that finetune_lora.py wrote, or the run's folder. Without it, the base model is scored.
-        score: Answer the sentences of both sets, greedily, and count.
-        shots: Show the model so many training records before, as earlier turns of the conversation.
-        n: Score the first so many sentences of each set.
-        show: Print the first so many answers of each set.
+        score: Answer the sentences of both sets, greedily, and count the right answers.
+        shots: Training records that the model is shown first, as earlier turns of the conversation.
+        n: Sentences of each set to score, from its first.
+        show: Answers of each set to print, from its first; the first wrong one is printed as well.
         n_records: Training records to write.
         batch_size: Sentences answered at once.
-        seed: Of the records that are written.
+        seed: Random seed of the records that are written.
     """
     if not score:
         for name, records in make_records(n_records, seed).items():

@@ -57,7 +57,7 @@ def main(
         precision: What is computed in. Frozen weights are stored in it, trained ones in float32.
         quantize: nf4 for a base in 4 bits a weight.
         devices: Over which the model is spread, as by --strategy fsdp.
-        fit_gpu: Print instead the largest micro_batch_size that fits a GPU of so many GiB.
+        fit_gpu: Print instead the largest micro_batch_size that fits a GPU of this many GiB.
     """
     if devices > 1 and (quantize or precision == "16-mixed"):
         raise UserError("neither a 4-bit base nor 16-mixed is spread over devices; leave out --devices")

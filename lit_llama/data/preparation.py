@@ -161,8 +161,8 @@ def tokenised(source: Path, encoder: Encoder, num_workers: int) -> Iterator[dict
             places[reason].append(place)
     if n_spelled > n_rows / 20:
         say(
-            f"warning: {n_spelled:,} of {n_rows:,} records of {source.name} spell control tokens, which are text: "
-            "if a chat template is in them already, give its messages instead"
+            f"warning: {n_spelled:,} of {n_rows:,} records of {source.name} spell control tokens, which are text here: "
+            "if they hold a chat template already, give its messages instead"
         )
     if places:
         n_bad = sum(map(len, places.values()))

@@ -1,4 +1,4 @@
-"""Hugging Face's names, row order and configuration of the same models, in both directions."""
+"""Hugging Face's names, row order and configuration of the same models, for both directions."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Tokenizers as files of Hugging Face's, with a chat template: made from SentencePiece, tiktoken and others."""
+"""Tokenizers as Hugging Face's files: how byte-level ones split text, and the chat templates that come with them."""
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence

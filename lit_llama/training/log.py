@@ -31,7 +31,7 @@ MOST_POINTS = 4000  # of a line in the picture, which is 960 pixels wide
 
 
 def make_logger(name: str | None, out_dir: Path) -> Logger | None:
-    """TensorBoard's logger, Weights & Biases', or any of Lightning's by its class, such as
+    """The logger of TensorBoard or Weights & Biases, or any of Lightning's by the full name of its class, such as
     lightning.pytorch.loggers.CometLogger."""
     if name is None:
         return None
@@ -45,7 +45,7 @@ def make_logger(name: str | None, out_dir: Path) -> Logger | None:
     except (ImportError, ValueError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         remedies = {"tensorboard": "run: pip install -e '.[tensorboard]'", "wandb": "run: pip install wandb"}
-        remedy = remedies.get(name, "tensorboard, wandb or a class, module and all, was expected")
+        remedy = remedies.get(name, "give tensorboard, wandb or the full name of a class")
         raise UserError(f"--logger {name} is not available ({reason}); {remedy}") from None
 
 

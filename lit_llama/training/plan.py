@@ -1,4 +1,4 @@
-"""What a run says before its first step: what it will do and take, and records as they are trained on."""
+"""What a run says before its first step: what it will do, what is probably not meant, and what is trained on."""
 
 import os
 import re
@@ -70,14 +70,14 @@ def doubts(
     if n := sum(ids[:2] == [tokenizer.bos_id] * 2 for ids in tokens):
         yield f"warning: {n} {of} begin with two bos; prepare them without the bos that is in their text"
     if (n := sum(bool(re.search(tokenizer.control_pattern, text)) for text in texts)) > len(some) / 20:
-        yield f"warning: {n} {of} spell control tokens, which are text here; is a chat template in them already?"
+        yield f"warning: {n} {of} spell control tokens, which are text here; do they hold a chat template already?"
     if data.n_cut > len(data) / 5:
         yield f"warning: {data.n_cut:,} of {len(data):,} records are truncated; raise --block_size"
     held_out = {val_data.record(i).numpy().tobytes() for i in range(len(val_data))}
     if n := sum(data.record(i).numpy().tobytes() in held_out for i in range(len(data)) if held_out):
-        yield f"warning: {n:,} training records are validation records, too, so that loss will be too low"
+        yield f"warning: {n:,} training records are validation records, too, so the validation loss will be too low"
     if 0 < (n := val_data.n_targets(range(len(val_data)))) < FEW:
-        yield f"warning: there are {n} tokens to validate on, so that loss says little; hold out more records"
+        yield f"warning: there are {n} tokens to validate on, so the validation loss says little; hold out more records"
     trained = {name: parameter.numel() for name, parameter in llama.named_parameters() if parameter.requires_grad}
     is_lora, is_adapter = (any(part in name for name in trained) for part in ("lora_", "adapter_"))
     usual = 5e-4 * (2000 / llama.config.n_embd) ** 0.781 * (1 if is_lora else 0.1)  # Tinker's rule
@@ -89,13 +89,15 @@ def doubts(
 
 
 def measured_memory(fabric: Fabric, model: nn.Module, optimizer: Optimizer, schedule: BatchSchedule) -> str:
-    """A line about the memory of a step: on a GPU, a full micro-batch is computed to see what it takes."""
+    """A line about the memory of a step: on a GPU, the fullest micro-batch of the first one is computed to find out."""
     if fabric.device.type == "cpu":
-        return "what a step takes is told by scripts/estimate_memory.py, or by the first step: it is the largest"
-    batch = next(schedule.step(0).batches(fabric.global_rank, fabric.world_size))
-    fabric.backward(loss_sum(model, fabric.to_device(batch)))
-    optimizer.step()
-    return f"a full micro-batch takes {torch.cuda.max_memory_reserved(fabric.device) / 1e9:.1f} GB"
+        return "for the memory of a step, see scripts/estimate_memory.py, or the first step, which has the most tokens"
+    step = schedule.step(0)
+    batch = fabric.to_device(next(step.batches(fabric.global_rank, fabric.world_size)))
+    for _ in range(2):  # the second time beside the optimizer's moments
+        fabric.backward(loss_sum(model, batch) / step.n_targets)
+        optimizer.step()
+    return f"the largest micro-batch takes {torch.cuda.max_memory_reserved(fabric.device) / 1e9:.1f} GB"
 
 
 def show_records(dataset: Dataset, tokenizer: Tokenizer, n: int = 2) -> str:

@@ -155,7 +155,7 @@ class StopSignal:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.requested, self.status = True, 128 + number
-        say("stopping after this step and its validation; once more, and it ends at once")
+        say("finishing this step, then saving; a second signal ends the run at once")
         if number == signal.SIGHUP:  # the terminal is gone
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)

@@ -1,9 +1,9 @@
 """Check on a GPU, in a few minutes, what a CPU cannot show: memory, kernels, waits, speed, and that the numbers agree.
 
-Everything is made on the card, from random numbers; nothing is read or downloaded. A row of the table is a check: what
-was measured, and what is expected of a card by its own rates of copying and of matrix products. Checks that need a
-library which is missing say so. Beside torch, only bitsandbytes (nf4), transformers and peft (the peer) are asked for.
-On a card that is only pretended (DRYCUDA names the folder of its library), times and numbers mean nothing.
+Models and tokens are random; nothing is read or downloaded. Each row of the table is a check: what was measured, and
+what is expected, for speeds by the card's own rates of copies and matrix products. A check whose library is missing
+says so; beyond what the project needs, these are bitsandbytes (nf4), transformers and peft (the peer). On a card that
+is only simulated (DRYCUDA names the folder of its library), times and numbers mean nothing.
 
     PYTHONPATH=. python scripts/dev/check_gpu.py [--model 7B] [--layers 32] [--only memory training]
 """
@@ -124,7 +124,7 @@ def freed() -> Iterator[None]:
 
 
 class Checks:
-    """Methods in this order; each yields rows."""
+    """Each method but `trainer` is a check that yields rows; they run in this order."""
 
     def __init__(self, model: str, layers: int | None) -> None:
         self.model, self.layers, self.device = model, layers, default_device()
@@ -364,7 +364,7 @@ class Checks:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="7B", choices=CONFIGS, help="a configuration (default: 7B)")
-    parser.add_argument("--layers", type=int, help="take only so many layers")
+    parser.add_argument("--layers", type=int, help="layers of the model (default: all)")
     parser.add_argument("--only", nargs="*", default=[], help="names of checks, such as memory and decoding")
     arguments = parser.parse_args()
     checks = Checks(arguments.model, arguments.layers)

@@ -137,7 +137,7 @@ def comparison() -> str:
 
 
 def adapter() -> str:
-    """LLaMA-Adapter at several learning rates, for one epoch on the quickstart's records."""
+    """LLaMA-Adapter at several learning rates, for one epoch on the questions."""
     rows, losses = ["| learning rate | validation loss |", "|---:|---:|"], [0.0]
     for rate in ADAPTER_RATES:
         out_dir = Path("out/adapter") / f"rate-{rate}"
@@ -170,7 +170,7 @@ def validation_losses(out_dir: Path) -> list[float]:
 
 
 def nf4() -> str:
-    """LoRA on a base in float32 and on one in 4 bits, for two epochs on the quickstart's records."""
+    """LoRA on a base in float32 and on one in 4 bits, for two epochs on the questions."""
     rows = ["| base in | validation loss before | after one epoch | after two |", "|---|---:|---:|---:|"]
     for title, flags in (("float32", ()), ("4 bits", ("--quantize", "nf4"))):
         out_dir = Path("out/lora") / f"base-in-{title.replace(' ', '-')}"

@@ -67,9 +67,10 @@ def main(
 
     Args:
         data_dir: Folder written by one of scripts/prepare_*.py, with a validation split.
-        pretrained_path: The base model. Default: checkpoints/lit-llama/SmolLM2-135M-Instruct, or else the last one.
+        pretrained_path: The base model. Default: checkpoints/lit-llama/SmolLM2-135M-Instruct, or else the one
+            written last.
         out_dir: The folder to write. For another model or other data, take another one.
-        only: Some of the experiments, by name. By default all of them.
+        only: The names of the experiments to run. By default all of them.
     """
     unknown = set(only) - EXPERIMENTS.keys()
     if unknown:

@@ -67,7 +67,7 @@ def test_a_run_that_is_in_order_is_not_doubted(tmp_path: Path, tokenizer: Tokeni
             "30 of 30 records are truncated; raise --block_size",
         ),
         ({"validation": records(20, 20)}, "10 training records are validation records, too"),
-        ({"validation": records(100, 2)}, "tokens to validate on, so that loss says little"),
+        ({"validation": records(100, 2)}, "tokens to validate on, so the validation loss says little"),
         ({"rate": 50 * RATE}, "warning: --learning_rate is"),
         ({"rate": RATE / 50}, "is usual for 256 channels"),
         ({"train": records(200, 300), "r": 1}, "tokens are trained on, more than 1,792 parameters can hold"),
