@@ -15,7 +15,7 @@ from typing import Any, Literal
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, cache_prefix
 from lit_llama.device import default_device
 from lit_llama.errors import UserError, error_context, short
-from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, merge_lora, remove_lora
+from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, merge_lora
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.model_folder import check_base, check_state, file_in, identity, load_model, suggest_flag
 from lit_llama.progress import say
@@ -188,12 +188,3 @@ def load_for_use(
         model.to(dtype)
     cache_prefix(model)
     return model.eval()
-
-
-def swap_lora(model: LLaMA, file: FinetunedFile | None) -> None:
-    """Put the LoRA layers of a file, or none, onto a base model in place of others."""
-    dtype = model.lm_head.weight.dtype
-    remove_lora(model)
-    if file:
-        file.add_to(model)
-    cache_prefix(model.to(dtype).eval())
