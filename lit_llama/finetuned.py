@@ -9,6 +9,7 @@ of ours); "hyperparameters" name the base model's file and its fingerprint. The 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,9 +89,7 @@ class FinetunedFile:
         for name, tensor in tensors.items():
             if name.endswith("gating_factor") and is_plain(tensor) and tensor.numel() == 1:  # as the first files had it
                 tensors[name] = tensor.reshape(1, 1, 1, 1).expand(1, base.n_head, 1, 1).contiguous()
-        with torch.device("meta"):
-            expected = add_method(LLaMA(base), self.config)
-        check_state(self.path, tensors, expected)
+        check_state(self.path, tensors, skeleton(base, self.config)[1])
         return tensors
 
     def add_to(self, model: LLaMA) -> None:
@@ -98,6 +97,13 @@ class FinetunedFile:
         tensors = self.tensors_for(model.config)
         for name, parameter in add_method(model, self.config).items():
             parameter.copy_(tensors[name])
+
+
+@cache
+def skeleton(base: LLaMAConfig, config: LoRAConfig | AdapterConfig) -> tuple[LLaMA, dict[str, Tensor]]:
+    """A model with the layers that a config describes, and the parameters that are trained in them, without data."""
+    with torch.device("meta"):
+        return (model := LLaMA(base)), add_method(model, config)
 
 
 def add_method(model: LLaMA, config: LoRAConfig | AdapterConfig) -> dict[str, Tensor]:

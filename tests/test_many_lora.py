@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from lit_llama.finetuned import FinetunedFile
+from lit_llama.finetuned import FinetunedFile, skeleton
 from lit_llama.formats.huggingface import hf_config, to_hf
 from lit_llama.generation import Sampling, generate, generate_batch
-from lit_llama.lora import TARGETS, LoRAConfig, lora_shapes, merge_lora
+from lit_llama.lora import TARGETS, LoRAConfig, merge_lora
 from lit_llama.many_lora import ManyLoRALinear, add_many_lora, choose_lora, updates_of
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.model_folder import load_model, save_model_folder
@@ -34,7 +34,7 @@ FILES = (2, -1, 0, 3, 1, 2)  # of the rows of a batch
 
 def lora_file(base: LLaMAConfig, config: LoRAConfig, seed: int) -> FinetunedFile:
     torch.manual_seed(seed)
-    tensors = {name: torch.empty_like(tensor, device="cpu") for name, tensor in lora_shapes(base, config).items()}
+    tensors = {name: torch.empty_like(tensor, device="cpu") for name, tensor in skeleton(base, config)[1].items()}
     randomize(tensors)
     return FinetunedFile(Path(f"{seed}.pth"), config, tensors, base=base)
 

@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lit_llama.cli import run
-from lit_llama.finetuned import FinetunedFile, describe, read_finetuned, save_finetuned
+from lit_llama.finetuned import FinetunedFile, describe, read_finetuned, save_finetuned, skeleton
 from lit_llama.generation import Sampling, generate_batch
-from lit_llama.lora import LoRAConfig, lora_shapes, merge_lora, parse_targets
+from lit_llama.lora import LoRAConfig, merge_lora, parse_targets
 from lit_llama.many_lora import ManyLoRALinear, add_many_lora, choose_lora, updates_of
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.model_folder import QUICKSTART_MODEL, find_model, load_model
@@ -20,7 +20,6 @@ import torch
 from benchmark import hf_model, machine
 from export_peft import peft_config, to_peft
 from jsonargparse.typing import PositiveInt
-from torch import nn
 
 PROMPT = list(range(1000, 1040))
 Answers = list[list[int]]
@@ -49,7 +48,7 @@ def main(
     """
     pretrained_path = find_model(pretrained_path, QUICKSTART_MODEL)
     device, dtype = machine()
-    config = LoRAConfig(lora_r, 2 * lora_r, 0.0, parse_targets(lora_targets))
+    config = LoRAConfig(int(lora_r), 2.0 * lora_r, 0.0, parse_targets(lora_targets))
     merged = load_model(pretrained_path, dtype, device).eval()
     files = [random_file(merged.config, config, seed) for seed in range(n_files)]
     files[0].add_to(merged)
@@ -78,15 +77,21 @@ def main(
         lines.append(f"| {side} | {n_files * new_tokens / min(times):.1f} | {ratio:.2f} x |")
     print(*lines, sep="\n")
     layers = [layer for layer in many.modules() if isinstance(layer, ManyLoRALinear)]
-    added = sum(size(buffer) for layer in layers for buffer in (layer.A, layer.B))
-    print(f"memory: base {size(*merged.parameters()) / 1e6:.1f} MB, {n_files} files {added / 1e6:.1f} MB")
-    print(f"another file put in place of one: {swap_milliseconds(many, config):.0f} ms (median of 5)")
+    parts = {
+        "base": [*merged.parameters()],
+        f"{n_files} files": [buffer for layer in layers for buffer in (layer.A, layer.B)],
+        "rows of the batch": [tensor for layer in layers for tensor in layer.rows],
+    }
+    sizes = (f"{name} {sum(tensor.nbytes for tensor in tensors) / 1e6:.1f} MB" for name, tensors in parts.items())
+    swap = swap_milliseconds(many, config)
+    print(
+        f"\nIn memory: {', '.join(sizes)}. A file from the disk takes the place of one in {swap:.0f} ms (median of 5)."
+    )
 
 
 def random_file(base: LLaMAConfig, config: LoRAConfig, seed: int) -> FinetunedFile:
     torch.manual_seed(seed)
-    shapes = lora_shapes(base, config)
-    tensors = {name: torch.randn(tensor.shape) / 50 for name, tensor in shapes.items()}
+    tensors = {name: torch.randn(tensor.shape) / 50 for name, tensor in skeleton(base, config)[1].items()}
     return FinetunedFile(Path(f"{seed}.pth"), config, tensors, base=base)
 
 
@@ -99,7 +104,7 @@ def peft_generator(
     names = [f"file{i}" for i in range(len(files))]
     model: Any = None
     for name, file in zip(names, files, strict=True):
-        fields = {key: value for key, value in peft_config(file.config, "").items() if key != "peft_type"}
+        fields = {key: value for key, value in peft_config(file.config, "base").items() if key != "peft_type"}
         config = peft.LoraConfig(**fields)
         if model is None:
             model = peft.get_peft_model(hf_model(checkpoint), config, adapter_name=name)
@@ -116,11 +121,6 @@ def peft_generator(
             return model.generate(input_ids=idx, attention_mask=torch.ones_like(idx), **settings)[:, len(PROMPT) :]
 
     return generator
-
-
-def size(*tensors: nn.Parameter | torch.Tensor) -> int:
-    """Bytes."""
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from lit_llama.data.batches import Dataset
 from lit_llama.data.evaluation import response_loss, text_loss
-from lit_llama.finetuned import read_finetuned
+from lit_llama.finetuned import read_finetuned, skeleton
 from lit_llama.formats.peft import parts
-from lit_llama.lora import LoRAConfig, lora_shapes, remove_lora
+from lit_llama.lora import LoRAConfig, remove_lora
 from lit_llama.model import LLaMA
 from lit_llama.model_folder import load_model
 from lit_llama.storage.files import read_file, read_json, write_file
@@ -193,7 +193,7 @@ class Lab:
     def n_parameters(self, run: Run) -> int:
         """How many parameters a LoRA run trains."""
         config = LoRAConfig(run.r, run.alpha, 0.0, tuple(run.targets.split(",")))
-        return sum(tensor.numel() for tensor in lora_shapes(self.base.config, config).values())
+        return sum(tensor.numel() for tensor in skeleton(self.base.config, config)[1].values())
 
     def losses_of_epoch(self, epoch: int) -> list[float]:
         """The loss after so many epochs on a few records: of these, of their twins, and of new topics."""
