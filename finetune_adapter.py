@@ -46,6 +46,7 @@ start_layer: NonNegativeInt = 2  # the first layer that gets a prefix, counted f
 # evaluation and saving
 eval_interval: PositiveInt | None = None  # optimizer steps between two validations; default: 100, or a fifth of the run
 eval_records: PositiveInt | None = 400  # validate on the first N records (null: on all)
+sample_prompt: str | None = None  # answer this at each validation, to see in the log and in samples.txt
 patience: PositiveInt | None = None  # stop after this many validations without a new lowest loss
 save_interval: PositiveInt = 100  # optimizer steps between two saved states
 log_interval: PositiveInt = 1  # optimizer steps between two lines, when not on a terminal
@@ -128,6 +129,7 @@ def main(
     if first_step == 0:
         val_loss = validation_loss(fabric, model, val_data, schedule.max_tokens)
         log.validation(0, val_loss)
+        log.sample(0, model, tokenizer, train_data.prompt_style, sample_prompt)
         state.is_best(0, val_loss)  # the best file has to beat the untrained model, too
     # A step depends on nothing but its number and the state before it: a resumed run ends like an uninterrupted one.
     for step in range(first_step, n_steps):
@@ -159,6 +161,7 @@ def main(
         if done % validate_every == 0 or done == n_steps:
             val_loss = validation_loss(fabric, model, val_data, schedule.max_tokens)
             log.validation(done, val_loss)
+            log.sample(done, model, tokenizer, train_data.prompt_style, sample_prompt)
             if state.is_best(done, val_loss):
                 save_weights(fabric, out_dir / BEST_FILE, metadata, weights, dtype)
         stopping = fabric.strategy.reduce_boolean_decision(stop.requested, all=False)

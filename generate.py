@@ -6,9 +6,9 @@ from pathlib import Path
 from lit_llama.cli import run
 from lit_llama.device import Precision, default_precision, storage_dtype
 from lit_llama.finetuned import load_for_use
-from lit_llama.generation import Sampling, compile_steps, read_prompts, respond
+from lit_llama.generation import Question, Sampling, compile_steps, read_prompts, respond
 from lit_llama.model_folder import find_model, own_template
-from lit_llama.prompt import find_template
+from lit_llama.prompt import Message, find_template
 from lit_llama.quantization import Quantization
 from lit_llama.tokenizer import find_tokenizer
 
@@ -19,6 +19,7 @@ def main(
     prompt: str = "Hello, my name is",
     input: str = "",
     prompt_file: Path | None = None,
+    batch_size: PositiveInt = 1,
     prompt_style: str | None = None,
     checkpoint_path: Path | None = None,
     tokenizer_path: Path | None = None,
@@ -38,6 +39,8 @@ def main(
         prompt: The text to continue.
         input: What an instruction works on, if anything.
         prompt_file: A file of prompts, one per line, to use instead.
+        batch_size: Prompts that are continued at once, which takes more memory and is faster. The texts of a batch
+            are then printed at its end.
         prompt_style: The chat template: own (the model's), plain (the text alone, to be continued), alpaca, chatml or
             another style of lit_llama/prompt.py, or a file that holds one. By default own, or plain for a model that
             has none.
@@ -64,8 +67,9 @@ def main(
     model = load_for_use(checkpoint_path, dtype, quantize=quantize)
     if compile:
         compile_steps(model)
+    questions = [Question(Message("user", prompt, input), template) for prompt in prompts]
     for i in range(num_samples):
-        respond(model, tokenizer, prompts, template, input, replace(sampling, seed=seed + i))
+        respond(model, tokenizer, questions, replace(sampling, seed=seed + i), batch_size)
 
 
 if __name__ == "__main__":

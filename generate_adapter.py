@@ -5,9 +5,9 @@ from pathlib import Path
 from lit_llama.cli import run
 from lit_llama.device import Precision, default_precision, storage_dtype
 from lit_llama.finetuned import load_for_use, read_finetuned
-from lit_llama.generation import Sampling, compile_steps, read_prompts, respond
+from lit_llama.generation import Question, Sampling, compile_steps, read_prompts, respond
 from lit_llama.model_folder import find_model
-from lit_llama.prompt import find_template
+from lit_llama.prompt import Message, find_template
 from lit_llama.quantization import Quantization
 from lit_llama.tokenizer import find_tokenizer
 
@@ -18,6 +18,7 @@ def main(
     prompt: str = "Please explain how weight decay works",
     input: str = "",
     prompt_file: Path | None = None,
+    batch_size: PositiveInt = 1,
     prompt_style: str | None = None,
     adapter_path: Path = Path("out/adapter/alpaca"),
     pretrained_path: Path | None = None,
@@ -38,6 +39,8 @@ def main(
         prompt: The instruction.
         input: What the instruction works on, if anything.
         prompt_file: A file of instructions, one per line, to use instead.
+        batch_size: Questions that are answered at once, which takes more memory and is faster. Answers are then printed
+            when all of a batch are there.
         prompt_style: The chat template: own (that of the adapter file: the default), alpaca, chatml or another style of
             lit_llama/prompt.py, or a file that holds one.
         adapter_path: The file that finetune_adapter.py wrote, or the run's folder, whose best file is used.
@@ -66,7 +69,8 @@ def main(
     if compile:
         compile_steps(model)
     template = find_template(prompt_style, adapter.prompt_style)
-    respond(model, tokenizer, prompts, template, input, sampling)
+    questions = [Question(Message("user", prompt, input), template) for prompt in prompts]
+    respond(model, tokenizer, questions, sampling, batch_size)
 
 
 if __name__ == "__main__":

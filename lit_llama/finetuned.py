@@ -9,13 +9,14 @@ of ours); "hyperparameters" name the base model's file and its fingerprint. The 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, cache_prefix
 from lit_llama.device import default_device
 from lit_llama.errors import UserError, error_context, short
-from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, merge_lora, remove_lora
+from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, merge_lora
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.model_folder import check_base, check_state, file_in, identity, load_model, suggest_flag
 from lit_llama.progress import say
@@ -88,9 +89,7 @@ class FinetunedFile:
         for name, tensor in tensors.items():
             if name.endswith("gating_factor") and is_plain(tensor) and tensor.numel() == 1:  # as the first files had it
                 tensors[name] = tensor.reshape(1, 1, 1, 1).expand(1, base.n_head, 1, 1).contiguous()
-        with torch.device("meta"):
-            expected = add_method(LLaMA(base), self.config)
-        check_state(self.path, tensors, expected)
+        check_state(self.path, tensors, skeleton(base, self.config)[1])
         return tensors
 
     def add_to(self, model: LLaMA) -> None:
@@ -98,6 +97,13 @@ class FinetunedFile:
         tensors = self.tensors_for(model.config)
         for name, parameter in add_method(model, self.config).items():
             parameter.copy_(tensors[name])
+
+
+@cache
+def skeleton(base: LLaMAConfig, config: LoRAConfig | AdapterConfig) -> tuple[LLaMA, dict[str, Tensor]]:
+    """A model with the layers that a config describes, and the parameters that are trained in them, without data."""
+    with torch.device("meta"):
+        return (model := LLaMA(base)), add_method(model, config)
 
 
 def add_method(model: LLaMA, config: LoRAConfig | AdapterConfig) -> dict[str, Tensor]:
@@ -188,12 +194,3 @@ def load_for_use(
         model.to(dtype)
     cache_prefix(model)
     return model.eval()
-
-
-def swap_lora(model: LLaMA, file: FinetunedFile | None) -> None:
-    """Put the LoRA layers of a file, or none, onto a base model in place of others."""
-    dtype = model.lm_head.weight.dtype
-    remove_lora(model)
-    if file:
-        file.add_to(model)
-    cache_prefix(model.to(dtype).eval())

@@ -2,14 +2,15 @@
 
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, tee
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lit_llama.device import peak_memory
 from lit_llama.errors import UserError
+from lit_llama.many_lora import choose_lora
 from lit_llama.model import KVCache, LLaMA
 from lit_llama.prompt import Message, encode, name_of, stop_ids, with_input
 from lit_llama.quantization import check_compilable
@@ -75,7 +76,7 @@ def next_tokens(
             f"a prompt of {before + longest} tokens and {sampling.max_new_tokens} new ones are more than the "
             f"{model.config.block_size} that the model takes; shorten the prompt or lower --max_new_tokens"
         )
-    device = model.lm_head.weight.device
+    device = model.transformer.wte.weight.device
     padding = [longest - len(prompt) for prompt in prompts]
     n_pad = torch.tensor(padding, device=device) if any(padding) else None
     idx = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=device)  # (B, T)
@@ -108,14 +109,14 @@ def generate(model: LLaMA, prompt: list[int], sampling: Sampling, stop: Collecti
 
 
 def generate_batch(
-    model: LLaMA, prompts: list[list[int]], sampling: Sampling, stop: Collection[int] = ()
+    model: LLaMA, prompts: list[list[int]], sampling: Sampling, stops: Sequence[Collection[int]] = ()
 ) -> list[list[int]]:
-    """What `generate` yields for each of several prompts, computed at once."""
+    """What `generate` yields for each of several prompts, computed at once; `stops` has the `stop` of each of them."""
     answers: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
     for tokens in next_tokens(model, prompts, sampling):
         for row, token in enumerate(tokens):
-            if token in stop:
+            if stops and token in stops[row]:
                 running.discard(row)
             elif row in running:
                 answers[row].append(token)
@@ -124,34 +125,49 @@ def generate_batch(
     return answers
 
 
-def respond(
-    model: LLaMA, tokenizer: Tokenizer, prompts: list[str], template: str, context: str, sampling: Sampling
-) -> None:
-    """Print the model's answer to each prompt as it comes: text to stdout, time and memory to stderr.
+class Question(NamedTuple):
+    """What is asked, in which chat template, and of which of several LoRA files (see `choose_lora`)."""
 
-    `context` is the input that goes with each prompt, or "". With the plain template, the prompt is printed, too.
+    message: Message
+    template: str
+    file: int = -1
+
+
+def respond(
+    model: LLaMA, tokenizer: Tokenizer, questions: Sequence[Question], sampling: Sampling, batch_size: int = 1
+) -> None:
+    """Print the model's answer to each question: text to stdout, time and memory to stderr.
+
+    One at a time, answers are printed as they come; of a batch, when all of it is there. With the plain template, the
+    prompt is printed, too.
     """
     tokenizer.check_fits(model.config.vocab_size)
     model.eval()
-    is_plain, stop = name_of(template) == "plain", stop_ids(template, tokenizer)
-    for prompt in prompts:
+    for first in range(0, len(questions), batch_size):
+        batch = questions[first : first + batch_size]
         torch.manual_seed(sampling.seed)
-        question = Message("user", prompt, context)
-        ids = encode(template, [question], tokenizer).ids
-        if is_plain:
-            print(with_input(question), end="", flush=True)
-        elif len(prompts) > 1:
-            print(f"> {prompt}", file=sys.stderr)
-        start = time.perf_counter()
-        tokens, answer = tee(generate(model, ids, sampling, stop))
-        for piece in tokenizer.stream(tokens, after=ids if is_plain else []):
-            print(piece, end="", flush=True)
-        print(flush=True)
-        seconds, n = time.perf_counter() - start, len([*answer])
-        if n == sampling.max_new_tokens:
-            print(f"(Cut after {n} tokens, the most that --max_new_tokens allows.)", file=sys.stderr)
-        print(f"Time for inference: {seconds:.2f} sec total, {n / seconds:.2f} tokens/sec", file=sys.stderr)
-    print(f"Memory used: {peak_memory(model.lm_head.weight.device):.2f} GB", file=sys.stderr)
+        choose_lora(model, [question.file for question in batch])
+        prompts = [encode(question.template, [question.message], tokenizer).ids for question in batch]
+        stops = [stop_ids(question.template, tokenizer) for question in batch]
+        start, n_tokens = time.perf_counter(), 0
+        answers: Sequence[Iterable[int]] = [generate(model, prompts[0], sampling, stops[0])]
+        if len(batch) > 1:
+            answers = generate_batch(model, prompts, sampling, stops)
+        for (message, template, file), prompt, answer in zip(batch, prompts, answers, strict=True):
+            if is_plain := name_of(template) == "plain":
+                print(with_input(message), end="", flush=True)
+            elif len(questions) > 1:
+                print(f"{file + 1 if file >= 0 else ''}> {message.content}", file=sys.stderr)
+            tokens, answer = tee(answer)
+            for piece in tokenizer.stream(tokens, after=prompt if is_plain else []):
+                print(piece, end="", flush=True)
+            print(flush=True)
+            n_tokens += (n := len([*answer]))
+            if n == sampling.max_new_tokens:
+                print(f"(Cut after {n} tokens, the most that --max_new_tokens allows.)", file=sys.stderr)
+        seconds = time.perf_counter() - start
+        print(f"Time for inference: {seconds:.2f} sec total, {n_tokens / seconds:.2f} tokens/sec", file=sys.stderr)
+    print(f"Memory used: {peak_memory(model.transformer.wte.weight.device):.2f} GB", file=sys.stderr)
 
 
 def read_prompts(prompt: str, prompt_file: Path | None) -> list[str]:

@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass, replace
 
 from lit_llama.errors import UserError, check_fields
-from lit_llama.model import Linear, LLaMA, LLaMAConfig
+from lit_llama.model import Linear, LLaMA
 
 import torch
 from torch import Tensor, nn
@@ -104,14 +104,6 @@ def mark_only_lora_as_trainable(model: nn.Module) -> None:
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The LoRA parameters alone, under Lit-LLaMA's names."""
     return {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
-
-
-def lora_shapes(base: LLaMAConfig, config: LoRAConfig) -> dict[str, Tensor]:
-    """The LoRA parameters that a model would have, without data."""
-    with torch.device("meta"):
-        model = LLaMA(base)
-        add_lora(model, config)
-    return lora_state_dict(model)
 
 
 @torch.no_grad()

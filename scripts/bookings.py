@@ -76,7 +76,7 @@ def main(
         records, answers = read_records(records_dir / f"{name}.json")[:n], []
         prompts = [encode(STYLE, [*before, Message("user", one["instruction"])], tokenizer).ids for one in records]
         for first in progress(range(0, len(prompts), batch_size), title, "batch"):
-            some = generate_batch(model, prompts[first : first + batch_size], sampling, stop)
+            some = generate_batch(model, prompts[first : first + batch_size], sampling, [stop] * batch_size)
             answers += [tokenizer.decode(answer).strip() for answer in some]
         print(report(title, records, answers, show), flush=True)
 

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from lit_llama.adapter import cache_prefix
 from lit_llama.cli import run
 from lit_llama.conversation import Conversation, takes_turns
 from lit_llama.device import Precision, default_precision, storage_dtype
 from lit_llama.errors import UserError
-from lit_llama.finetuned import FinetunedFile, base_is_nf4, load_for_use, read_finetuned, swap_lora
+from lit_llama.finetuned import FinetunedFile, base_is_nf4, load_for_use, read_finetuned
 from lit_llama.generation import Sampling, compile_steps
+from lit_llama.lora import remove_lora
 from lit_llama.model_folder import find_model, own_template
 from lit_llama.prompt import STYLES, find_template, name_of
 from lit_llama.quantization import Quantization
@@ -184,9 +186,14 @@ class Chat:
         )
 
     def use(self, lora: FinetunedFile | None) -> None:
-        """Put the LoRA layers of a file onto the base model, in place of others."""
+        """Put the LoRA layers of a file, or none, onto the base model, in place of others."""
         self.conversation.forget()
-        swap_lora(self.conversation.model, lora)
+        model = self.conversation.model
+        dtype = model.lm_head.weight.dtype
+        remove_lora(model)
+        if lora:
+            lora.add_to(model)
+        cache_prefix(model.to(dtype).eval())
         self.set_lora(lora)
 
     def set_lora(self, lora: FinetunedFile | None) -> None:

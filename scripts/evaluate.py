@@ -150,7 +150,7 @@ def answer_scores(
     by_length = sorted(range(n), key=lambda i: len(prompts[i]))
     for first in progress(range(0, n, batch_size), "Answers", "batch"):
         records = by_length[first : first + batch_size]
-        new = generate_batch(model, [prompts[i] for i in records], sampling, stop)
+        new = generate_batch(model, [prompts[i] for i in records], sampling, [stop] * len(records))
         for i, ids in zip(records, new, strict=True):
             answers[i], count = tokenizer.decode(ids), count + len(ids)
     speed = count / (time.perf_counter() - start)

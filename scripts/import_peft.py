@@ -10,11 +10,11 @@ from typing import Any
 
 from lit_llama.cli import run
 from lit_llama.errors import UserError, short
-from lit_llama.finetuned import describe, save_finetuned
+from lit_llama.finetuned import describe, save_finetuned, skeleton
 from lit_llama.formats.huggingface import Expected, check_known, pairs_from_halves
 from lit_llama.formats.peft import MODULES, parts
 from lit_llama.formats.tokenizers import read_chat_template
-from lit_llama.lora import LoRAConfig, lora_shapes
+from lit_llama.lora import LoRAConfig
 from lit_llama.model import LLaMAConfig
 from lit_llama.model_folder import find_model, identity, own_template, read_config, suggest_script
 from lit_llama.prompt import find_template, name_of
@@ -96,7 +96,7 @@ def from_peft(
     Args:
         weights: of the base model. Those of its embedding or head that PEFT has saved along must be the same.
     """
-    state = {name: torch.zeros(tensor.shape) for name, tensor in lora_shapes(base, lora).items()}
+    state = {name: torch.zeros(tensor.shape) for name, tensor in skeleton(base, lora)[1].items()}
     left = {plain_name(name): tensor for name, tensor in tensors.items()}
     if len(left) < len(tensors):
         raise UserError("it has several tensors for the same module, of several adapters perhaps; save one alone")

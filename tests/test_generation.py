@@ -9,8 +9,18 @@ from typing import Any
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, cache_prefix
 from lit_llama.errors import UserError
 from lit_llama.formats.huggingface import hf_config, to_hf
-from lit_llama.generation import Sampling, compile_steps, generate, generate_batch, read_prompts, respond, sample
+from lit_llama.generation import (
+    Question,
+    Sampling,
+    compile_steps,
+    generate,
+    generate_batch,
+    read_prompts,
+    respond,
+    sample,
+)
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.prompt import Message
 from lit_llama.quantization import quantize_int8
 from lit_llama.tokenizer import Tokenizer
 
@@ -78,7 +88,7 @@ def test_samples_follow_temperature_top_k_and_top_p() -> None:
 
 def test_an_answer_that_was_cut_says_so(model_folder: Path, capsys: pytest.CaptureFixture) -> None:
     model, tokenizer = random_model(TINY), Tokenizer(model_folder / "tokenizer.json")
-    respond(model, tokenizer, ["Hi"], "plain", "", Sampling(5, temperature=0))
+    respond(model, tokenizer, [Question(Message("user", "Hi"), "plain")], Sampling(5, temperature=0))
     assert "(Cut after 5 tokens, the most that --max_new_tokens allows.)" in capsys.readouterr().err
 
 
@@ -102,7 +112,7 @@ def test_batched_greedy_answers_equal_one_by_one() -> None:
     eos = alone[2][7]  # some stop early, each at its own place
     stopped = [list(generate(model, prompt, Sampling(30, 0), {eos})) for prompt in prompts]
     assert len({len(answer) for answer in stopped}) > 1
-    assert generate_batch(model, prompts, Sampling(30, 0), {eos}) == stopped
+    assert generate_batch(model, prompts, Sampling(30, 0), [{eos}] * 4) == stopped
 
 
 def test_rows_of_a_batch_are_sampled_by_their_own_probabilities() -> None:

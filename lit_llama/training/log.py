@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ from lit_llama.data.batches import Step
 from lit_llama.device import peak_memory
 from lit_llama.errors import UserError
 from lit_llama.progress import on_terminal
+from lit_llama.prompt import Message, encode, stop_ids
 from lit_llama.storage.files import replacing, write_file
+from lit_llama.tokenizer import Tokenizer
 
 import numpy as np
+import torch
 from lightning import Fabric
 from lightning.fabric.loggers import Logger
+from torch import nn
 from tqdm import tqdm
 
 COLUMNS = (
@@ -27,6 +32,7 @@ COLUMNS = (
 )  # fmt: skip
 
 WANDB = "lightning.pytorch.loggers.WandbLogger"
+SAMPLE_TOKENS = 50  # of a sample answer
 MOST_POINTS = 4000  # of a line in the picture, which is 960 pixels wide
 
 
@@ -107,6 +113,27 @@ class TrainingLog:
             self._row(step, validation_loss=loss)
             perplexity = math.exp(min(loss, 99))
             self.say(f"step {step}/{self.n_steps}: validation loss {loss:.4f} (perplexity {perplexity:.2f})")
+        self.last = time.perf_counter()
+
+    @torch.no_grad()
+    def sample(self, step: int, model: nn.Module, tokenizer: Tokenizer, template: str, prompt: str | None) -> None:
+        """Show the greedy answer to a prompt, if there is one, and add it to samples.txt; no random number is drawn.
+
+        A token is computed as in a validation, without a cache: on all devices, which may hold a share of the model.
+        """
+        if prompt is None:
+            return
+        ids, stop = encode(template, [Message("user", prompt)], tokenizer).ids, stop_ids(template, tokenizer)
+        model.eval()
+        for _ in range(SAMPLE_TOKENS):
+            last = torch.tensor([len(ids) - 1], device=self.fabric.device)
+            ids.append(int(model(torch.tensor([ids], device=self.fabric.device), select=last).argmax()))
+        model.train()
+        answer = tokenizer.stream(takewhile(lambda token: token not in stop, ids[-SAMPLE_TOKENS:]))
+        self.say(line := f"step {step}: {''.join(answer)}")
+        if self.fabric.is_global_zero:
+            with open(self.path.with_name("samples.txt"), "a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
         self.last = time.perf_counter()
 
     def close(self, title: str) -> None:

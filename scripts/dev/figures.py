@@ -164,6 +164,15 @@ def generation() -> str:
     return f"{table}\n(`python scripts/dev/benchmark_generation.py`, {sitting()})"
 
 
+def many_lora() -> str:
+    """Several LoRA files in a batch, of the article's settings and of today's."""
+    short = ("--rounds", "2", "--new_tokens", "24")
+    runs = [short, ("--lora_targets", "all", "--lora_r", "16", *short)]
+    lines = (f"`python scripts/dev/benchmark_many_lora.py {' '.join(flags)}`, {sitting()}" for flags in runs)
+    tables = (script("benchmark_many_lora.py", *flags) for flags in runs)
+    return "\n".join(f"{table}\n({line})\n" for table, line in zip(tables, lines, strict=True))
+
+
 def validation_losses(out_dir: Path) -> list[float]:
     (losses,) = read_metrics(out_dir / "metrics.csv", "validation_loss")
     return losses[np.isfinite(losses)].tolist()
@@ -290,6 +299,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "speed": lambda: benchmark("--rounds 2 --n_records 24"),
     "compiled": lambda: benchmark("--rounds 1 --n_records 24 --compile true"),
     "generation": generation,
+    "many-lora": many_lora,
     "nf4": nf4,
     "memory": memory,
     "recipes": recipes,

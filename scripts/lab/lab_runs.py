@@ -20,9 +20,10 @@ from lit_llama.data.batches import Batch, BatchSchedule, Dataset, loss_sum
 from lit_llama.data.evaluation import response_loss
 from lit_llama.data.preparation import Encoder, prepare
 from lit_llama.data.records import Fields
+from lit_llama.finetuned import skeleton
 from lit_llama.formats.peft import parts
 from lit_llama.generation import Sampling, generate_batch
-from lit_llama.lora import LoRAConfig, add_lora, lora_shapes, lora_state_dict, mark_only_lora_as_trainable
+from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable
 from lit_llama.model import LLaMA
 from lit_llama.model_folder import load_model
 from lit_llama.progress import say
@@ -289,7 +290,8 @@ class Lab:
 
     def n_parameters(self, r: int, targets: tuple[str, ...]) -> int:
         """How many parameters LoRA trains."""
-        return sum(shape.numel() for shape in lora_shapes(self.base.config, LoRAConfig(r, targets=targets)).values())
+        _, shapes = skeleton(self.base.config, LoRAConfig(r, targets=targets))
+        return sum(shape.numel() for shape in shapes.values())
 
 
 def closest(train: list[Record], validation: list[Record], n: int) -> tuple[list[Record], list[Record]]:
