@@ -26,7 +26,7 @@ from lit_llama.tokenizer import Tokenizer
 
 import pytest
 import torch
-from builders import TINY, random_model, randomize
+from builders import TINY, random_model, randomize, run_script
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext
@@ -113,6 +113,20 @@ def test_batched_greedy_answers_equal_one_by_one() -> None:
     stopped = [list(generate(model, prompt, Sampling(30, 0), {eos})) for prompt in prompts]
     assert len({len(answer) for answer in stopped}) > 1
     assert generate_batch(model, prompts, Sampling(30, 0), [{eos}] * 4) == stopped
+
+
+def test_prompts_of_a_file_are_continued_alike_in_batches_of_any_size(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "prompts.txt").write_text("Count to 4\nHi\nCount to 11, aloud\n")
+    flags = ("--checkpoint_path", checkpoint, "--prompt_file", tmp_path / "prompts.txt", "--temperature", 0)
+    printed = []
+    for size in (1, 2, 16):
+        capsys.readouterr()
+        assert run_script("generate", *flags, "--batch_size", size, "--max_new_tokens", 20) is None
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] == printed[2]
+    assert [printed[0].count(text) for text in ("Count to 4", "Hi", "Count to 11, aloud")] == [1, 1, 1]
 
 
 def test_rows_of_a_batch_are_sampled_by_their_own_probabilities() -> None:

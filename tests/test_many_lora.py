@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lit_llama.finetuned import FinetunedFile, skeleton
 from lit_llama.formats.huggingface import hf_config, to_hf
-from lit_llama.generation import Sampling, generate, generate_batch
+from lit_llama.generation import Sampling, compile_steps, generate, generate_batch
 from lit_llama.lora import TARGETS, LoRAConfig, merge_lora
 from lit_llama.many_lora import ManyLoRALinear, add_many_lora, choose_lora, updates_of
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -19,6 +19,7 @@ import torch
 from builders import TINY, random_model, randomize, run_script, save_file
 from test_quantize import as_plain_model
 from tokenizers import Tokenizer as HFTokenizer
+from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 TIED = replace(TINY, tie_embeddings=True)
@@ -109,6 +110,26 @@ def test_greedy_answers_of_a_mixed_batch_are_those_of_the_merged_models() -> Non
     choose_lora(model, FILES)
     assert generate_batch(model, prompts, Sampling(20, 0)) == expected
     assert len({tuple(answer) for answer in expected}) == len(FILES)
+
+
+@pytest.mark.slow
+def test_a_step_is_compiled_once_for_all_files() -> None:
+    model = random_model(TINY)
+    add_many_lora(model, lora_files(TINY))
+    prompts = [torch.randint(TINY.vocab_size, (n,)).tolist() for n in (5, 1, 17, 9, 3, 5)]
+
+    def answers() -> list[list[list[int]]]:
+        found = []
+        for files in (FILES, FILES[::-1]):
+            choose_lora(model, files)
+            found.append(generate_batch(model, prompts, Sampling(20, 0)))
+        return found
+
+    expected = answers()
+    compile_steps(model)
+    counters.clear()
+    assert answers() == expected
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @torch.no_grad()
