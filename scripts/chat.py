@@ -8,7 +8,6 @@ from pathlib import Path
 
 from lit_llama.adapter import cache_prefix
 from lit_llama.cli import run
-from lit_llama.conversation import Conversation, takes_turns
 from lit_llama.device import Precision, default_precision, storage_dtype
 from lit_llama.errors import UserError
 from lit_llama.finetuned import FinetunedFile, base_is_nf4, load_for_use, read_finetuned
@@ -20,6 +19,7 @@ from lit_llama.quantization import Quantization
 from lit_llama.tokenizer import find_tokenizer
 
 import torch
+from conversation import Conversation, takes_turns
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 HELP = """\

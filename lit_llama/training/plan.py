@@ -75,7 +75,7 @@ def doubts(
         yield f"warning: {data.n_cut:,} of {len(data):,} records are truncated; raise --block_size"
     held_out = {val_data.record(i).numpy().tobytes() for i in range(len(val_data))}
     if n := sum(data.record(i).numpy().tobytes() in held_out for i in range(len(data)) if held_out):
-        yield f"warning: {n:,} training records are validation records, too, so the validation loss will be too low"
+        yield f"warning: the validation split shares {n:,} records with the training split, so its loss will be too low"
     if 0 < (n := val_data.n_targets(range(len(val_data)))) < FEW:
         yield f"warning: there are {n} tokens to validate on, so the validation loss says little; hold out more records"
     trained = {name: parameter.numel() for name, parameter in llama.named_parameters() if parameter.requires_grad}

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-from lit_llama import conversation, finetuned
+from lit_llama import finetuned
 from lit_llama.finetuned import read_described, save_finetuned
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 
 import chat
+import conversation
 import pytest
 import torch
 from builders import TINY, random_model, randomize, run_script, save_file

@@ -2,16 +2,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from lit_llama import conversation as module
-from lit_llama.conversation import Conversation
 from lit_llama.errors import UserError
 from lit_llama.generation import Sampling, generate
 from lit_llama.model import LLaMA
 from lit_llama.prompt import Message, encode, stop_ids
 from lit_llama.tokenizer import Tokenizer
 
+import conversation as module
 import pytest
 from builders import TINY, random_model
+from conversation import Conversation
 
 GREEDY = Sampling(12, temperature=0)
 
