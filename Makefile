@@ -61,7 +61,7 @@ test: .venv/test
 	ruff format --check .
 	ruff check .
 	pyrefly check
-	pytest -q -n auto --dist loadfile
+	pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 figures: .venv/test
 	python scripts/dev/figures.py

@@ -14,6 +14,12 @@ from tokenizers import Tokenizer as HFTokenizer
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for scripts in processes of their own: tiny tensors are slower on several threads
 torch.set_num_threads(1)
+LONG = [f"test_{name}.py" for name in ("kill_storm", "finetune", "distributed", "state", "fuzz", "lora_lab")]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests take minutes go first, so that no process is left alone with one of them at the end."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(autouse=True)

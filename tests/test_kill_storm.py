@@ -10,7 +10,7 @@ from builders import ROOT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extent", [["--kills", "8"], ["--kills", "1", "--ranks", "2"]])
+@pytest.mark.parametrize("extent", [["--kills", "4"], ["--kills", "1", "--ranks", "2"]])
 def test_runs_that_are_killed_end_in_the_same_bits(extent: list[str]) -> None:
     path = os.pathsep.join(str(ROOT / folder) for folder in ("", "scripts", "tests"))
     environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}  # a fork would lose threads
