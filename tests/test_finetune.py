@@ -508,7 +508,7 @@ def test_the_loops_are_the_same_text() -> None:
     for method in RESULTS:
         source = (ROOT / f"finetune_{method}.py").read_text()
         main = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "main")
-        assert main.end_lineno - main.lineno < 115
+        assert main.end_lineno - main.lineno < 120
         loop = next(node for node in main.body if isinstance(node, ast.For))
         text = ast.get_source_segment(source, loop).replace(SAVE_BEST["full"], SAVE_BEST["lora"])
         loops[method] = [line.strip() for line in text.splitlines()]
