@@ -84,7 +84,7 @@ def test_the_estimate_is_what_a_run_takes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "precision"), [("lora", "bf16-mixed"), ("full", "32-true")])
+@pytest.mark.parametrize(("method", "precision"), [("full", "32-true")])
 def test_the_estimate_is_what_each_of_two_processes_takes(
     method: str, precision: str, checkpoint: Path, data_dir: Path, tmp_path: Path
 ) -> None:
