@@ -183,8 +183,7 @@ def split(template: str, marked: tuple[Message, ...], tokenizer: Tokenizer) -> l
     controls = dict(control.span() for control in re.finditer(tokenizer.control_pattern, text))
     inside = {place for a, b in controls.items() for place in range(a + 1, b)}
     cuts = pairwise(sorted({0, *edges, *controls, *controls.values(), len(text)} - inside))
-    is_trained = [any(start <= place < end for start, end in answers) for place in range(len(text))]
-    return [(text[a:b], is_trained[a], a in controls, a in prompts) for a, b in cuts]
+    return [(text[a:b], any(i <= a < j for i, j in answers), a in controls, a in prompts) for a, b in cuts]
 
 
 def mark(messages: Sequence[Message]) -> tuple[tuple[Message, ...], dict[int, str]]:

@@ -14,6 +14,7 @@ from lit_llama.tokenizer import Tokenizer
 from lit_llama.training.optimizer import LearningRate
 from lit_llama.training.state import TrainingState
 
+import numpy as np
 import torch
 from lightning import Fabric
 from torch import nn
@@ -63,7 +64,8 @@ def doubts(
         yield f"note: the data is in the prompt style {name_of(data.prompt_style)}, not in the model's own"
     some = [i for i in range(min(FEW, len(data))) if data.is_whole(i)]
     tokens, ends = [data.record(i).tolist() for i in some], stop_ids(data.prompt_style, tokenizer)
-    texts = [tokenizer.decode([i for i in ids if i not in tokenizer.controls.values()]) for ids in tokens]
+    controls = {*tokenizer.controls.values()}
+    texts = [tokenizer.decode([i for i in ids if i not in controls]) for ids in tokens]
     of = f"of {len(some)} records"
     if n := sum(ids[-1] not in ends for ids in tokens):
         yield f"warning: {n} {of} do not end in a token that ends an answer, so the model does not learn to stop"
@@ -74,7 +76,8 @@ def doubts(
     if data.n_cut > len(data) / 5:
         yield f"warning: {data.n_cut:,} of {len(data):,} records are truncated; raise --block_size"
     held_out = {val_data.record(i).numpy().tobytes() for i in range(len(val_data))}
-    if n := sum(data.record(i).numpy().tobytes() in held_out for i in range(len(data)) if held_out):
+    alike = np.flatnonzero(np.isin(signs(data), signs(val_data)))  # only these are read
+    if n := sum(data.record(i).numpy().tobytes() in held_out for i in alike.tolist()):
         yield f"warning: the validation split shares {n:,} records with the training split, so its loss will be too low"
     if 0 < (n := val_data.n_targets(range(len(val_data)))) < FEW:
         yield f"warning: there are {n} tokens to validate on, so the validation loss says little; hold out more records"
@@ -86,6 +89,11 @@ def doubts(
     n, capacity = data.n_targets(range(len(data))), sum(trained.values())
     if is_lora and n > 2 * capacity:  # about 2 bits a parameter, and 1 bit a token
         yield f"warning: {n:,} tokens are trained on, more than {capacity:,} parameters can hold; raise --lora_r"
+
+
+def signs(data: Dataset) -> np.ndarray:
+    """A number for each record, which equal ones share: its length and one of its tokens."""
+    return data.lengths.astype(np.int64) << 32 | data.tokens[data.starts + data.lengths // 2]
 
 
 def measured_memory(fabric: Fabric, model: nn.Module, optimizer: Optimizer, schedule: BatchSchedule) -> str:
