@@ -133,7 +133,7 @@ class Lab:
         model = self.start(run)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
-        schedule = BatchSchedule(self.dataset("few" if run.few else ""), BATCH_SIZE, BATCH_SIZE, run.seed)
+        schedule = BatchSchedule(self.dataset("few" if run.few else ""), BATCH_SIZE, BATCH_SIZE * BLOCK_SIZE, run.seed)
         rate = LearningRate(run.rate, WARMUP, "constant" if run.few else "linear", run.n_steps)
         for step in range(run.n_steps + 1):
             if step in run.at:
