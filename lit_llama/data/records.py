@@ -100,13 +100,15 @@ def is_learned(item: tuple[str, object]) -> bool:
 def turns_of(turns: object) -> list[Any]:
     """A list of messages, perhaps as JSON in a cell of a table."""
     with suppress(ValueError, RecursionError):
-        turns = json.loads(turns) if isinstance(turns, str) else turns
+        turns = parse(turns) if isinstance(turns, str) else turns
     if not isinstance(turns, list):
         raise ValueError(f"has messages that are of type {type(turns).__name__}, not a list")
     return turns
 
 
 def message(turn: object, fields: Fields) -> Message:
+    if isinstance(turn, ValueError):
+        raise turn
     if not isinstance(turn, dict):
         raise ValueError("has a message that is not an object with role and content")
     given = present(turn, fields)
@@ -159,8 +161,21 @@ def as_text(value: object, name: str) -> str:
 
 def parse_line(line: bytes) -> object:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return parse(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"is not text in UTF-8 (byte {error.start})") from None
     except (ValueError, RecursionError):
         raise ValueError("is not valid JSON") from None
+
+
+def parse(text: str) -> Any:
+    """What a text of JSON holds; in the place of an object that has a field twice stands an error."""
+    return json.loads(text, object_pairs_hook=once)
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any] | ValueError:
+    fields = dict(pairs)
+    if len(fields) == len(pairs):
+        return fields
+    names = [name for name, _ in pairs]
+    return ValueError(f"has {max(names, key=names.count)!r} twice")

@@ -3,7 +3,6 @@
 import csv
 import gzip
 import io
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-from lit_llama.data.records import Row, parse_line
+from lit_llama.data.records import Row, parse, parse_line
 from lit_llama.errors import UserError, short
 from lit_llama.storage.files import write_file
 
@@ -112,7 +111,7 @@ def json_rows(source: Path) -> Iterator[Row]:
         yield from ((f"line {number}", line) for number, line in enumerate(open_lines(source), 1) if line.strip())
         return
     try:
-        content = json.loads(read_all(source))
+        content = parse(read_all(source))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source} is neither a JSON list nor JSON lines: {error}") from None
     if isinstance(content, dict) and len(content) == 1:

@@ -55,6 +55,18 @@ def test_a_jsonl_file_whose_first_line_is_broken_is_still_one_of_lines(tmp_path:
         read_records(tmp_path / "a.jsonl")
 
 
+TWICE = '{"instruction": "a", "output": "b", "output": "c"}', '{"messages": [{"role": "user", "role": "assistant"}]}'
+
+
+@pytest.mark.parametrize("record", TWICE, ids=["record", "message"])
+@pytest.mark.parametrize("form", ["{0}\n{0}", "[{0}, {0}]"], ids=["lines", "list"])
+def test_a_field_that_comes_twice_is_told(record: str, form: str, tmp_path: Path) -> None:
+    """Python takes the last one, without a word."""
+    (tmp_path / "a.json").write_text(form.format(record))
+    with pytest.raises(UserError, match=r"2 of 2 .* has '(output|role)' twice"):
+        read_records(tmp_path / "a.json")
+
+
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
