@@ -125,7 +125,7 @@ class Tokenizer:
         self._hf.no_truncation()
         self._hf.no_padding()
         self._hf.encode_special_tokens = True  # text is text: what users write never becomes a control token
-        self._first_space = getattr(self._hf.pre_tokenizer, "prepend_scheme", "") == "first"
+        self._first_space = has_first_space(self._hf)
         self.vocab_size = max([self._hf.get_vocab_size(), *(i + 1 for i in self.added)])  # there may be gaps
         text, whole = (self._hf.encode("a", add_special_tokens=special).ids for special in (False, True))
         self.bos_id = None if whole[: len(text)] == text else whole[0]  # what its own post-processor puts in front
@@ -285,17 +285,25 @@ def piece(text: str, kind: int) -> bytes:
 
 
 def tokenizer_in(folder: Path) -> Path | None:
-    """The tokenizer of a folder. Of two files it is the one with more tokens: the other lacks those that were added."""
+    """The tokenizer of a folder. Of two files it is the one with more tokens: the other lacks those that were added.
+
+    Else it is tokenizer.model, unless only the other says that no space goes before a text after a control token.
+    """
     found = [folder / name for name in FILE_NAMES if (folder / name).is_file()]
-    return max(found, key=n_tokens) if len(found) > 1 else next(iter(found), None)
+    return max(found, key=content) if len(found) > 1 else next(iter(found), None)
 
 
-def n_tokens(path: Path) -> int:
+def content(path: Path) -> tuple[int, bool]:
+    """How many tokens a file has, and whether it puts a space only before the beginning of a text."""
     try:
         sp, hf = load(path)
     except UserError:  # Llama 3's tokenizer.model, in tiktoken's format
-        return 0
-    return sp.vocab_size() if sp else hf.get_vocab_size()
+        return 0, False
+    return (sp.vocab_size(), False) if sp else (hf.get_vocab_size(), has_first_space(hf))
+
+
+def has_first_space(tokenizer: HFTokenizer) -> bool:
+    return getattr(tokenizer.pre_tokenizer, "prepend_scheme", "") == "first"
 
 
 def find_tokenizer(checkpoint_path: Path, tokenizer_path: Path | None = None) -> Tokenizer:

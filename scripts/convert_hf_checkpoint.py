@@ -15,10 +15,10 @@ from lit_llama.formats.huggingface import NAMES, QKV, config_from_hf, pairs_from
 from lit_llama.formats.tokenizers import byte_level_bpe, read_chat_template, splits, tried
 from lit_llama.model import LLaMAConfig
 from lit_llama.model_folder import check_complete, load_model, own_template, save_model_folder, suggest_script
-from lit_llama.progress import progress
+from lit_llama.progress import progress, say
 from lit_llama.prompt import Message, encode
 from lit_llama.storage.files import check_apart, is_plain, read_file, read_json, read_safetensors
-from lit_llama.tokenizer import Tokenizer, find_tokenizer, tokenizer_in
+from lit_llama.tokenizer import CONFIG_NAME, Tokenizer, find_tokenizer, tokenizer_in
 
 import torch
 from tokenizers import AddedToken
@@ -213,8 +213,22 @@ def from_hf(
 def read_tokenizer(*folders: Path) -> dict[str, bytes | str]:
     """The tokenizer's files in the first folder that has one; none if none has."""
     for path in filter(None, map(tokenizer_in, folders)):
-        return from_tiktoken(path) if is_tiktoken(path) else dict(Tokenizer(path).files())
+        if is_tiktoken(path):
+            return from_tiktoken(path)
+        check_spaces(path)
+        return dict(Tokenizer(path).files())
     return {}
+
+
+def check_spaces(path: Path) -> None:
+    """Say if transformers, by its own settings, would put other spaces before a text than this file does."""
+    config, other = map(path.with_name, (CONFIG_NAME, "tokenizer.json"))
+    if path == other or other.is_file() or not config.is_file():  # the latter has its spaces in it
+        return
+    fields = read_json(config)
+    if names := [name for name in ("legacy", "add_prefix_space") if fields.get(name) is False]:
+        remedy = f"save one by AutoTokenizer.from_pretrained({str(path.parent)!r}).save_pretrained(...)"
+        say(f"warning: {config} has {names[0]}: false, which takes a tokenizer.json; for the same ids, {remedy}")
 
 
 def is_tiktoken(path: Path) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 from export_hf import from_sentencepiece
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import models, pre_tokenizers, processors
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
 TEXTS = ["Hello, world", "  two  spaces ", "naïve café, 東京 and 🙂🙃", "x = [1, 2]\n\ty += 10", ""]
 
@@ -276,6 +276,12 @@ def test_of_two_files_the_one_with_the_added_tokens_is_taken(tmp_path: Path, sen
         (tmp_path / name).write_text(content)
     shutil.copy(sentencepiece_file, tmp_path)
     assert find_tokenizer(tmp_path, tmp_path).path.name == "tokenizer.model"  # they are the same
+    first = HFTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    first.pre_tokenizer, kept = pre_tokenizers.Metaspace(prepend_scheme="first", split=False), first.to_str()
+    first.normalizer = normalizers.Sequence([])
+    first.save(str(tmp_path / "tokenizer.json"))
+    assert find_tokenizer(tmp_path, tmp_path).path.name == "tokenizer.json"  # as transformers, of "legacy": false
+    (tmp_path / "tokenizer.json").write_text(kept)
     more = HFTokenizer.from_file(str(tmp_path / "tokenizer.json"))
     more.add_special_tokens(["<|im_start|>"])
     more.save(str(tmp_path / "tokenizer.json"))

@@ -12,6 +12,7 @@ import convert_hf_checkpoint
 import pytest
 import torch
 from builders import TINY, peak_of_conversion, random_model, run_script
+from builders_tokenizers import train_sentencepiece
 from convert_hf_checkpoint import from_hf
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -329,6 +330,18 @@ def test_verify_compares_with_transformers(
     text = capsys.readouterr().err
     assert float(text.split("by at most ")[1].split()[0]) < 1e-5
     assert "differ for 0 of 5 texts" in text
+
+
+@pytest.mark.parametrize("name", ["legacy", "add_prefix_space"])
+def test_a_setting_that_only_a_tokenizer_json_can_follow_is_told(
+    name: str, one_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    train_sentencepiece(one_file / "tokenizer.model")
+    config = one_file / "tokenizer_config.json"
+    for value, is_told in ((True, False), (False, True)):
+        config.write_text(json.dumps({name: value}))
+        convert_hf_checkpoint.read_tokenizer(one_file)
+        assert (f"{name}: false" in capsys.readouterr().err) == is_told
 
 
 def test_other_folders_are_told_which_script_takes_them(tmp_path: Path) -> None:
