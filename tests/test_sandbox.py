@@ -1,5 +1,7 @@
 """Templates that mean harm, or are broken, end in one line and soon."""
 
+import subprocess
+import sys
 import time
 
 from lit_llama import sandbox
@@ -57,6 +59,21 @@ def test_a_template_that_would_not_end_or_fill_the_memory_is_refused(
 ) -> None:
     monkeypatch.setattr(sandbox, "SECONDS", 0.4)
     assert any(reason in refusal(template) for reason in ("far more time", "characters", "recursion"))
+
+
+DEEP = TWICE.replace("EXPRESSION", "(n.x, n.x)").split("{{")[0]
+
+
+@pytest.mark.slow
+def test_what_no_python_interrupts_ends_with_the_process_and_one_line() -> None:
+    """To hash a tuple of tuples of tuples is one step of Python, and would take longer than the sun shines."""
+    code = "from lit_llama import sandbox as s; s.SECONDS = 0.1; s.LAST = 1.2; s.render({!r}, [], {{}}, True)"
+    for use in ("{{ {n.x: 1} }}", "{{ [n.x, n.x] | unique | list }}"):
+        command = [sys.executable, "-c", code.format(DEEP + use)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: the chat template cannot render this conversation: it takes far more")
+        assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("template", INSIDES)
