@@ -118,14 +118,15 @@ def tokenizer_files(tokenizer: Tokenizer, template: str | None) -> dict[str, byt
     """A tokenizer.json and a tokenizer_config.json, which say all that the tokenizer's own files do.
 
     The class is the one that reads a tokenizer.json as it is, in transformers 4 and 5: others build it anew from its
-    vocabulary. The chat template that the tokenizer has stays, be it one of several, if it is this one or if there is
-    no other.
+    vocabulary. In 4, it would also make token_type_ids, with which a LLaMA does not generate. The chat template that
+    the tokenizer has stays, be it one of several, if it is this one or if there is no other.
     """
     files: dict[str, bytes | str] = dict(tokenizer.files())
     if "tokenizer.json" not in files:
         files |= from_sentencepiece(tokenizer)
     fields = {name: value for name, value in json.loads(files.get(CONFIG_NAME, "{}")).items() if name not in LEFT_OUT}
-    fields |= {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.names}
+    fields |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    fields |= tokenizer.names
     if template and default(fields.get("chat_template")) != template:
         fields["chat_template"] = portable(template, tokenizer)
     kept = {name: files[name] for name in FILE_NAMES if name in files}

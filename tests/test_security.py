@@ -15,7 +15,7 @@ FORBIDDEN = {
 }  # fmt: skip
 IMPORTS = {  # --logger names a class; a module of sentencepiece; a library that is not in the test extra
     "lit_llama/__init__.py", "lit_llama/training/log.py", "lit_llama/formats/gguf.py",
-    "scripts/dev/compare_llamacpp.py",
+    "scripts/dev/check_exports.py",
 }  # fmt: skip
 
 

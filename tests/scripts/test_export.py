@@ -68,6 +68,7 @@ def test_the_tokenizer_of_transformers_gives_the_same_ids(base: Path, tmp_path: 
     text = "below  is an\n instruction, naïve 日本 🙂 <|im_end|>"
     assert theirs(text, split_special_tokens=True)["input_ids"] == ours.encode(text)
     assert theirs.eos_token_id == ours.eos_id
+    assert theirs.model_input_names == ["input_ids", "attention_mask"]  # transformers 4 would add token_type_ids
 
 
 @pytest.mark.parametrize("max_shard_gb", [5.0, 2e-5])

@@ -15,7 +15,7 @@ import pytest
 from builders import TINY, random_model, randomize, run_script, save_file
 from builders_chat import as_dicts, prompts, write_chat_tokenizer
 from builders_tokenizers import TEXTS, train_sentencepiece
-from compare_llamacpp import LlamaCpp
+from check_exports import LlamaCpp
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import pre_tokenizers
 
