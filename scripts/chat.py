@@ -1,6 +1,7 @@
 """Talk with a base, LoRA, adapter or fully finetuned model in the terminal."""
 
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -107,7 +108,9 @@ def main(
             break
         try:
             chat.take(line)
-        except UserError as error:
+        except BrokenPipeError:  # nobody reads the answers
+            raise
+        except (UserError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:
             print(flush=True)  # after what has come of the answer
@@ -146,7 +149,7 @@ class Chat:
         elif command == "/system":
             self.conversation.set_system(rest)
         elif command == "/lora":
-            self.swap(self.read(Path(rest).expanduser() if rest else None))
+            self.swap(self.read(Path(os.path.expanduser(rest)) if rest else None))
         elif command == "/help":
             print(HELP, file=sys.stderr)
         else:

@@ -127,8 +127,8 @@ def main(
             for program, path in readers.items():
                 answers[program] = answer_of_transformers(exported / "hf", path, tokenizer, max_new_tokens)
             if has_llamacpp:
-                run_script("export_gguf", exported, checkpoint_path=model_dir, dtype="F32", prompt_style=style)
-                answers["llama.cpp"] = LlamaCpp(exported / "model-F32.gguf").answer(max_new_tokens)
+                run_script("export_gguf", exported / "gguf", checkpoint_path=model_dir, dtype="F32", prompt_style=style)
+                answers["llama.cpp"] = LlamaCpp(exported / "gguf" / "model-F32.gguf").answer(max_new_tokens)
             return report(title, answers)
 
         agree = [compare("base model", checkpoint_path.parent, style)]

@@ -89,8 +89,9 @@ def test_a_lora_file_is_read_once(talk: Talk, lora_files: list[Path], monkeypatc
 def test_a_lora_file_that_cannot_be_used_leaves_the_one_there_is(talk: Talk, lora_files: list[Path]) -> None:
     flags = ("--lora_path", lora_files[0])
     expected = talk("a", "a", flags=flags)[0]
-    out, err = talk("a", "/lora nothing.pth", "/lora", "a", flags=flags)
+    out, err = talk("a", "/lora nothing.pth", f"/lora {'x' * 300}", "/lora ~nobody/x", "/lora", "a", flags=flags)
     assert out == expected
+    assert "File name too long" in err
     assert "error: nothing.pth does not exist" in err
     assert "error: the model has no template of its own" in err
 
