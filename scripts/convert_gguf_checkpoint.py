@@ -10,16 +10,7 @@ from typing import Any
 
 from lit_llama.cli import run
 from lit_llama.errors import UserError, error_context, short
-from lit_llama.formats.gguf import (
-    BYTE,
-    CHAT_TEMPLATE,
-    ENDS,
-    FIELDS,
-    ROPE_FREQS,
-    TENSOR_NAMES,
-    model_proto,
-    rope_divisors,
-)
+from lit_llama.formats.gguf import BYTE, CHAT_TEMPLATE, ENDS, FIELDS, ROPE_FREQS, TENSOR_NAMES, rope_divisors
 from lit_llama.formats.huggingface import Expected, check_known
 from lit_llama.formats.tokenizers import LLAMA_3, PRE_TOKENIZERS, byte_level_bpe, tried
 from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling
@@ -36,8 +27,9 @@ from torch import Tensor
 
 try:
     from gguf import GGUFReader, ReaderTensor, dequantize
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyrefly: ignore
 except ImportError:
-    sys.exit("error: GGUF files need one more library; run: pip install -e '.[gguf]'")
+    sys.exit("error: GGUF files need more libraries; run: pip install -e '.[gguf]'")
 
 MOST_PARTS = 2**10
 MOST_VALUES = 2**22  # a vocabulary of a quarter of a million tokens takes 1.7 million
@@ -226,7 +218,7 @@ def tokenizer_from_gguf(path: Path, metadata: Mapping[str, Any]) -> dict[str, by
     files = {ENDS_NAME: json.dumps({"eos_token_id": ends})} if len({*ends}) > 1 else {}
     model, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre", "default")
     if model == "llama":
-        return {"tokenizer.model": sentencepiece_from_gguf(path, metadata), **files}
+        return {"tokenizer.model": sentencepiece_from_gguf(metadata), **files}
     if model != "gpt2" or pre not in PRE_TOKENIZERS:
         known = f"SentencePiece (llama) and byte-level BPE (gpt2: {', '.join(PRE_TOKENIZERS)}) are"
         raise UserError(f"the tokenizer of {path} ({model}, {pre}) is not supported; {known}")
@@ -241,9 +233,9 @@ def tokenizer_from_gguf(path: Path, metadata: Mapping[str, Any]) -> dict[str, by
     return byte_level_bpe(pre, tokens, merges, added, names, begins) | files
 
 
-def sentencepiece_from_gguf(path: Path, metadata: Mapping[str, Any]) -> bytes:
+def sentencepiece_from_gguf(metadata: Mapping[str, Any]) -> bytes:
     """A `tokenizer.model` with the same pieces, scores and settings as the one that the GGUF was made from."""
-    model = model_proto(path)()
+    model = ModelProto()
     tokens, types = metadata["tokenizer.ggml.tokens"], list(metadata["tokenizer.ggml.token_type"])
     has_bos = metadata.get("tokenizer.ggml.add_bos_token", True)
     unk = metadata.get("tokenizer.ggml.unknown_token_id", 0)

@@ -10,17 +10,7 @@ from typing import Any, Literal, NamedTuple
 from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.finetuned import read_finetuned
-from lit_llama.formats.gguf import (
-    CHAT_TEMPLATE,
-    ENDS,
-    FIELDS,
-    NORMAL,
-    ROPE_FREQS,
-    TENSOR_NAMES,
-    UNUSED,
-    model_proto,
-    rope_divisors,
-)
+from lit_llama.formats.gguf import CHAT_TEMPLATE, ENDS, FIELDS, NORMAL, ROPE_FREQS, TENSOR_NAMES, UNUSED, rope_divisors
 from lit_llama.formats.huggingface import NAMES
 from lit_llama.formats.peft import parts
 from lit_llama.formats.tokenizers import PRE_TOKENIZERS, TEMPLATE_NAME, byte_level_bpe
@@ -40,8 +30,9 @@ from torch import Tensor
 
 try:
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quant_shape_to_byte_shape, quantize
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyrefly: ignore
 except ImportError:
-    sys.exit("error: GGUF files need one more library; run: pip install -e '.[gguf]'")
+    sys.exit("error: GGUF files need more libraries; run: pip install -e '.[gguf]'")
 
 FILES = r"{}-(F32|F16|Q8_0)\.gguf|Modelfile|chat_template\.jinja"
 FILE_TYPES = {"F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
@@ -227,7 +218,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, n_rows: int, stops: Collection[int]
 
 
 def sentencepiece_to_gguf(path: Path, content: bytes, n_rows: int) -> dict[str, Any]:
-    model = model_proto(path).FromString(content)
+    model = ModelProto.FromString(content)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type != trainer.BPE or normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
         raise UserError(f"{path} changes text or is not BPE, which llama.cpp does not do; expected one as LLaMA's")

@@ -8,29 +8,29 @@ numbers. `meta.json` says what all of this was made from.
 
 import hashlib
 import json
-import multiprocessing
 import os
 import re
+import signal
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from lit_llama.data.records import Fields, Row, conversation
 from lit_llama.data.sources import read_rows, split_records
 from lit_llama.errors import UserError
 from lit_llama.progress import progress, say
-from lit_llama.prompt import STYLES, encode, stored_template, turn_end
+from lit_llama.prompt import STYLES, encode, stored_template
 from lit_llama.storage import files
 from lit_llama.storage.checks import check_types
 from lit_llama.storage.integrity import digest
 from lit_llama.tokenizer import Tokenizer
 
 import numpy as np
+from torch import multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
 N_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -46,21 +46,23 @@ META |= {"split_seed": int | None, "sha256": Mapping}
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """How rows of a source become tokens; with `skip_bad`, those that cannot be used are left out and counted."""
+class Encoder(Dataset):
+    """How rows of a source become tokens; with `skip_bad`, those that cannot be used are left out and counted.
+
+    For torch, it is a data set: an index is a list of rows.
+    """
 
     tokenizer: Tokenizer
     template: str
     fields: Fields = field(default_factory=Fields)
     skip_bad: bool = False
 
-    def tokenise(self, rows: list[Row]) -> tuple[dict[str, np.ndarray], list[tuple[str, str]], int]:
-        """The arrays of some records, each up to its last token that is trained on; what is wrong with other rows; and
-        how many of the records spell control tokens.
+    def __getitem__(self, rows: list[Row]) -> tuple[dict[str, np.ndarray], list[tuple[str, str]]]:
+        """The arrays of some records, each up to its last token that is trained on, and what is wrong with other rows.
 
         The offsets are where records end; all numbers count from the first of these records.
         """
-        tokens, ends, spans, documents, problems, n_spelled = [], [], [], [], [], 0
+        tokens, ends, spans, documents, problems = [], [], [], [], []
         for place, row in rows:
             try:
                 record = conversation(row, self.fields)
@@ -76,10 +78,9 @@ class Encoder:
             spans += (len(tokens) + changes).tolist()
             tokens += ids[: changes[-1]]
             documents += [len(ends)] * (len(record) == 1)
-            n_spelled += any(re.search(self.tokenizer.control_pattern, message.content) for message in record)
             ends.append(len(tokens))
         found = {"tokens": tokens, "offsets": ends, "spans": spans, "documents": documents}
-        return {name: np.array(values, TYPES[name]) for name, values in found.items()}, problems, n_spelled
+        return {name: np.array(values, TYPES[name]) for name, values in found.items()}, problems
 
 
 def prepare(
@@ -131,11 +132,6 @@ def prepare(
     if (n_held_out := len(splits.get("validation", ()))) < 2:
         what = "one record to validate on: its loss says little" if n_held_out else "no records to validate on"
         say(f"warning: {what}; give more, as by --val_split_size")
-    if n_documents < n and not turn_end(encoder.template, encoder.tokenizer):
-        say(
-            "warning: the chat template puts no control token after an answer, so the model does not learn to end one; "
-            "choose another --prompt_style"
-        )
 
 
 def identify(source: Path, checksums: Mapping[str, str]) -> str:
@@ -150,20 +146,14 @@ def append(folder: Path, name: str, array: np.ndarray) -> None:
 
 def tokenised(source: Path, encoder: Encoder, num_workers: int) -> Iterator[dict[str, np.ndarray]]:
     """The records of a source; at its end, a UserError or a line counts those that cannot be used, by reason."""
-    n_rows, n_spelled, places = 0, 0, defaultdict(list)
-    results = in_processes(encoder.tokenise, chunks(source), num_workers)
+    n_rows, places = 0, defaultdict(list)
+    results = in_processes(encoder, chunks(source), num_workers)
     what = f"Tokenising {source.name}"
-    for arrays, problems, n in progress(results, what, "record", count=lambda result: len(result[0]["offsets"])):
+    for arrays, problems in progress(results, what, "record", count=lambda result: len(result[0]["offsets"])):
         yield arrays
         n_rows += len(arrays["offsets"]) + len(problems)
-        n_spelled += n
         for place, reason in problems:
             places[reason].append(place)
-    if n_spelled > n_rows / 20:
-        say(
-            f"warning: {n_spelled:,} of {n_rows:,} records of {source.name} spell control tokens, which are text here: "
-            "if they hold a chat template already, give its messages instead"
-        )
     if places:
         n_bad = sum(map(len, places.values()))
         found = f"{source}: {n_bad:,} of {n_rows:,} records cannot be used: {count_reasons(places)}"
@@ -202,37 +192,23 @@ def chunks(source: Path) -> Iterator[list[Row]]:
         raise UserError(f"could not read {source}: {getattr(error, 'strerror', None) or error}") from None
 
 
-class Identity(Dataset):
-    """A data set whose item at an "index" is that index."""
-
-    def __getitem__(self, index: Any) -> Any:
-        return index
-
-
-def in_processes(function: Callable[[Any], Any], arguments: Iterable[Any], num_workers: int) -> Iterator[Any]:
-    """function(argument) for each argument in turn, a few of them computed ahead by other processes."""
-    arguments = iter(arguments)
-    first = list(islice(arguments, FEW))
+def in_processes(items: Dataset, indices: Iterable[Any], num_workers: int) -> Iterator[Any]:
+    """items[index], a tuple, for each index in turn, a few of them computed ahead by other processes."""
+    indices = iter(indices)
+    first = list(islice(indices, FEW))
     yield from DataLoader(
-        Identity(),
-        sampler=chain(first, arguments),
+        items,
+        sampler=chain(first, indices),
         batch_size=None,
-        collate_fn=function,
+        collate_fn=tuple,  # it stays as it is
         num_workers=min(num_workers, N_CORES) if num_workers > 1 and len(first) == FEW else 0,
         worker_init_fn=end_with_parent,
     )
 
 
 def end_with_parent(_worker: int) -> None:
-    """If the parent is killed, end this process: it would wait for ever to hand over results, and hold its locks."""
-    parent = multiprocessing.parent_process()
-    assert parent
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
+    """If the parent is killed, Linux ends this process, too: it might wait for ever, and hold the parent's locks."""
+    multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # pyrefly: ignore
 
 
 def read_split(data_dir: Path, split: str) -> tuple[dict[str, Any], list[np.ndarray]]:

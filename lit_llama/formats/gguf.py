@@ -3,11 +3,6 @@
 llama.cpp orders the rows of queries and keys as Meta does, which is our order, too.
 """
 
-from importlib import import_module
-from pathlib import Path
-from typing import Any
-
-from lit_llama.errors import UserError
 from lit_llama.model import LLaMAConfig, stretch_frequencies
 
 import torch
@@ -44,11 +39,3 @@ def rope_divisors(config: LLaMAConfig) -> Tensor:
     """By what the scaling of Llama 3.1 divides each rotary frequency, which is all that llama.cpp keeps of it."""
     freqs = config.rope_base ** -(torch.arange(0, config.head_size, 2) / config.head_size)  # (hs / 2,)
     return freqs / stretch_frequencies(freqs, config.rope_scaling) if config.rope_scaling else torch.ones_like(freqs)
-
-
-def model_proto(path: Path) -> Any:
-    """SentencePiece's class of what is in its files."""
-    try:
-        return import_module("sentencepiece.sentencepiece_model_pb2").ModelProto
-    except ImportError:
-        raise UserError(f"to convert the tokenizer of {path}, install protobuf: pip install protobuf") from None

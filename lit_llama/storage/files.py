@@ -4,14 +4,12 @@ A writer locks its target, fills a file or folder of another name next to it, fl
 If the process is killed or the disk is full, the target is still the old one.
 """
 
-import atexit
 import ctypes
 import errno
 import json
 import os
 import pickle
 import re
-import resource
 import shutil
 import struct
 import sys
@@ -41,7 +39,6 @@ LOCK = ".lock"  # in a folder that is locked
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without them answers
 output_folders = ExitStack()  # that this process has locked
 release = output_folders.close
-atexit.register(release)  # while all that it needs is still there
 
 
 @contextmanager
@@ -90,12 +87,9 @@ def lock_output_folder(folder: Path) -> None:
 
 def check_room(folder: Path, n_bytes: int) -> None:
     """Raise a UserError if a file of this size cannot be written to a folder."""
-    limit, free = resource.getrlimit(resource.RLIMIT_FSIZE)[0], shutil.disk_usage(folder).free
-    what = f"a file of {n_bytes / 1e9:.2g} GB is to be written to {folder}, "
-    if limit != resource.RLIM_INFINITY and n_bytes > limit:
-        raise UserError(f"{what}but ulimit -f allows {limit} bytes")
-    if n_bytes > free:
-        raise UserError(f"{what}where only {free / 1e9:.2g} GB are free; make room or write elsewhere")
+    if n_bytes > (free := shutil.disk_usage(folder).free):
+        where = f"{folder}, where only {free / 1e9:.2g} GB are free"
+        raise UserError(f"a file of {n_bytes / 1e9:.2g} GB is to be written to {where}; make room or write elsewhere")
 
 
 @contextmanager

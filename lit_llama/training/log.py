@@ -1,5 +1,6 @@
 """What a training run reports: a progress bar or plain lines, metrics.csv and loss.png."""
 
+import csv
 import math
 import os
 import sys
@@ -152,29 +153,22 @@ class TrainingLog:
         for logger in self.fabric.loggers:
             logger.save()  # now, since a run may be killed at any time
         if self.fabric.is_global_zero:
+            cells = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
             with open(self.path, "a", newline="", encoding="utf-8") as file:
-                file.write(f"{to_csv(row)}\n")
-
-
-def to_csv(row: Mapping[str, Any]) -> str:
-    """A line of metrics.csv; what the row does not have stays empty."""
-    values = (row.get(name, "") for name in COLUMNS)
-    return ",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in values)
+                csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(cells)
 
 
 def cut_metrics(path: Path, step: int) -> dict[str, float]:
     """Cut off what follows the last row up to this step (steps that were not saved); returns that row."""
-    content = path.read_bytes() if path.is_file() else b""
-    end = len(content)
-    while end:
-        start = content.rfind(b"\n", 0, end - 1) + 1
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    while lines:
         with suppress(ValueError):  # the header, or half a row
-            cells = content[start:end].decode().split(",")
+            cells = lines[-1].decode().split(",")
             row = dict(zip(COLUMNS, (float(cell or "nan") for cell in cells), strict=True))
             if row["step"] <= step and cells[-1].endswith("\n"):
-                os.truncate(path, end)
+                os.truncate(path, sum(map(len, lines)))
                 return row
-        end = start
+        lines.pop()
     return {}
 
 

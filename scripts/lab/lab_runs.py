@@ -16,8 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lit_llama.data.batches import Batch, BatchSchedule, Dataset, loss_sum
-from lit_llama.data.evaluation import response_loss
+from lit_llama.data.batches import Batch, BatchSchedule, Dataset, loss_sum, single_step
 from lit_llama.data.preparation import Encoder, prepare
 from lit_llama.data.records import Fields
 from lit_llama.finetuned import skeleton
@@ -126,7 +125,7 @@ class Lab:
         )
 
     def validation_loss(self, model: LLaMA) -> float:
-        return response_loss(model, self.dataset(split="validation"), 8)["loss"]
+        return mean_loss(model, self.dataset(split="validation"))
 
     def train(self, run: Run) -> Iterator[tuple[int, LLaMA]]:
         """The model before each step of `run.at`; the last of these may be after the last step."""
@@ -181,7 +180,7 @@ class Lab:
         if run.few:
             few, new_topics = self.dataset("few"), self.dataset("new-topics", "validation")
             sets = {"few": few, "twins": self.dataset("few", "validation"), "new topics": new_topics}
-            return {title: response_loss(model, data, 8)["loss"] for title, data in sets.items()}
+            return {title: mean_loss(model, data) for title, data in sets.items()}
         found: dict[str, Any] = {"loss": self.validation_loss(model)}
         if run.details:
             found["ordinary"] = self.ordinary_losses(model)
@@ -292,6 +291,13 @@ class Lab:
         """How many parameters LoRA trains."""
         _, shapes = skeleton(self.base.config, LoRAConfig(r, targets=targets))
         return sum(shape.numel() for shape in shapes.values())
+
+
+@torch.no_grad()
+def mean_loss(model: LLaMA, data: Dataset) -> float:
+    """Of all records, in nats a target."""
+    batches = single_step(data, 8 * BLOCK_SIZE).share(0, 1)
+    return sum(float(loss_sum(model, batch)) for batch in batches) / data.n_targets(range(len(data)))
 
 
 def closest(train: list[Record], validation: list[Record], n: int) -> tuple[list[Record], list[Record]]:

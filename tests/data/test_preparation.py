@@ -36,8 +36,9 @@ def encoder(model_folder: Path) -> Encoder:
     return Encoder(Tokenizer(model_folder / "tokenizer.json"), "plain")
 
 
-def process_of(number: int) -> tuple[int, int]:
-    return number, os.getpid()
+class Processes:
+    def __getitem__(self, number: int) -> tuple[int, int]:
+        return number, os.getpid()
 
 
 def end_process(*_: object) -> None:
@@ -47,14 +48,14 @@ def end_process(*_: object) -> None:
 def test_calls_are_shared_by_processes_in_order_and_not_drawn_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparation, "N_CORES", 2)
     drawn = []
-    results = in_processes(process_of, (drawn.append(i) or i for i in range(200)), num_workers=2)
+    results = in_processes(Processes(), (drawn.append(i) or i for i in range(200)), num_workers=2)
     first = next(results)
     assert len(drawn) < 30
     numbers, processes = zip(first, *results, strict=True)
     assert numbers == tuple(range(200))
     assert len({*processes}) == 2
     assert os.getpid() not in processes
-    assert [*in_processes(process_of, range(3), num_workers=2)] == [process_of(i) for i in range(3)]
+    assert [*in_processes(Processes(), range(3), num_workers=2)] == [Processes()[i] for i in range(3)]
 
 
 def read_arrays(folder: Path) -> list[np.ndarray]:
@@ -109,7 +110,7 @@ def test_a_process_that_dies_ends_the_preparation_which_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(preparation, "N_CORES", 2)
     monkeypatch.setattr(preparation, "CHUNK", 10)
-    monkeypatch.setattr(Encoder, "tokenise", end_process)
+    monkeypatch.setattr(Encoder, "__getitem__", end_process)
     with pytest.raises(UserError, match=r"worker.*(killed|exited)"):
         prepare(tmp_path / "out", {"train": source}, encoder, num_workers=2)
     assert [*tmp_path.iterdir()] == [source]
@@ -202,23 +203,3 @@ def test_documents_among_questions_are_cut_into_blocks_of_which_each_is_trained_
     assert numbers.count(0) == numbers.count(2) == -(-n // 64) or numbers.count(0) == -(-(n + 2) // 64)
     assert numbers.count(1) == 1  # a conversation is cut, not divided
     assert dataset.n_cut == 1
-
-
-def test_a_template_that_ends_no_answer_is_announced(
-    tmp_path: Path, encoder: Encoder, source: Path, capsys: pytest.CaptureFixture
-) -> None:
-    open_ended = "{% for m in messages %}{{ m.role + ': ' + m.content + ' ' }}{% endfor %}"
-    for template, is_said in ((encoder.template, False), (open_ended, True)):
-        prepare(tmp_path / "out", {"train": source}, replace(encoder, template=template))
-        assert ("no control token after an answer" in capsys.readouterr().err) == is_said
-
-
-def test_control_tokens_spelled_in_records_are_announced(
-    tmp_path: Path, encoder: Encoder, source: Path, capsys: pytest.CaptureFixture
-) -> None:
-    rows = [{"text": "<|im_start|>user\nHi<|im_end|>"}, {"text": "Hi"}]
-    for n, is_said in ((1, True), (0, False)):
-        source.write_text("\n".join(map(json.dumps, rows[:n] + rows[1:] * 9)))
-        prepare(tmp_path / "out", {"train": source}, encoder)
-        said = "1 of 10 records of records.jsonl spell control tokens" in capsys.readouterr().err
-        assert said == is_said

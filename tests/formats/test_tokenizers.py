@@ -1,7 +1,6 @@
 """Tokenizers of other formats: SentencePiece and byte-level BPE from GGUF's lists, tiktoken's file of Llama 3."""
 
 import base64
-import sys
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -63,12 +62,6 @@ def test_a_sentencepiece_model_may_end_in_an_added_token(tmp_path: Path) -> None
     assert ours.eos_id == sp.vocab_size() + 1
     assert ours.encode("that[call]", bos=False) == [*sp.encode("that"), sp.vocab_size()]
     assert ours.decode([*sp.encode("that"), ours.eos_id]) == "that"
-
-
-def test_sentencepiece_needs_protobuf(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
-    with pytest.raises(UserError, match=r"model\.gguf.*pip install protobuf"):
-        tokenizer_from_gguf(Path("model.gguf"), {"tokenizer.ggml.model": "llama"})
 
 
 def test_byte_level_bpe_from_a_gguf(tmp_path: Path, byte_tokenizer: HFTokenizer) -> None:

@@ -43,7 +43,7 @@ def test_every_experiment_writes_a_table_and_a_picture_and_is_not_repeated(
         assert "nan" not in text
         assert (lab.out_dir / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(Lab, "train", None)  # nothing is trained or evaluated again
-    monkeypatch.setattr(lab_runs, "response_loss", None)
+    monkeypatch.setattr(lab_runs, "mean_loss", None)
     assert run_script("lora_lab", *places) is None
     assert all((lab.out_dir / f"{name}.md").read_text() == text for name, text in texts.items())
 
