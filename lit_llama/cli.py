@@ -2,24 +2,25 @@
 
 import ast
 import inspect
+import json
 import os
 import re
 import signal
 import sys
 import traceback
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
+from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
-from functools import partial
-from inspect import Parameter
+from itertools import pairwise
 from pathlib import Path
-from types import FrameType, ModuleType, NoneType
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from types import FrameType, ModuleType
+from typing import Any, NoReturn, get_args, get_origin
 
 from lit_llama.errors import Stopped, UserError, interrupted
 from lit_llama.storage import files
 
 import torch
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 LARGEST = 2**31 - 1  # number that a flag takes
@@ -41,8 +42,8 @@ OTHER_NAMES = {  # of flags: in other projects, and in the archived Lit-LLaMA (s
     "warmup_iters": ("warmup_steps",),
 }
 ONLY_IN = {"lora_path": "generate_lora.py", "adapter_path": "generate_adapter.py"}
-WORDS: dict[Any, dict[str, Any]] = {bool: {"true": True, "false": False}, NoneType: {"null": None}}
-TYPE_WORDS: dict[Any, tuple[str, str]] = {  # of other values: in --help, and in a message
+TYPE_WORDS: dict[Any, tuple[str, str]] = {  # of values: in --help, and in a message
+    bool: ("{true,false}", "true or false"),
     int: ("INT", "a whole number"),
     NonNegativeInt: ("INT", "a whole number >= 0"),
     PositiveInt: ("INT", "a positive whole number"),
@@ -54,10 +55,18 @@ TYPE_WORDS: dict[Any, tuple[str, str]] = {  # of other values: in --help, and in
 }
 
 
-class Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """End in one line, without argparse's usage."""
-        end(f"error: {message.removeprefix('argument ')}; see --help", WRONG_FLAG)
+class HelpFormatter(DefaultHelpFormatter):
+    """Help with defaults as they would be typed, and without Python's types."""
+
+    def _get_help_string(self, action: Action) -> str:
+        """The help of a flag with its default, unless the help says it or there is none."""
+        text, value = (action.help or "").replace("%", "%%"), action.default
+        if action.required:
+            return f"{text} (required)"
+        if value in (None, "", (), SUPPRESS) or "efault" in text:
+            return text
+        words = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return f"{text} (default: {words.lower() if isinstance(value, bool) else words})"
 
 
 def run(main: Callable[..., None]) -> None:
@@ -68,9 +77,9 @@ def run(main: Callable[..., None]) -> None:
     """
     module = sys.modules[main.__module__]
     arguments = parse(main, module)
-    debug, files.check_all = arguments.pop("debug", False), arguments.pop("check_files", True)
-    for name in arguments.keys() & find_constants(module):
-        setattr(module, name, arguments.pop(name))
+    for name in find_constants(module):
+        setattr(module, name, to_builtin(arguments.pop(name)))
+    debug, files.check_all = arguments.pop("debug"), arguments.pop("check_files")
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, terminated)
@@ -89,6 +98,14 @@ def run(main: Callable[..., None]) -> None:
         end(message, status)
     finally:
         files.release()
+
+
+def to_builtin(value: Any) -> Any:
+    """A number as Python's own type: a checkpoint may not hold a PositiveInt."""
+    for builtin in (bool, int, float):
+        if isinstance(value, builtin):
+            return builtin(value)
+    return value
 
 
 def terminated(number: int, _frame: FrameType | None) -> NoReturn:
@@ -121,77 +138,51 @@ def end(message: str, status: int) -> NoReturn:
 
 
 def parse(main: Callable[..., None], module: ModuleType) -> dict[str, Any]:
-    """What is given of main's arguments, of its module's constants and of the flags of all scripts, by their names."""
-    parser = Parser(description=module.__doc__, usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False)
-    add_flag(parser, "debug", bool, False, "show the traceback of an error")
-    add_flag(parser, "check_files", bool, True, "compare tensors and tokens with their checksums when they are read")
-    summary, _, details = str(inspect.getdoc(main)).partition("\n")
-    described = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", details, re.MULTILINE))
-    parameters, constants = inspect.signature(main).parameters, find_constants(module)
-    group = parser.add_argument_group(summary.removesuffix("."))
-    for name, parameter in parameters.items():
-        add_flag(group, name, parameter.annotation, parameter.default, described.get(name, ""))
+    """The values of main's arguments, of its module's constants and of the flags of all scripts."""
+    parser = ArgumentParser(
+        description=module.__doc__,
+        usage="%(prog)s [--FLAG VALUE ...]",
+        formatter_class=HelpFormatter,
+        exit_on_error=False,
+    )
+    parser.add_function_arguments(main, fail_untyped=True)
+    parser.add_argument("--debug", type=bool, default=False, help="show the traceback of an error")
+    check = "compare tensors and tokens with their checksums when they are read"
+    parser.add_argument("--check_files", type=bool, default=True, help=check)
+    types = {**inspect.get_annotations(main), "debug": bool, "check_files": bool}
     groups: dict[str, Any] = {}
-    for name, (comment, heading) in constants.items():
+    for name, (comment, heading) in find_constants(module).items():
         default = getattr(module, name)
-        annotation = inspect.get_annotations(module).get(name, type(default))
+        types[name] = inspect.get_annotations(module).get(name, type(default))
         group = groups.get(heading) or groups.setdefault(heading, parser.add_argument_group(heading))
-        add_flag(group, name, annotation, default, comment or name.replace("_", " "))
-    check_flags(sys.argv[1:], [*parameters, "debug", "check_files", *constants])
-    given = vars(parser.parse_args())
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-
-
-def add_flag(group: Any, name: str, annotation: Any, default: Any, text: str) -> None:
-    """A flag for a value, or several of a tuple. Its help is `text` and the default, unless `text` says that."""
-    kind, several = annotation, {}
-    if get_origin(annotation) is tuple:
-        kind, several = get_args(annotation)[0], {"nargs": "+", "action": "extend"}
-        default = default and " ".join(map(str, default))
-    if default is Parameter.empty:
-        text = f"{text} (required)"
-    elif default not in (None, "", ()) and "efault" not in text:
-        text = f"{text} (default: {str(default).lower() if isinstance(default, bool) else default})"
-    described = {"metavar": type_words(kind)[0], "help": " ".join(text.split()).replace("%", "%%")}
-    required, read = default is Parameter.empty, partial(read_value, kind)
-    group.add_argument(f"--{name}", type=read, required=required, default=SUPPRESS, **described, **several)
-
-
-def read_value(annotation: Any, text: str) -> Any:
-    """The value of a type that a user has typed; paths may begin with ~, which a shell leaves within quotes."""
-    words, kind = words_of(annotation), kind_of(annotation)
-    for word in (text, text.lower()):
-        if word in words:
-            return words[word]
+        group.add_argument(f"--{name}", type=types[name], default=default, help=comment or name.replace("_", " "))
+    for action in parser._actions:
+        if action.dest in types:
+            action.metavar = type_words(types[action.dest])[0]  # such as INT
+    lists = {f"--{name}" for name, annotation in types.items() if get_origin(annotation) is tuple}
+    given = join_lists(sys.argv[1:], lists)
+    check_flags(given, types)
     try:
-        value = kind(os.path.expanduser(text) if kind is Path else text)
-    except (TypeError, ValueError):
-        raise ArgumentTypeError(f"takes {type_words(annotation)[1]}, not {text!r}") from None
-    if not isinstance(value, int | float):
-        return value
-    if not abs(value) <= LARGEST:
-        raise ArgumentTypeError(f"takes a number of at most {LARGEST:,}, not {text}")
-    return int(value) if isinstance(value, int) else float(value)  # a checkpoint may not hold a PositiveInt
-
-
-def words_of(annotation: Any) -> dict[str, Any]:
-    """The words that stand for values of a type, and these: of `bool | None`, those for true, false and null."""
-    if get_origin(annotation) is Literal:
-        return {word: word for word in get_args(annotation)}
-    if annotation in WORDS:
-        return WORDS[annotation]
-    return {word: value for kind in get_args(annotation) for word, value in words_of(kind).items()}
-
-
-def kind_of(annotation: Any) -> Any:
-    """The type of the values that are no words, if any: of `Path | None`, Path."""
-    return next((kind for kind in (annotation, *get_args(annotation)) if kind in TYPE_WORDS), None)
+        values = {name: expand_home(value) for name, value in vars(parser.parse_args(given)).items()}
+    except ArgumentError as error:
+        end(f"error: {explain_parse_error(str(error), types, given)}; see --help", WRONG_FLAG)
+    for name, value in values.items():
+        if isinstance(value, int | float) and abs(value) > LARGEST:
+            end(f"error: --{name} takes a number of at most {LARGEST:,}, not {value}; see --help", WRONG_FLAG)
+    return values
 
 
 def type_words(annotation: Any) -> tuple[str, str]:
     """What a value of this type is called in --help, and in a message."""
-    words = [word for word in words_of(annotation) if word != "null"]
-    return TYPE_WORDS.get(kind_of(annotation), (f"{{{','.join(words)}}}", " or ".join(words)))
+    choices = [choice for choice in get_args(annotation) if choice not in (type(None), ...)]
+    if bool in choices[:-1]:  # or one of some words
+        choices = ["true", "false", *get_args(choices[-1])]
+    if choices and isinstance(choices[0], str):
+        return f"{{{','.join(choices)}}}", f"one of {', '.join(choices)}"
+    if get_origin(annotation) is tuple:
+        metavar, words = type_words(choices[0])
+        return f"{metavar} ...", f"{words}, or several"
+    return type_words(choices[0]) if choices else TYPE_WORDS.get(annotation, ("VALUE", "a value"))
 
 
 def check_flags(given: Sequence[str], names: Collection[str]) -> None:
@@ -212,6 +203,44 @@ def nearest(word: str, names: Collection[str]) -> str | None:
     candidates += [name for name in names if word in (name, "".join(part[0] for part in parts[name])) and len(word) > 1]
     candidates += [name for name in names if word in parts[name]] + [name for name in names if name.startswith(word)]
     return next(iter(candidates + get_close_matches(word, names, n=1, cutoff=LIKENESS)), None)
+
+
+def expand_home(value: Any) -> Any:
+    """A path with ~ replaced by the user's home, which a shell does not do within quotes or after =."""
+    if isinstance(value, tuple):
+        return tuple(expand_home(item) for item in value)
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
+
+
+def explain_parse_error(message: str, types: dict[str, Any], given: list[str]) -> str:
+    """What jsonargparse says of a value, in words for users."""
+    message = " ".join(message.split())
+    key = re.match(r'(?:Parser key "|argument --)(\w+)', message)
+    if key is None or key[1] not in types:
+        return message
+    flag = f"--{key[1]}"
+    values = [
+        word.partition("=")[2] or after for word, after in pairwise([*given, ""]) if word.partition("=")[0] == flag
+    ]
+    found = values[-1] if values else ""
+    found = f"not {found!r}" if found and not found.startswith("--") else "and none is given"
+    return f"{flag} takes {type_words(types[key[1]])[1]}, {found}"
+
+
+def join_lists(arguments: list[str], flags: set[str]) -> list[str]:
+    """Flags that take several values, given as `--x a b` or `--x a --x b`, in jsonargparse's form `--x=["a", "b"]`."""
+    joined: dict[str, list[str]] = {}
+    others, current = [], ""
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        current = flag if flag.startswith("--") else current
+        if current not in flags:
+            others.append(argument)
+        elif flag != current:
+            joined[current].append(argument)
+        else:
+            joined.setdefault(flag, []).extend([value] if equals else [])
+    return others + [f"{flag}={json.dumps(values)}" if values else flag for flag, values in joined.items()]
 
 
 def constants(module: ModuleType) -> dict[str, Any]:
