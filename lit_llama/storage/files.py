@@ -4,6 +4,7 @@ A writer locks its target, fills a file or folder of another name next to it, fl
 If the process is killed or the disk is full, the target is still the old one.
 """
 
+import atexit
 import ctypes
 import errno
 import json
@@ -39,6 +40,7 @@ LOCK = ".lock"  # in a folder that is locked
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without them answers
 output_folders = ExitStack()  # that this process has locked
 release = output_folders.close
+atexit.register(release)  # while all that it needs is still there
 
 
 @contextmanager
