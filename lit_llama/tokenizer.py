@@ -260,7 +260,9 @@ def load(path: Path) -> tuple[Any, Any]:
         if path.suffix == ".json":
             return None, HFTokenizer.from_file(str(path))
         return SentencePieceProcessor(model_file=str(path)), None
-    except Exception:  # both libraries raise bare exceptions
+    except BaseException as error:  # both libraries raise bare exceptions; a panic in Rust is not even an Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise UserError(f"{path} is not a tokenizer, or is truncated; copy it again") from None
 
 

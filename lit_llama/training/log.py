@@ -165,7 +165,8 @@ def cut_metrics(path: Path, step: int) -> dict[str, float]:
         with suppress(ValueError):  # the header, or half a row
             cells = lines[-1].decode().split(",")
             row = dict(zip(COLUMNS, (float(cell or "nan") for cell in cells), strict=True))
-            if row["step"] <= step and cells[-1].endswith("\n"):
+            counts = [row[name] for name in ("step", "records", "tokens", "seconds")]
+            if row["step"] <= step and cells[-1].endswith("\n") and all(map(math.isfinite, counts)):
                 os.truncate(path, sum(map(len, lines)))
                 return row
         lines.pop()

@@ -73,6 +73,15 @@ def test_a_file_without_a_row_up_to_the_step_is_kept(tmp_path: Path) -> None:
     assert path.read_text().startswith("mine\n3,8,100,")
 
 
+@pytest.mark.parametrize("cell", ["inf", "nan", ""])
+def test_a_row_without_its_counts_is_not_gone_on_from(cell: str, tmp_path: Path) -> None:
+    run_steps(tmp_path, 0, 1, 4)
+    path = tmp_path / "metrics.csv"
+    path.write_text(f"{path.read_text()}2,{cell},50,1,,1e-3,0.5,100,1,9\n")
+    run_steps(tmp_path, 2, 3, 4)
+    assert [row["step"] for row in metric_rows(path)][-2:] == [1, 3]
+
+
 def test_a_long_run_is_cut_and_drawn_in_seconds(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     rows = (f"{i},{i},{i},{1 + 1 / i},,1e-3,0.5,100,1,{i}\n" for i in range(1, 200_001))
