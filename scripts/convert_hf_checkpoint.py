@@ -1,7 +1,5 @@
 """Convert a Hugging Face model folder (config.json and .safetensors or .bin shards) into a model folder."""
 
-import base64
-import re
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +10,6 @@ from typing import Any, Literal, cast
 from lit_llama.cli import run
 from lit_llama.errors import UserError, check_type, short
 from lit_llama.formats.huggingface import FIELDS, NAMES, QKV, SCALING, Expected, check_known, pairs_from_halves
-from lit_llama.formats.tokenizers import byte_level_bpe, read_chat_template, splits, tried
 from lit_llama.model import LLaMAConfig
 from lit_llama.model_folder import check_complete, load_model, own_template, save_model_folder, suggest_script
 from lit_llama.progress import progress
@@ -22,7 +19,7 @@ from lit_llama.storage.files import check_apart, is_plain, read_file, read_json,
 from lit_llama.tokenizer import Tokenizer, find_tokenizer, tokenizer_in
 
 import torch
-from tokenizers import AddedToken
+from tokenizer_files import from_tiktoken, is_tiktoken, read_chat_template, tried
 from torch import Tensor
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each may be one file or have an index; in transformers' order
@@ -45,16 +42,6 @@ num_return_sequences output_attentions output_hidden_states output_scores pad_to
 problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
 task_specific_params temperature tokenizer_class top_k top_p torchscript transformers.js_config transformers_version
 typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache"""
-LLAMA_3_NAMES = (
-    *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
-    *("finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"),
-    *(f"reserved_special_token_{i}" for i in range(2, 247)),
-)
-LLAMA_3_SPECIAL = [f"<|{name}|>" for name in LLAMA_3_NAMES]  # as of Llama 3.1; their ids follow those in the file
-
-# Byte-level BPE writes a byte as one character: printable ones as in Latin-1, the others as those from 256 on (GPT-2).
-PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
-BYTE_TO_CHAR = {byte: 256 + i for i, byte in enumerate(sorted({*range(256)} - PRINTABLE))}
 TEXTS = [
     "Hello, my name is",
     "  two  spaces\n\tand a tab",
@@ -266,42 +253,6 @@ def read_tokenizer(*folders: Path) -> dict[str, bytes | str]:
     for path in filter(None, map(tokenizer_in, folders)):
         return from_tiktoken(path) if is_tiktoken(path) else dict(Tokenizer(path).files())
     return {}
-
-
-def is_tiktoken(path: Path) -> bool:
-    """Whether the file is of tiktoken's format, as Llama 3's `tokenizer.model` is, despite its name."""
-    with open(path, "rb") as file:
-        return re.match(rb"[A-Za-z0-9+/]+=* \d+\s", file.read(1024)) is not None
-
-
-def from_tiktoken(path: Path) -> dict[str, bytes | str]:
-    """Llama 3's `tokenizer.model` as the Hugging Face files tokenizer.json and tokenizer_config.json, with its BOS.
-
-    tiktoken merges the pair of neighbours whose union has the lowest rank, whatever the two are: every way to split a
-    token into two others is a merge.
-    """
-    ranks = read_ranks(path)
-    chars = {token: token.decode("latin-1").translate(BYTE_TO_CHAR) for token in ranks}
-    merges = []
-    for token in ranks:
-        pairs = sorted(splits(token, ranks), key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [(chars[left], chars[right]) for left, right in pairs]
-    special = [AddedToken(token, special=True) for token in LLAMA_3_SPECIAL]
-    names = {"eos_token": LLAMA_3_SPECIAL[1], "bos_token": LLAMA_3_SPECIAL[0]}
-    return byte_level_bpe("llama-bpe", [*chars.values(), *LLAMA_3_SPECIAL], merges, special, names, begins=True)
-
-
-def read_ranks(path: Path) -> dict[bytes, int]:
-    """The tokens of a tiktoken file and their ranks, which count from 0 in the order of the lines."""
-    lines = path.read_bytes().splitlines()
-    try:
-        pairs = [line.split() for line in lines]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-    except ValueError:
-        raise UserError(f"{path} is not a tiktoken file, or is truncated; copy it again") from None
-    if [*ranks.values()] != [*range(len(lines))] or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise UserError(f"{path} is a tiktoken file with tokens missing or twice; copy it again")
-    return ranks
 
 
 if __name__ == "__main__":
