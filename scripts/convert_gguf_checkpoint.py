@@ -1,4 +1,7 @@
-"""Convert a GGUF file of the llama architecture (quantised ones are dequantised) into a model folder."""
+"""Convert a GGUF file of the llama architecture (quantised ones are dequantised) into a model folder.
+
+llama.cpp orders the rows of queries and keys as Meta does, which is our order, too.
+"""
 
 import json
 import re
@@ -10,10 +13,8 @@ from typing import Any
 
 from lit_llama.cli import run
 from lit_llama.errors import UserError, error_context, short
-from lit_llama.formats.gguf import BYTE, CHAT_TEMPLATE, ENDS, FIELDS, ROPE_FREQS, TENSOR_NAMES, rope_divisors
 from lit_llama.formats.huggingface import Expected, check_known
-from lit_llama.formats.tokenizers import LLAMA_3, PRE_TOKENIZERS, byte_level_bpe, tried
-from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling
+from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling, stretch_frequencies
 from lit_llama.model_folder import check_complete, save_model_folder
 from lit_llama.progress import progress
 from lit_llama.storage.checks import from_fields
@@ -22,6 +23,7 @@ from lit_llama.tokenizer import CONTROL, ENDS_NAME, USER_DEFINED, find_tokenizer
 import numpy as np
 import torch
 from sentencepiece import SentencePieceProcessor
+from tokenizer_files import LLAMA_3, PRE_TOKENIZERS, byte_level_bpe, tried
 from tokenizers import AddedToken
 from torch import Tensor
 
@@ -31,6 +33,31 @@ try:
 except ImportError:
     sys.exit("error: GGUF files need more libraries; run: pip install -e '.[gguf]'")
 
+TENSOR_NAMES = {
+    "token_embd": "transformer.wte.weight",
+    "output_norm": "transformer.ln_f.scale",
+    "output": "lm_head.weight",
+    "attn_norm": "rms_1.scale",
+    "attn_output": "attn.c_proj.weight",
+    "ffn_norm": "rms_2.scale",
+    "ffn_gate": "mlp.c_fc1.weight",
+    "ffn_up": "mlp.c_fc2.weight",
+    "ffn_down": "mlp.c_proj.weight",
+}
+FIELDS = {  # of LLaMAConfig
+    "block_size": "llama.context_length",
+    "n_layer": "llama.block_count",
+    "n_head": "llama.attention.head_count",
+    "n_embd": "llama.embedding_length",
+    "n_kv_head": "llama.attention.head_count_kv",
+    "n_hidden": "llama.feed_forward_length",
+    "norm_eps": "llama.attention.layer_norm_rms_epsilon",
+    "rope_base": "llama.rope.freq_base",
+}
+ROPE_FREQS = "rope_freqs.weight"
+ENDS = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]  # the ends of an answer
+NORMAL, UNUSED, BYTE = 1, 5, 6  # more of SentencePiece's types, which GGUF has taken over for all tokenizers
+CHAT_TEMPLATE = "tokenizer.chat_template"
 MOST_PARTS = 2**10
 MOST_VALUES = 2**22  # a vocabulary of a quarter of a million tokens takes 1.7 million
 KNOWN = """context_length vocab_size block_count embedding_length feed_forward_length tensor_data_layout
@@ -171,6 +198,12 @@ def read_rope_scaling(path: Path, tensor: ReaderTensor, config: LLaMAConfig) -> 
     if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):
         raise UserError(f"{path} scales its rotary frequencies in a way that is not known; it is not Llama 3.1's")
     return scaling
+
+
+def rope_divisors(config: LLaMAConfig) -> Tensor:
+    """By what the scaling of Llama 3.1 divides each rotary frequency, which is all that llama.cpp keeps of it."""
+    freqs = config.rope_base ** -(torch.arange(0, config.head_size, 2) / config.head_size)  # (hs / 2,)
+    return freqs / stretch_frequencies(freqs, config.rope_scaling) if config.rope_scaling else torch.ones_like(freqs)
 
 
 def read_weights(path: Path, tensors: dict[str, ReaderTensor], config: LLaMAConfig) -> dict[str, Tensor]:

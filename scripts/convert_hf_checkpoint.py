@@ -1,40 +1,47 @@
 """Convert a Hugging Face model folder (config.json and .safetensors or .bin shards) into a model folder."""
 
-import base64
-import re
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from lit_llama.cli import run
-from lit_llama.errors import UserError, short
-from lit_llama.formats.huggingface import NAMES, QKV, config_from_hf, pairs_from_halves
-from lit_llama.formats.tokenizers import byte_level_bpe, read_chat_template, splits, tried
+from lit_llama.errors import UserError, check_type, short
+from lit_llama.formats.huggingface import FIELDS, NAMES, QKV, SCALING, Expected, check_known, pairs_from_halves
 from lit_llama.model import LLaMAConfig
 from lit_llama.model_folder import check_complete, load_model, own_template, save_model_folder, suggest_script
 from lit_llama.progress import progress, say
 from lit_llama.prompt import Message, encode
+from lit_llama.storage.checks import from_fields
 from lit_llama.storage.files import check_apart, is_plain, read_file, read_json, read_safetensors
 from lit_llama.tokenizer import CONFIG_NAME, Tokenizer, find_tokenizer, tokenizer_in
 
 import torch
-from tokenizers import AddedToken
+from tokenizer_files import from_tiktoken, is_tiktoken, read_chat_template, tried
 from torch import Tensor
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each may be one file or have an index; in transformers' order
-LLAMA_3_NAMES = (
-    *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
-    *("finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"),
-    *(f"reserved_special_token_{i}" for i in range(2, 247)),
-)
-LLAMA_3_SPECIAL = [f"<|{name}|>" for name in LLAMA_3_NAMES]  # as of Llama 3.1; their ids follow those in the file
-
-# Byte-level BPE writes a byte as one character: printable ones as in Latin-1, the others as those from 256 on (GPT-2).
-PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
-BYTE_TO_CHAR = {byte: 256 + i for i, byte in enumerate(sorted({*range(256)} - PRINTABLE))}
+OTHERS = "max_sequence_length num_key_value_heads head_dim rope_theta rope_scaling rope_parameters dtype torch_dtype"
+EXPECTED: Expected = {
+    "model_type": (("llama",), "expected 'llama'; get another model"),
+    "architectures": ((None, [], ["LlamaForCausalLM"], ["LLaMAForCausalLM"]), "it is not a language model with a head"),
+    "quantization_config": ((None, {}), "its weights are quantised; get the model that it was made from"),
+    "hidden_act": ((None, "silu", "swish"), "LLaMA's MLP uses silu"),
+    "attention_bias": ((None, False), "LLaMA has no biases"),
+    "mlp_bias": ((None, False), "LLaMA has no biases"),
+    "partial_rotary_factor": ((None, 1), "LLaMA rotates all channels of a head"),
+    "sliding_window": ((None,), "LLaMA attends to all earlier tokens"),
+}
+HARMLESS = """attention_dropout attn_implementation bad_words_ids begin_suppress_tokens bos_token_id
+chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample early_stopping eos_token_id
+finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_range is_decoder
+is_llama_config label2id length_penalty loss_type max_length min_length num_beam_groups num_beams num_labels
+num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
+problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
+task_specific_params temperature tokenizer_class top_k top_p torchscript transformers.js_config transformers_version
+typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache"""
 TEXTS = [
     "Hello, my name is",
     "  two  spaces\n\tand a tab",
@@ -169,6 +176,37 @@ def compare(theirs_dir: Path, ours_dir: Path, has_tokenizer: bool) -> None:
         print(f"A question in the chat template has {found} in transformers", file=sys.stderr)
 
 
+def config_from_hf(fields: Mapping[str, Any]) -> LLaMAConfig:
+    """The configuration from the fields of a config.json, as transformers 4 or 5 writes them.
+
+    Raises:
+        UserError: if a field says what LLaMA does not do, or may say so: one that is not known, and set.
+    """
+    check_known(fields, {*FIELDS, *OTHERS.split(), *HARMLESS.split()}, EXPECTED)
+    fields = {"max_position_embeddings": fields.get("max_sequence_length", 2048), **fields}
+    values = {ours: fields.get(theirs, default) for theirs, (ours, default) in FIELDS.items()}
+    for theirs, (ours, default) in FIELDS.items():
+        check_type(theirs, values[ours], type(default))
+    values["n_kv_head"] = fields.get("num_key_value_heads") or values["n_head"]
+    head_size = fields.get("head_dim") or values["n_embd"] // max(values["n_head"], 1)
+    if head_size * values["n_head"] != values["n_embd"]:
+        raise UserError(
+            f"head_dim is {short(head_size)}, but {values['n_head']} heads must make up {values['n_embd']} channels"
+        )
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    check_type("rope_scaling", rope, Mapping)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in SCALING:
+        raise UserError(f"rope_scaling is of type {kind!r}, expected {', '.join(SCALING)}; get another model")
+    names = SCALING[kind]
+    check_known(rope, {"rope_type", "type", "rope_theta", *SCALING["llama3"]}, whose="rope_scaling's ")
+    if missing := [name for name in names if name not in rope]:
+        raise UserError(f"rope_scaling does not have {missing[0]}")
+    values["rope_scaling"] = {ours: rope[theirs] for theirs, ours in names.items()} or None
+    values["rope_base"] = rope.get("rope_theta") or fields.get("rope_theta") or 10000.0
+    return from_fields(LLaMAConfig, values)
+
+
 def from_hf(
     tensors: Iterable[tuple[str, Tensor]], config: LLaMAConfig, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
@@ -229,42 +267,6 @@ def check_spaces(path: Path) -> None:
     if names := [name for name in ("legacy", "add_prefix_space") if fields.get(name) is False]:
         remedy = f"save one by AutoTokenizer.from_pretrained({str(path.parent)!r}).save_pretrained(...)"
         say(f"warning: {config} has {names[0]}: false, which takes a tokenizer.json; for the same ids, {remedy}")
-
-
-def is_tiktoken(path: Path) -> bool:
-    """Whether the file is of tiktoken's format, as Llama 3's `tokenizer.model` is, despite its name."""
-    with open(path, "rb") as file:
-        return re.match(rb"[A-Za-z0-9+/]+=* \d+\s", file.read(1024)) is not None
-
-
-def from_tiktoken(path: Path) -> dict[str, bytes | str]:
-    """Llama 3's `tokenizer.model` as the Hugging Face files tokenizer.json and tokenizer_config.json, with its BOS.
-
-    tiktoken merges the pair of neighbours whose union has the lowest rank, whatever the two are: every way to split a
-    token into two others is a merge.
-    """
-    ranks = read_ranks(path)
-    chars = {token: token.decode("latin-1").translate(BYTE_TO_CHAR) for token in ranks}
-    merges = []
-    for token in ranks:
-        pairs = sorted(splits(token, ranks), key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [(chars[left], chars[right]) for left, right in pairs]
-    special = [AddedToken(token, special=True) for token in LLAMA_3_SPECIAL]
-    names = {"eos_token": LLAMA_3_SPECIAL[1], "bos_token": LLAMA_3_SPECIAL[0]}
-    return byte_level_bpe("llama-bpe", [*chars.values(), *LLAMA_3_SPECIAL], merges, special, names, begins=True)
-
-
-def read_ranks(path: Path) -> dict[bytes, int]:
-    """The tokens of a tiktoken file and their ranks, which count from 0 in the order of the lines."""
-    lines = path.read_bytes().splitlines()
-    try:
-        pairs = [line.split() for line in lines]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-    except ValueError:
-        raise UserError(f"{path} is not a tiktoken file, or is truncated; copy it again") from None
-    if [*ranks.values()] != [*range(len(lines))] or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise UserError(f"{path} is a tiktoken file with tokens missing or twice; copy it again")
-    return ranks
 
 
 if __name__ == "__main__":

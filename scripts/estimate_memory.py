@@ -10,7 +10,6 @@ from lit_llama.adapter import AdapterConfig, add_adapter, mark_only_adapter_as_t
 from lit_llama.cli import run
 from lit_llama.device import TrainingPrecision, storage_dtype
 from lit_llama.errors import UserError, error_context
-from lit_llama.formats.huggingface import config_from_hf
 from lit_llama.lora import LoRAConfig, add_lora, mark_only_lora_as_trainable, parse_targets
 from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig
 from lit_llama.model_folder import WEIGHTS, file_in, read_config
@@ -20,6 +19,7 @@ from lit_llama.training.optimizer import AdamW
 from lit_llama.training.run import Quantize
 
 import torch
+from convert_hf_checkpoint import config_from_hf
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from memory_parts import Estimate, estimate_step
 

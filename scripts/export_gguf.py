@@ -10,10 +10,8 @@ from typing import Any, Literal, NamedTuple
 from lit_llama.cli import run
 from lit_llama.errors import UserError
 from lit_llama.finetuned import read_finetuned
-from lit_llama.formats.gguf import CHAT_TEMPLATE, ENDS, FIELDS, NORMAL, ROPE_FREQS, TENSOR_NAMES, UNUSED, rope_divisors
 from lit_llama.formats.huggingface import NAMES
 from lit_llama.formats.peft import parts
-from lit_llama.formats.tokenizers import PRE_TOKENIZERS, TEMPLATE_NAME, byte_level_bpe
 from lit_llama.lora import LoRAConfig
 from lit_llama.model import LLaMAConfig
 from lit_llama.model_folder import find_model, load_model, own_template, read_config
@@ -23,8 +21,19 @@ from lit_llama.storage.files import check_apart, check_finite, read_file, replac
 from lit_llama.tokenizer import CONTROL, USER_DEFINED, Tokenizer, find_tokenizer
 
 import numpy as np
+from convert_gguf_checkpoint import (
+    CHAT_TEMPLATE,
+    ENDS,
+    FIELDS,
+    NORMAL,
+    ROPE_FREQS,
+    TENSOR_NAMES,
+    UNUSED,
+    rope_divisors,
+)
 from export_hf import portable
 from modelfile import modelfile
+from tokenizer_files import PRE_TOKENIZERS, TEMPLATE_NAME, byte_level_bpe
 from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor
 

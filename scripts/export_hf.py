@@ -6,7 +6,6 @@ from pathlib import Path
 
 from lit_llama.cli import run
 from lit_llama.formats.huggingface import hf_config, to_hf
-from lit_llama.formats.tokenizers import TOKENIZER_FILES, default, splits
 from lit_llama.model_folder import find_model, load_model, own_template
 from lit_llama.progress import progress
 from lit_llama.prompt import STYLES, find_template, names_of, stop_ids
@@ -15,6 +14,7 @@ from lit_llama.tokenizer import CONFIG_NAME, FILE_NAMES, Tokenizer, find_tokeniz
 
 from jsonargparse.typing import PositiveFloat
 from sentencepiece import SentencePieceProcessor
+from tokenizer_files import TOKENIZER_FILES, default, splits
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor

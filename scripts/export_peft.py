@@ -11,7 +11,6 @@ from lit_llama.cli import run
 from lit_llama.finetuned import base_is_nf4, read_finetuned
 from lit_llama.formats.huggingface import halves_from_pairs
 from lit_llama.formats.peft import MODULES, parts
-from lit_llama.formats.tokenizers import TOKENIZER_FILES
 from lit_llama.lora import LoRAConfig
 from lit_llama.model import LLaMAConfig
 from lit_llama.model_folder import find_model, read_config
@@ -19,6 +18,7 @@ from lit_llama.storage.files import read_file, replacing_folder, write_file, wri
 from lit_llama.tokenizer import find_tokenizer
 
 from export_hf import tokenizer_files
+from tokenizer_files import TOKENIZER_FILES
 from torch import Tensor
 
 PREFIX = "base_model.model."

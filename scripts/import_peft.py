@@ -13,7 +13,6 @@ from lit_llama.errors import UserError, short
 from lit_llama.finetuned import describe, save_finetuned, skeleton
 from lit_llama.formats.huggingface import Expected, check_known, pairs_from_halves
 from lit_llama.formats.peft import MODULES, parts
-from lit_llama.formats.tokenizers import read_chat_template
 from lit_llama.lora import LoRAConfig
 from lit_llama.model import LLaMAConfig
 from lit_llama.model_folder import find_model, identity, own_template, read_config, suggest_script
@@ -22,6 +21,7 @@ from lit_llama.storage.checks import from_fields
 from lit_llama.storage.files import check_apart, read_file, read_json, read_safetensors
 
 import torch
+from tokenizer_files import read_chat_template
 from torch import Tensor
 
 WRAPPERS = ("base_model", "model", "module", "_orig_mod", "_fsdp_wrapped_module")  # of names

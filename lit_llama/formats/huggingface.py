@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lit_llama.errors import UserError, check_type, short
+from lit_llama.errors import UserError
 from lit_llama.model import LLaMAConfig
-from lit_llama.storage.checks import from_fields
 
 import torch
 from torch import Tensor
@@ -33,26 +32,7 @@ FIELDS = {  # of config.json, with our names and what transformers takes if they
     "rms_norm_eps": ("norm_eps", 1e-6),
     "tie_word_embeddings": ("tie_embeddings", False),
 }
-OTHERS = "max_sequence_length num_key_value_heads head_dim rope_theta rope_scaling rope_parameters dtype torch_dtype"
 Expected = Mapping[str, tuple[tuple[Any, ...], str]]  # the values that fields must have, and what others mean
-EXPECTED: Expected = {
-    "model_type": (("llama",), "expected 'llama'; get another model"),
-    "architectures": ((None, [], ["LlamaForCausalLM"], ["LLaMAForCausalLM"]), "it is not a language model with a head"),
-    "quantization_config": ((None, {}), "its weights are quantised; get the model that it was made from"),
-    "hidden_act": ((None, "silu", "swish"), "LLaMA's MLP uses silu"),
-    "attention_bias": ((None, False), "LLaMA has no biases"),
-    "mlp_bias": ((None, False), "LLaMA has no biases"),
-    "partial_rotary_factor": ((None, 1), "LLaMA rotates all channels of a head"),
-    "sliding_window": ((None,), "LLaMA attends to all earlier tokens"),
-}
-HARMLESS = """attention_dropout attn_implementation bad_words_ids begin_suppress_tokens bos_token_id
-chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample early_stopping eos_token_id
-finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_range is_decoder
-is_llama_config label2id length_penalty loss_type max_length min_length num_beam_groups num_beams num_labels
-num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
-problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
-task_specific_params temperature tokenizer_class top_k top_p torchscript transformers.js_config transformers_version
-typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache"""
 SCALING = {  # of the rotary frequencies: the fields of each kind, with our names
     "default": {},
     "linear": {"factor": "factor"},
@@ -114,37 +94,6 @@ def hf_config(config: LLaMAConfig, dtype: torch.dtype) -> dict[str, Any]:
         "rope_scaling": scaling,
         "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": config.rope_base},
     }
-
-
-def config_from_hf(fields: Mapping[str, Any]) -> LLaMAConfig:
-    """The configuration from the fields of a config.json, as transformers 4 or 5 writes them.
-
-    Raises:
-        UserError: if a field says what LLaMA does not do, or may say so: one that is not known, and set.
-    """
-    check_known(fields, {*FIELDS, *OTHERS.split(), *HARMLESS.split()}, EXPECTED)
-    fields = {"max_position_embeddings": fields.get("max_sequence_length", 2048), **fields}
-    values = {ours: fields.get(theirs, default) for theirs, (ours, default) in FIELDS.items()}
-    for theirs, (ours, default) in FIELDS.items():
-        check_type(theirs, values[ours], type(default))
-    values["n_kv_head"] = fields.get("num_key_value_heads") or values["n_head"]
-    head_size = fields.get("head_dim") or values["n_embd"] // max(values["n_head"], 1)
-    if head_size * values["n_head"] != values["n_embd"]:
-        raise UserError(
-            f"head_dim is {short(head_size)}, but {values['n_head']} heads must make up {values['n_embd']} channels"
-        )
-    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    check_type("rope_scaling", rope, Mapping)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in SCALING:
-        raise UserError(f"rope_scaling is of type {kind!r}, expected {', '.join(SCALING)}; get another model")
-    names = SCALING[kind]
-    check_known(rope, {"rope_type", "type", "rope_theta", *SCALING["llama3"]}, whose="rope_scaling's ")
-    if missing := [name for name in names if name not in rope]:
-        raise UserError(f"rope_scaling does not have {missing[0]}")
-    values["rope_scaling"] = {ours: rope[theirs] for theirs, ours in names.items()} or None
-    values["rope_base"] = rope.get("rope_theta") or fields.get("rope_theta") or 10000.0
-    return from_fields(LLaMAConfig, values)
 
 
 def check_known(fields: Mapping[str, Any], known: set[str], expected: Expected | None = None, whose: str = "") -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lit_llama.errors import UserError
-from lit_llama.formats.huggingface import config_from_hf, hf_config, to_hf
+from lit_llama.formats.huggingface import hf_config, to_hf
 from lit_llama.model import CONFIGS, LLaMAConfig, RopeScaling
 from lit_llama.model_folder import load_model
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from builders import TINY, peak_of_conversion, random_model, run_script
 from builders_tokenizers import train_sentencepiece
-from convert_hf_checkpoint import from_hf
+from convert_hf_checkpoint import config_from_hf, from_hf
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 

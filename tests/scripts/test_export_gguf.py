@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.errors import UserError
-from lit_llama.formats.tokenizers import PRE_TOKENIZERS
 from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLAMA_3_SCALING, LLaMA, LLaMAConfig, RopeScaling
 from lit_llama.model_folder import load_model, own_template, save_model_folder
@@ -23,6 +22,7 @@ from builders_tokenizers import TEXTS, train_sentencepiece
 from export_hf import from_sentencepiece
 from gguf import GGUFReader, dequantize
 from modelfile import TEMPLATES, modelfile
+from tokenizer_files import PRE_TOKENIZERS
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import normalizers, pre_tokenizers
 

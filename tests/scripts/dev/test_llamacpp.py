@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-from lit_llama.formats.tokenizers import PRE_TOKENIZERS
 from lit_llama.generation import Sampling, generate
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLAMA_3_SCALING, LLaMA, LLaMAConfig
@@ -16,6 +15,7 @@ from builders import TINY, random_model, randomize, run_script, save_file
 from builders_chat import as_dicts, prompts, write_chat_tokenizer
 from builders_tokenizers import TEXTS, train_sentencepiece
 from check_exports import LlamaCpp
+from tokenizer_files import PRE_TOKENIZERS
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import pre_tokenizers
 

@@ -1,6 +1,11 @@
-"""Tokenizers as Hugging Face's files: how byte-level ones split text, and the chat templates that come with them."""
+"""Tokenizers as Hugging Face's files, for what converts, imports and exports models.
 
+How byte-level ones split text, Llama 3's file of tiktoken's format, and the chat templates that come with models.
+"""
+
+import base64
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -37,6 +42,17 @@ PRE_TOKENIZERS = {  # llama.cpp's names for how text is cut before the byte pair
     **dict.fromkeys(("llama-bpe", "llama-v3", "llama3", "falcon3"), LLAMA_3),
 }
 
+LLAMA_3_NAMES = (
+    *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
+    *("finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"),
+    *(f"reserved_special_token_{i}" for i in range(2, 247)),
+)
+LLAMA_3_SPECIAL = [f"<|{name}|>" for name in LLAMA_3_NAMES]  # as of Llama 3.1; their ids follow those in the file
+
+# Byte-level BPE writes a byte as one character: printable ones as in Latin-1, the others as those from 256 on (GPT-2).
+PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+BYTE_TO_CHAR = {byte: 256 + i for i, byte in enumerate(sorted({*range(256)} - PRINTABLE))}
+
 
 def splits(token: T, others: Collection[T]) -> list[tuple[T, T]]:
     """The ways to split a token into two others."""
@@ -64,6 +80,42 @@ def byte_level_bpe(
     if begins and (bos := names.get("bos_token")):
         tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
     return {"tokenizer.json": tokenizer.to_str(), CONFIG_NAME: json.dumps(names, indent=2)}
+
+
+def is_tiktoken(path: Path) -> bool:
+    """Whether the file is of tiktoken's format, as Llama 3's `tokenizer.model` is, despite its name."""
+    with open(path, "rb") as file:
+        return re.match(rb"[A-Za-z0-9+/]+=* \d+\s", file.read(1024)) is not None
+
+
+def from_tiktoken(path: Path) -> dict[str, bytes | str]:
+    """Llama 3's `tokenizer.model` as the Hugging Face files tokenizer.json and tokenizer_config.json, with its BOS.
+
+    tiktoken merges the pair of neighbours whose union has the lowest rank, whatever the two are: every way to split a
+    token into two others is a merge.
+    """
+    ranks = read_ranks(path)
+    chars = {token: token.decode("latin-1").translate(BYTE_TO_CHAR) for token in ranks}
+    merges = []
+    for token in ranks:
+        pairs = sorted(splits(token, ranks), key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(chars[left], chars[right]) for left, right in pairs]
+    special = [AddedToken(token, special=True) for token in LLAMA_3_SPECIAL]
+    names = {"eos_token": LLAMA_3_SPECIAL[1], "bos_token": LLAMA_3_SPECIAL[0]}
+    return byte_level_bpe("llama-bpe", [*chars.values(), *LLAMA_3_SPECIAL], merges, special, names, begins=True)
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """The tokens of a tiktoken file and their ranks, which count from 0 in the order of the lines."""
+    lines = path.read_bytes().splitlines()
+    try:
+        pairs = [line.split() for line in lines]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except ValueError:
+        raise UserError(f"{path} is not a tiktoken file, or is truncated; copy it again") from None
+    if [*ranks.values()] != [*range(len(lines))] or any(bytes([byte]) not in ranks for byte in range(256)):
+        raise UserError(f"{path} is a tiktoken file with tokens missing or twice; copy it again")
+    return ranks
 
 
 def read_chat_template(folder: Path) -> str | None:
