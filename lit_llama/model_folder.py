@@ -5,6 +5,7 @@
 nothing is compared.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -176,8 +177,12 @@ def check_state(path: Path, state: Mapping[str, Any], expected: Mapping[str, Ten
 
 
 def identity(path: Path) -> dict[str, str]:
-    """How a run, and what it writes, remembers the file of its base model."""
-    return {"base": fingerprint(path), "base_path": str(path)}
+    """How a run, and what it writes, remembers its base model: its file, and some of its numbers in bfloat16."""
+    values = hashlib.sha256()
+    for name, tensor in sorted(read_file(path, check_tensors=False).items()):
+        if is_plain(tensor):
+            values.update(name.encode() + tensor.flatten()[:64].bfloat16().view(torch.uint8).numpy().tobytes())
+    return {"base": fingerprint(path), "base_values": values.hexdigest()[:16], "base_path": str(path)}
 
 
 def check_base(path: Path, trained_on: Mapping[str, Any], given: Mapping[str, Any], remedy: str) -> None:
@@ -187,8 +192,10 @@ def check_base(path: Path, trained_on: Mapping[str, Any], given: Mapping[str, An
     """
     theirs, ours = trained_on.get("base"), given.get("base")
     if theirs and ours and theirs != ours:
+        is_copy = trained_on.get("base_values") == given.get("base_values")
+        what = "which is the same model in another dtype or order" if is_copy else "which is another model"
         base = f"{trained_on.get('base_path')} (fingerprint {theirs}), not on {given['base_path']} ({ours})"
-        raise UserError(f"{path} was trained on {base}; {remedy}")
+        raise UserError(f"{path} was trained on {base}, {what}; {remedy}")
 
 
 def check_complete(path: Path, state: Mapping[str, Any], config: LLaMAConfig) -> None:

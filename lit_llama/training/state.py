@@ -36,7 +36,8 @@ Resume = bool | Literal["auto"]  # auto: continue a run if there is one
 MAY_CHANGE = (  # may change on resume; everything else must not
     "learning_rate", "num_epochs", "max_steps", "warmup_steps", "warmup_epochs", "lr_schedule", "eval_interval",
     "save_interval", "log_interval", "devices", "num_nodes", "strategy", "activation_checkpointing", "compile",
-    "logger", "patience", "base", "base_path", "micro_batch_size", "micro_batch_tokens", "sample_prompt",
+    "logger", "patience", "base", "base_values", "base_path", "micro_batch_size", "micro_batch_tokens",
+    "sample_prompt",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from lit_llama.errors import UserError
 from lit_llama.finetuned import describe, save_finetuned
 from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict
-from lit_llama.model_folder import identity, load_model, own_template, save_model_folder
+from lit_llama.model_folder import check_base, identity, load_model, own_template, save_model_folder
 from lit_llama.prompt import STYLES
 from lit_llama.storage.files import read_file, write_tensors
 from lit_llama.storage.integrity import MAX_PICKLE, check_archive, fingerprint
@@ -146,6 +146,20 @@ def test_a_lora_file_of_another_base_is_refused_naming_both(
         assert str(checkpoint) in ended
         assert "--force true" in ended
         assert run_script(script, *common, *flags, "--force", "true") is None
+
+
+def test_a_copy_of_the_base_in_another_dtype_is_told_from_another_model(tmp_path: Path) -> None:
+    state = random_model(TINY).state_dict()
+    copy = {name: tensor.bfloat16() for name, tensor in state.items()}
+    gate, up = "transformer.h.0.mlp.c_fc1.weight", "transformer.h.0.mlp.c_fc2.weight"
+    exchanged = {**state, gate: state[up], up: state[gate]}
+    paths = [tmp_path / name / "lit-llama.pth" for name in ("base", "copy", "exchanged")]
+    for path, tensors in zip(paths, (state, copy, exchanged), strict=True):
+        save_model_folder(path.parent, tensors, TINY, {})
+    base, *others = map(identity, paths)
+    for other, what in zip(others, ("the same model in another dtype", "another model"), strict=True):
+        with pytest.raises(UserError, match=f"which is {what}"):
+            check_base(tmp_path / "lora.pth", base, other, "use its own")
 
 
 def test_what_was_not_trained_is_not_saved(tmp_path: Path) -> None:
