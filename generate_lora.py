@@ -1,7 +1,6 @@
 """Let a LLaMA that was finetuned with finetune_lora.py follow an instruction."""
 
 import sys
-import time
 from pathlib import Path
 
 from lit_llama.cli import run
@@ -9,7 +8,7 @@ from lit_llama.device import Precision, default_precision, storage_dtype
 from lit_llama.errors import UserError
 from lit_llama.finetuned import base_is_nf4, load_for_use, read_finetuned
 from lit_llama.generation import Question, Sampling, compile_steps, read_prompts, respond
-from lit_llama.many_lora import add_many_lora
+from lit_llama.many_lora import ManyLoRA
 from lit_llama.model_folder import find_model, own_template
 from lit_llama.prompt import Message, find_template
 from lit_llama.quantization import Quantization
@@ -87,12 +86,11 @@ def main(
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     files = [read_finetuned(path, "lora", lora_alpha, pretrained_path, force) for path in lora_path]
     is_nf4 = base_is_nf4(*files)
+    many, batch_size = None, batch_size or (16 if several else 1)
     if several:
         model = load_for_use(pretrained_path, dtype, (), quantize or ("nf4" if is_nf4 else None))
-        start = time.perf_counter()
-        add_many_lora(model, files)
-        took = f"({len(files)} LoRA files added in {1000 * (time.perf_counter() - start):.0f} ms)"
-        print(*(f"{i}: {file.path}" for i, file in enumerate(files, 1)), took, sep="\n", file=sys.stderr)
+        many = ManyLoRA(model, files, min(batch_size, len(asked)))
+        print(*(f"{i}: {file.path}" for i, file in enumerate(files, 1)), sep="\n", file=sys.stderr)
     else:
         merge = quantize != "nf4" and not is_nf4 if merge is None else merge
         model = load_for_use(pretrained_path, dtype, files, quantize, merge)
@@ -102,7 +100,7 @@ def main(
     if any(i == -1 for i, _ in asked):  # the last one is the base's
         templates.append(find_template(prompt_style, own_template(pretrained_path), "plain"))
     questions = [Question(Message("user", text, input), templates[i], i if several else -1) for i, text in asked]
-    respond(model, tokenizer, questions, sampling, batch_size or (16 if several else 1))
+    respond(model, tokenizer, questions, sampling, batch_size, many)
 
 
 def ask(prompts: list[str], paths: tuple[Path, ...], lora_of: str) -> list[tuple[int, str]]:

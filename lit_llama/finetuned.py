@@ -16,7 +16,7 @@ from typing import Any, Literal
 from lit_llama.adapter import AdapterConfig, adapter_state_dict, add_adapter, cache_prefix
 from lit_llama.device import default_device
 from lit_llama.errors import UserError, error_context
-from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, merge_lora
+from lit_llama.lora import LoRAConfig, LoRALinear, add_lora, lora_layers, lora_state_dict, merge_lora
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.model_folder import check_base, check_state, file_in, identity, load_model, suggest_flag
 from lit_llama.progress import say
@@ -94,6 +94,12 @@ class FinetunedFile:
         tensors = self.tensors_for(model.config)
         for name, parameter in add_method(model, self.config).items():
             parameter.copy_(tensors[name])
+
+    def lora_layers(self, base: LLaMAConfig) -> dict[str, LoRALinear]:
+        """The layers of a LoRA file by name, without the weights of the base; good until the next call."""
+        model, _ = skeleton(base, self.config)
+        model.load_state_dict(self.tensors_for(base), strict=False, assign=True)
+        return dict(lora_layers(model))
 
 
 @cache

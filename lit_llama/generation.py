@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from lit_llama.device import peak_memory
 from lit_llama.errors import UserError
-from lit_llama.many_lora import choose_lora
+from lit_llama.many_lora import ManyLoRA
 from lit_llama.model import KVCache, LLaMA
 from lit_llama.prompt import Message, encode, name_of, stop_ids, with_input
 from lit_llama.quantization import check_compilable
@@ -126,7 +126,7 @@ def generate_batch(
 
 
 class Question(NamedTuple):
-    """What is asked, in which chat template, and of which of several LoRA files (see `choose_lora`)."""
+    """What is asked, in which chat template, and of which of several LoRA files (see `ManyLoRA`)."""
 
     message: Message
     template: str
@@ -134,7 +134,12 @@ class Question(NamedTuple):
 
 
 def respond(
-    model: LLaMA, tokenizer: Tokenizer, questions: Sequence[Question], sampling: Sampling, batch_size: int = 1
+    model: LLaMA,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    sampling: Sampling,
+    batch_size: int = 1,
+    many: ManyLoRA | None = None,
 ) -> None:
     """Print the model's answer to each question: text to stdout, time and memory to stderr.
 
@@ -146,7 +151,8 @@ def respond(
     for first in range(0, len(questions), batch_size):
         batch = questions[first : first + batch_size]
         torch.manual_seed(sampling.seed)
-        choose_lora(model, [question.file for question in batch])
+        if many:
+            many.choose([question.file for question in batch])
         prompts = [encode(question.template, [question.message], tokenizer).ids for question in batch]
         stops = [stop_ids(question.template, tokenizer) for question in batch]
         start, n_tokens = time.perf_counter(), 0

@@ -1,73 +1,59 @@
-"""Several LoRA files in one batch: one base model, and each row of a batch has the update of its own file.
+"""Several LoRA files in one batch: one base, and each row has the update of its own file (Punica, arXiv 2310.18547).
 
-The product with W is one for all rows; only the thin ones with A and B are taken row by row (as in Punica, arXiv
-2310.18547, and S-LoRA, 2311.03285, with kernels for these).
-
-Shapes: F files, r the most rows of A among them, b rows of a batch, T tokens of each; the rest as in lora.py.
+Shapes: b rows of a batch, T tokens of each, R the most rows of A in any file; the rest as in lora.py.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
-from lit_llama.finetuned import FinetunedFile, skeleton
-from lit_llama.lora import lora_layers
-from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.finetuned import FinetunedFile
+from lit_llama.lora import LoRALinear
+from lit_llama.model import LLaMA
 
 import torch
 from torch import Tensor, nn
 
-Update = tuple[Tensor, Tensor]  # of a layer: A (n r, in), and B (n r, out) times alpha / r
-
 
 class ManyLoRALinear(nn.Module):
-    """W x + B A x with A and B of the row's file; W x is left to the layer within, in however many bits it computes.
+    """W x + B A x with A and B of the row's file; W x is left to the layer within, in however many bits it computes."""
 
-    A and B of a smaller rank are filled up with zeros. All zeros: a file without this target; the last, for no file.
-    """
-
-    def __init__(self, base: nn.Module, updates: Sequence[Update | None], like: Tensor) -> None:
+    def __init__(self, base: Any, n_rows: int, R: int, like: Tensor) -> None:
         super().__init__()
-        self.base = base
-        A, B = max((update for update in updates if update), key=lambda update: len(update[0]))
-        self.A = nn.Buffer(like.new_zeros(len(updates) + 1, *A.shape))  # (F + 1, r, in)
-        self.B = nn.Buffer(like.new_zeros(len(updates) + 1, *B.shape))  # (F + 1, r, out)
-        self.rows = self.A[-1:], self.B[-1:]  # those of the rows of a batch, here of one without a file
-        for i, update in enumerate(updates):
-            self.put(i, update)
+        self.base, (out_features, in_features) = base, base.weight.shape
+        self.A = nn.Buffer(like.new_zeros(n_rows, R, in_features))
+        self.B = nn.Buffer(like.new_zeros(n_rows, R, out_features))  # transposed, and times alpha / r
 
     def forward(self, x: Tensor) -> Tensor:
-        A, B = self.rows  # (b, r, in), (b, r, out)
-        update = x.view(len(A), -1, x.size(-1)) @ A.mT @ B  # (b, T, out)
+        A, B = self.A[: len(x)], self.B[: len(x)]  # (b, R, in), (b, R, out)
+        update = x.view(len(x), -1, x.size(-1)) @ A.mT @ B  # (b, T, out)
         return self.base(x) + update.view(*x.shape[:-1], -1)  # (..., out)
 
-    def put(self, i: int, update: Update | None) -> None:
-        """Put an update of at most rank r, or none, in place of that of file i, to be chosen from then on."""
-        n = len(update[0]) if update else 0
+    def put(self, row: int, update: LoRALinear | None) -> None:
+        """Give a row A and B of its file, filled up with zeros; or zeros if it has none for this layer."""
+        n = len(update.lora_A) if update else 0
         if update:
-            self.A[i, :n], self.B[i, :n] = update
-        self.A[i, n:], self.B[i, n:] = 0, 0
+            self.A[row, :n], self.B[row, :n] = update.lora_A, (update.scaling * update.spread_B().float()).T
+        self.A[row, n:], self.B[row, n:] = 0, 0
 
 
-@torch.no_grad()
-def updates_of(file: FinetunedFile, base: LLaMAConfig) -> dict[str, Update]:
-    """The updates of a LoRA file by the names of their layers."""
-    tensors, updates = file.tensors_for(base), {}
-    for name, layer in lora_layers(skeleton(base, file.config)[0]):
-        layer.lora_B = nn.Parameter(tensors[f"{name}.lora_B"])
-        updates[name] = tensors[f"{name}.lora_A"], layer.scaling * layer.spread_B().float().T
-    return updates
+class ManyLoRA:
+    """Room in a loaded base model for the updates of a batch of rows. Files stay on the disk until a row is of them."""
 
+    def __init__(self, model: LLaMA, files: list[FinetunedFile], n_rows: int) -> None:
+        self.config, self.files = model.config, [*files, None]
+        self.rows: list[FinetunedFile | None] = [None] * n_rows
+        self.layers: dict[str, ManyLoRALinear] = {}
+        updates = [file.lora_layers(model.config) for file in files]
+        for name in {name for layers in updates for name in layers}:
+            R = max(len(layers[name].lora_A) for layers in updates if name in layers)
+            self.layers[name] = ManyLoRALinear(model.get_submodule(name), n_rows, R, model.transformer.wte.weight)
+            model.set_submodule(name, self.layers[name])
 
-def add_many_lora(model: LLaMA, files: Sequence[FinetunedFile]) -> None:
-    """Put layers with the updates of all files around those of a loaded base model."""
-    updates = [updates_of(file, model.config) for file in files]
-    for name in {name: None for layers in updates for name in layers}:
-        layers = [layers.get(name) for layers in updates]
-        model.set_submodule(name, ManyLoRALinear(model.get_submodule(name), layers, model.transformer.wte.weight))
-
-
-def choose_lora(model: LLaMA, files: Sequence[int]) -> None:
-    """Say of which file each row of the next batch is, by its number; -1: of none."""
-    index = torch.tensor(files, device=model.transformer.wte.weight.device)
-    for layer in model.modules():
-        if isinstance(layer, ManyLoRALinear):
-            layer.rows = layer.A[index], layer.B[index]  # copies: quicker than by index at each token
+    @torch.no_grad()
+    def choose(self, numbers: list[int]) -> None:
+        """Say of which file each row of the next batch is, by its number; -1: of none."""
+        for row, file in enumerate(self.files[number] for number in numbers):
+            if file is not self.rows[row]:
+                updates = file.lora_layers(self.config) if file else {}
+                for name, layer in self.layers.items():
+                    layer.put(row, updates.get(name))
+                self.rows[row] = file

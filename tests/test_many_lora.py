@@ -8,7 +8,7 @@ from lit_llama.finetuned import FinetunedFile, skeleton
 from lit_llama.formats.huggingface import hf_config, to_hf
 from lit_llama.generation import Sampling, compile_steps, generate, generate_batch
 from lit_llama.lora import TARGETS, LoRAConfig, merge_lora
-from lit_llama.many_lora import ManyLoRALinear, add_many_lora, choose_lora, updates_of
+from lit_llama.many_lora import ManyLoRA
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.model_folder import load_model, save_model_folder
 from lit_llama.quantization import dequantize_blocks, quantize_blocks, quantize_int8
@@ -30,7 +30,7 @@ LORAS = (
     LoRAConfig(8, 8, 0.0, TARGETS),
     LoRAConfig(1, 5, 0.0, ("projection", "mlp")),
 )
-FILES = (2, -1, 0, 3, 1, 2)  # of the rows of a batch
+FILES = [2, -1, 0, 3, 1, 2]  # of the rows of a batch
 
 
 def lora_file(base: LLaMAConfig, config: LoRAConfig, seed: int) -> FinetunedFile:
@@ -57,14 +57,14 @@ def alone(model: LLaMA, file: FinetunedFile | None) -> LLaMA:
 @torch.no_grad()
 def test_each_row_has_the_logits_of_its_merged_model(config: LLaMAConfig) -> None:
     model, files = random_model(config), lora_files(config)
-    add_many_lora(model, files)
+    many = ManyLoRA(model, files, len(FILES))
     idx = torch.randint(config.vocab_size, (len(FILES), 40))
     expected = [
         alone(random_model(config), files[i] if i >= 0 else None)(row[None]) for i, row in zip(FILES, idx, strict=True)
     ]
-    choose_lora(model, FILES)
+    many.choose(FILES)
     torch.testing.assert_close(model(idx), torch.cat(expected), atol=1e-4, rtol=0)
-    choose_lora(model, [-1] * len(idx))
+    many.choose([-1] * len(idx))
     assert torch.equal(model(idx), random_model(config)(idx))
 
 
@@ -94,20 +94,18 @@ def test_on_a_quantised_base_they_are_those_of_the_rounded_base(quantize: Callab
         expected.append(alone(as_numbers(model), files[i] if i >= 0 else None)(row[None]))
     model = random_model(WIDE)
     quantize(model)
-    add_many_lora(model, files)
-    choose_lora(model, FILES)
+    ManyLoRA(model, files, len(FILES)).choose(FILES)
     torch.testing.assert_close(model(idx), torch.cat(expected), atol=1e-3, rtol=0)
 
 
 def test_greedy_answers_of_a_mixed_batch_are_those_of_the_merged_models() -> None:
     model, files = random_model(TINY), lora_files(TINY)
-    add_many_lora(model, files)
+    ManyLoRA(model, files, len(FILES)).choose(FILES)
     prompts = [torch.randint(TINY.vocab_size, (n,)).tolist() for n in (5, 1, 17, 9, 3, 5)]
     expected = [
         list(generate(alone(random_model(TINY), files[i] if i >= 0 else None), prompt, Sampling(20, 0)))
         for i, prompt in zip(FILES, prompts, strict=True)
     ]
-    choose_lora(model, FILES)
     assert generate_batch(model, prompts, Sampling(20, 0)) == expected
     assert len({tuple(answer) for answer in expected}) == len(FILES)
 
@@ -115,13 +113,13 @@ def test_greedy_answers_of_a_mixed_batch_are_those_of_the_merged_models() -> Non
 @pytest.mark.slow
 def test_a_step_is_compiled_once_for_all_files() -> None:
     model = random_model(TINY)
-    add_many_lora(model, lora_files(TINY))
+    many = ManyLoRA(model, lora_files(TINY), len(FILES))
     prompts = [torch.randint(TINY.vocab_size, (n,)).tolist() for n in (5, 1, 17, 9, 3, 5)]
 
     def answers() -> list[list[list[int]]]:
         found = []
         for files in (FILES, FILES[::-1]):
-            choose_lora(model, files)
+            many.choose(files)
             found.append(generate_batch(model, prompts, Sampling(20, 0)))
         return found
 
@@ -135,12 +133,10 @@ def test_a_step_is_compiled_once_for_all_files() -> None:
 @torch.no_grad()
 def test_one_file_takes_the_place_of_another() -> None:
     model, files = random_model(TINY), lora_files(TINY)
-    add_many_lora(model, [files[2], files[3]])
-    updates = updates_of(files[0], TINY)
-    for name, layer in model.named_modules():
-        if isinstance(layer, ManyLoRALinear):
-            layer.put(0, updates.get(name))
-    choose_lora(model, [0])
+    many = ManyLoRA(model, [files[2], files[3]], 1)
+    many.choose([0])
+    many.files[0] = files[0]
+    many.choose([0])
     idx = torch.randint(TINY.vocab_size, (1, 40))
     torch.testing.assert_close(model(idx), alone(random_model(TINY), files[0])(idx), atol=1e-4, rtol=0)
 
@@ -162,8 +158,8 @@ def test_mixed_batches_of_peft_have_the_same_logits(tmp_path: Path, byte_tokeniz
         theirs.load_adapter(tmp_path / name, adapter_name=name)
     rows = ["d", "__base__", "a", "b", "a"]
     idx = torch.randint(TINY.vocab_size, (len(rows), 40))
-    add_many_lora(base, list(files.values()))
-    choose_lora(base, [list(files).index(name) if name in files else -1 for name in rows])
+    many = ManyLoRA(base, list(files.values()), len(rows))
+    many.choose([list(files).index(name) if name in files else -1 for name in rows])
     torch.testing.assert_close(base(idx), theirs(idx, adapter_names=rows).logits, atol=1e-4, rtol=0)
 
 
