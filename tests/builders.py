@@ -4,9 +4,7 @@ import csv
 import hashlib
 import importlib
 import json
-import os
 import signal
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +28,7 @@ from lit_llama.training.state import STATE_FILE
 import numpy as np
 import pytest
 import torch
+from builders_processes import run_python
 from builders_tokenizers import train_byte_tokenizer
 
 TINY = LLaMAConfig(block_size=128, vocab_size=320, n_layer=2, n_head=4, n_embd=32, n_kv_head=2, n_hidden=48)
@@ -166,9 +165,11 @@ def peak_of(before: str, action: str) -> int:
     if not Path("/proc/self/status").exists():
         pytest.skip("the system does not say the most memory that a process has had")
     program = f"{PEAK}{before}\nbefore = peak()\n{action}\nprint(peak() - before)"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "scripts")))}
-    command = [sys.executable, "-c", program]
-    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout)
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "program.py").write_text(program)
+        done = run_python(Path(folder) / "program.py")
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
 
 
 def peak_of_conversion(script: str, tiny: Path, source: Path, out_dir: Path) -> int:

@@ -12,16 +12,18 @@ anew.
 import argparse
 import gc
 import itertools
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from lit_llama.model_folder import save_model_folder
@@ -30,9 +32,7 @@ import torch
 from builders import (
     RECORDS,
     RESULTS,
-    ROOT,
     TINY,
-    TORCHRUN,
     content_digest,
     metric_rows,
     prepare_records,
@@ -43,6 +43,8 @@ from builders import (
 from builders_tokenizers import train_byte_tokenizer
 from killed_writers import KILLED, left_over, on_each_operation
 from test_finetune import finetune_arguments
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
 from tqdm import tqdm
 
 SAVE_INTERVAL = 2  # of finetune_arguments
@@ -88,12 +90,31 @@ def outcome(out: Path, method: str) -> str:
     return content_digest([rows, result.get("state_dict", result), groups, dict(tensors)])
 
 
-def start_ranks(folder: Path, out: Path, ranks: int, restarts: int) -> subprocess.Popen:
+def start_ranks(folder: Path, out: Path, ranks: int, restarts: int) -> BaseProcess:
+    """What torchrun does, in forks of this process, which has the libraries loaded."""
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", out.name]
+    options = [*meeting, "--max-restarts", restarts, "--nproc-per-node", ranks, "finetune_full.py"]
+    config, _, _ = config_from_args(parse_args(list(map(str, options))))
     arguments = finetune_arguments("full", folder / "model" / "lit-llama.pth", folder / "data", out)
-    launcher = [*TORCHRUN, "--max-restarts", restarts, "--nproc-per-node", ranks, ROOT / "finetune_full.py"]
-    words = [*launcher, *arguments, "--devices", ranks, "--resume", "auto"]
-    with open(out.with_suffix(".log"), "a") as log:
-        return subprocess.Popen(list(map(str, words)), stderr=log)
+    arguments += ["--devices", ranks, "--resume", "auto"]
+    launch = elastic_launch(replace(config, start_method="fork"), run_rank)
+    agent = multiprocessing.get_context("fork").Process(target=launch, args=(out.with_suffix(".log"), arguments))
+    agent.start()
+    return agent
+
+
+def run_rank(log: Path, arguments: list[object]) -> None:
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 2)
+    message = run_script("finetune_full", *arguments)
+    if message:
+        print(message, file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def ended(run: BaseProcess) -> int | None:
+    run.join()
+    return run.exitcode
 
 
 def ranks_of(launcher: int) -> list[int]:
@@ -102,9 +123,9 @@ def ranks_of(launcher: int) -> list[int]:
     return [int(child) for each in children for child in each]
 
 
-def kill_a_rank(run: subprocess.Popen, ranks: int, seconds: float, killed: set[int], rng: random.Random) -> bool:
+def kill_a_rank(run: BaseProcess, ranks: int, seconds: float, killed: set[int], rng: random.Random) -> bool:
     """Wait until torchrun has started all processes (again), and some time; False if the run has ended by then."""
-    while run.poll() is None:
+    while run.is_alive():
         found = ranks_of(run.pid)
         if len(found) == ranks and not killed & {*found}:
             time.sleep(rng.uniform(0, seconds))
@@ -121,7 +142,7 @@ def kill_a_rank(run: subprocess.Popen, ranks: int, seconds: float, killed: set[i
 def storm_of_ranks(folder: Path, kills: int, ranks: int, rng: random.Random) -> list[str]:
     """Kill one of the ranks of sharded runs until so many kills have hit; returns whatever went wrong."""
     start, whole, restarts = time.monotonic(), folder / "whole", 3
-    assert start_ranks(folder, whole, ranks, 0).wait() == 0
+    assert ended(start_ranks(folder, whole, ranks, 0)) == 0
     reference, seconds = outcome(whole, "full"), time.monotonic() - start
     problems, hits = [], 0
     for number in itertools.count():
@@ -131,7 +152,7 @@ def storm_of_ranks(folder: Path, kills: int, ranks: int, rng: random.Random) -> 
         run = start_ranks(folder, out, ranks, restarts)
         for _ in range(min(restarts, kills - hits)):
             hits += kill_a_rank(run, ranks, seconds, killed, rng)
-        if run.wait() or outcome(out, "full") != reference or left_over(out):
+        if ended(run) or outcome(out, "full") != reference or left_over(out):
             problems.append(
                 f"{out.name}: {left_over(out)} or another end: {out.with_suffix('.log').read_text()[-300:]}"
             )

@@ -1,8 +1,8 @@
-"""A program that disturbs every writer at each of its file operations, and looks at what it leaves behind.
+"""Every writer is disturbed at each of its file operations, and what it leaves behind is looked at.
 
-It reads names of writers from its input. For each it makes an older result (number 0) and lets a process of its own
-write a newer one (number 1) over it, again and again, disturbed at the first file operation, at the second and so on.
-It answers with a line of JSON: how many disturbances there were, and whatever was wrong afterwards.
+It makes an older result (number 0), and a process of its own writes a newer one (number 1) over it. A full disk, and a
+kill within a file, happen to it again and again: at the first place, at the second and so on. For kills between
+operations it writes once: a kill would leave what is in the folder at that moment, which is copied.
 """
 
 import errno
@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,9 @@ def optimizer(number: int) -> torch.optim.Optimizer:
     return adamw
 
 
+Writer = Callable[[Path, int], None]
+
+
 def write_json(out: Path, number: int) -> None:
     write_file(out / "result.json", json.dumps({"number": number}))
 
@@ -173,7 +177,7 @@ def write_picture(out: Path, number: int) -> None:
         plot_losses(metrics, out / "loss.png", "title")
 
 
-WRITERS: dict[str, Callable[[Path, int], None]] = {
+WRITERS: dict[str, Writer] = {
     name.removeprefix("write_"): function
     for name, function in globals().items()
     if name.startswith("write_") and name != "write_file"
@@ -200,9 +204,17 @@ def on_each_operation(action: Callable[[str, tuple[Any, ...]], None]) -> None:
     os.fsync = lambda descriptor: action("os.fsync", (descriptor,))
 
 
-def kill_at_operation(k: int) -> None:
-    operations = itertools.count()
-    on_each_operation(lambda *_: os._exit(KILLED) if next(operations) == k else None)
+def copy_before_each_operation(work: Path, copies: Path) -> None:
+    numbers, copying = itertools.count(), False
+
+    def copy(*_: Any) -> None:
+        nonlocal copying
+        if not copying:  # which takes operations, too
+            copying = True
+            shutil.copytree(work, copies / str(next(numbers)))
+            copying = False
+
+    on_each_operation(copy)
 
 
 def fill_disk_at_operation(k: int) -> None:
@@ -223,7 +235,7 @@ def limit_size(k: int, kill: bool) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4**k, 4**k))
 
 
-def attempt(write: Callable[[Path, int], None], out: Path, disturb: Callable[[], None]) -> tuple[int, str]:
+def attempt(write: Writer, out: Path, disturb: Callable[[], None]) -> tuple[int, str]:
     """Write the newer result in a process of its own; returns its exit status and the message that it ended with."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -253,23 +265,37 @@ def left_over(folder: Path) -> list[str]:
     return [path.name for path in folder.rglob("*") if path.name.endswith((".part", ".old", ".lock"))]
 
 
-def disturbed(write: Callable[[Path, int], None], disturb: Callable[[int], None], kills: bool) -> dict[str, Any]:
-    """Disturb a writer at its first operation, at its second ..., until it is done before."""
+def disturbed(write: Writer, disturb: Callable[[int], None] | None, kills: bool) -> tuple[int, list[str]]:
+    """Disturb a writer at its first place, at its second ..., until it is done before; how often, and what was wrong.
+
+    Without `disturb`, it is killed before each of its operations.
+    """
     problems = []
     with tempfile.TemporaryDirectory() as folder:
-        work, older = Path(folder) / "work", Path(folder) / "older"
+        work, older, copies = (Path(folder) / name for name in ("work", "older", "copies"))
         out = work / "out"  # always the same, since some results name their place
         out.mkdir(parents=True)
         (out / OWN).write_text(json.dumps(RECORDS))
         write(out, 0)
         shutil.copytree(out, older)
         write(out, 1)
-        wholes = (contents(older), contents(out))
+        wholes = [contents(older), contents(out)]
         assert wholes[0] != wholes[1]
+        if disturb is None:
+            put(older, work, out)
+            ended = attempt(write, out, partial(copy_before_each_operation, work, copies))
+            assert ended == (0, ""), ended
+        tried = set()
         for k in itertools.count():
-            shutil.rmtree(work)
-            shutil.copytree(older, out)
-            status, message = attempt(write, out, partial(disturb, k))
+            status, message = 0, ""
+            if disturb:
+                put(older, work, out)
+                status, message = attempt(write, out, partial(disturb, k))
+            elif (copies / str(k)).exists():
+                put(copies / str(k), work, work)
+                status = KILLED
+            else:
+                break
             found = contents(out) if out.exists() else {}
             if found not in wholes:
                 problems.append(f"{k}: neither the older nor the newer result is whole: {sorted(found)}")
@@ -277,34 +303,40 @@ def disturbed(write: Callable[[Path, int], None], disturb: Callable[[int], None]
                 problems.append(f"{k}: ended with {status}: {message}")
             if not kills and left_over(work):
                 problems.append(f"{k}: left {left_over(work)}")
-            if kills:
+            state = (found == wholes[0], *sorted(map(str, work.rglob("*"))))  # what is left over is never read
+            if kills and state not in tried:
+                tried.add(state)
                 write(out, 1)
                 if contents(out) != wholes[1] or left_over(work):
                     problems.append(f"{k}: writing once more left {left_over(work) or 'another result'}")
             if status == 0:
                 break
-    return {"disturbances": k, "problems": problems}
+    return k, problems
 
 
-DISTURBANCES: dict[str, tuple[Callable[[int], None], bool]] = {
-    "killed": (kill_at_operation, True),
+def put(source: Path, work: Path, target: Path) -> None:
+    """Copy a folder to one within an empty `work`, or to that itself."""
+    shutil.rmtree(work)
+    shutil.copytree(source, target)
+
+
+DISTURBANCES: dict[str, tuple[Callable[[int], None] | None, bool]] = {
+    "killed": (None, True),
     "killed within a file": (partial(limit_size, kill=True), True),
     "disk full": (fill_disk_at_operation, False),
     "disk full within a file": (partial(limit_size, kill=False), False),
 }
 
 
-def main() -> None:
+def serve(questions: Connection) -> None:
+    """Answer, in a process that may fork, for names of writers and disturbances."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     tqdm.monitor_interval = 0  # no thread, which a fork would lose
     tqdm.set_lock(threading.RLock())  # instead of one that processes share, which a killed one would not give back
     os.fsync = lambda _: None  # only a machine that goes down loses what was not flushed
     memory = Path("/dev/shm")  # files on a disk take twice the time
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as tempfile.tempdir:
         gc.disable()  # it would touch, and so copy, every page in each process
-        for line in sys.stdin:
-            writer, how = json.loads(line)
-            print(json.dumps(disturbed(WRITERS[writer], *DISTURBANCES[how])), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        while (question := questions.recv()) is not None:
+            writer, how = question
+            questions.send(disturbed(WRITERS[writer], *DISTURBANCES[how]))

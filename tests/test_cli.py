@@ -3,7 +3,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Literal
@@ -14,6 +13,7 @@ from lit_llama.progress import progress
 
 import pytest
 from builders import RESULTS, TINY, command, random_model, randomize, run_script, save_file
+from builders_processes import run_python, start
 
 SCRIPT = '''
 """A script."""
@@ -51,21 +51,17 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def call(script: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
-
-
 @pytest.mark.slow
 def test_defaults_and_overrides_reach_main_and_are_recorded(script: Path) -> None:
     settings = {"rate": 0.0003, "steps": None, "names": "a,b"}
-    assert call(script).stdout == f"0.0003 7 a,b x False {settings}\n"
-    out = call(script, "--rate", "1", "--steps", "3", "--names", "c", "--path", "y/z", "--resume", "true").stdout
+    assert run_python(script).stdout == f"0.0003 7 a,b x False {settings}\n"
+    out = run_python(script, "--rate", "1", "--steps", "3", "--names", "c", "--path", "y/z", "--resume", "true").stdout
     assert out == f"1.0 3 c y/z True { {'rate': 1.0, 'steps': 3, 'names': 'c'} }\n"
 
 
 @pytest.mark.slow
 def test_help_lists_each_constant_with_its_comment_type_and_default(script: Path) -> None:
-    text = " ".join(call(script, "--help").stdout.split())
+    text = " ".join(run_python(script, "--help").stdout.split())
     assert "settings: --rate NUMBER how fast # really (default: 0.0003)" in text
     assert "how long: --steps INT how many --names TEXT names (default: a,b)" in text
     assert "--path PATH (default: x) --resume {true,false} (default: false)" in text
@@ -90,7 +86,7 @@ def test_help_lists_each_constant_with_its_comment_type_and_default(script: Path
     ],
 )
 def test_wrong_values_are_refused(script: Path, arguments: tuple[str, ...], message: str) -> None:
-    result = call(script, *arguments)
+    result = run_python(script, *arguments)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
@@ -147,20 +143,25 @@ def test_a_kind_of_value_is_said_in_plain_words() -> None:
 
 @pytest.mark.slow
 def test_mistakes_end_in_one_line(script: Path) -> None:
-    result = call(script, "--names", "fail")
+    result = run_python(script, "--names", "fail")
     assert (result.returncode, result.stderr) == (1, "error: this is wrong\n")
-    result = call(script, "--names", "missing", "--path", "/not/there")
+    result = run_python(script, "--names", "missing", "--path", "/not/there")
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert "/not/there" in result.stderr
 
 
 @pytest.mark.slow
-def test_a_reader_that_has_seen_enough_is_no_error(script: Path) -> None:
+def test_a_reader_that_has_seen_enough_is_no_error(script: Path, tmp_path: Path) -> None:
     endless = script.read_text().replace("derived =", "[print(i, flush=True) for i in range(10**6)]\n    derived =")
     script.write_text(endless)
-    result = subprocess.run(f"{sys.executable} {script} | head -1", shell=True, capture_output=True, text=True)
-    assert (result.stdout, result.stderr) == ("0\n", "")
+    pipe, err = tmp_path / "pipe", tmp_path / "err"
+    os.mkfifo(pipe)
+    process = start(script, (), pipe, err)
+    with open(pipe) as reader:
+        assert reader.readline() == "0\n"
+    process.join(60)
+    assert (process.exitcode, err.read_text()) == (0, "")
 
 
 def test_a_flag_for_several_values_is_given_once_or_often() -> None:
@@ -173,11 +174,11 @@ def test_a_flag_for_several_values_is_given_once_or_often() -> None:
 
 @pytest.mark.slow
 def test_exit_statuses_tell_a_mistake_from_a_wrong_flag_and_a_stop(script: Path) -> None:
-    assert call(script, "--steps", "many").returncode == 2
-    assert call(script, "--names", "fail").returncode == 1
+    assert run_python(script, "--steps", "many").returncode == 2
+    assert run_python(script, "--names", "fail").returncode == 1
     script.write_text(script.read_text().replace("UserError(", "Stopped(").replace('wrong")', 'over", 143)'))
     script.write_text(script.read_text().replace("import UserError", "import Stopped"))
-    stopped = call(script, "--names", "fail")
+    stopped = run_python(script, "--names", "fail")
     assert (stopped.returncode, stopped.stderr) == (143, "this is over\n")
 
 
@@ -204,7 +205,7 @@ def test_whatever_happens_ends_in_one_line(error: BaseException, line: str) -> N
 @pytest.mark.slow
 def test_debug_shows_the_traceback(script: Path) -> None:
     script.write_text(script.read_text().replace("derived =", "{}[names]\n    derived ="))
-    short, long = call(script), call(script, "--debug", "true")
+    short, long = run_python(script), run_python(script, "--debug", "true")
     assert short.stderr.count("\n") == 1
     assert "Traceback" in long.stderr
     assert long.stderr.endswith(short.stderr)
@@ -217,14 +218,15 @@ def test_a_script_that_is_terminated_removes_what_it_was_writing(script: Path, t
     text = script.read_text().replace("    derived =", writing + "    derived =")
     imports = "import time\nfrom lit_llama.storage.files import replacing, replacing_folder\n"
     script.write_text(text.replace("from pathlib", imports + "from pathlib"))
-    out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, script, "--path", out / "x"], stderr=subprocess.PIPE, text=True)
+    out, err = tmp_path / "out", tmp_path / "err"
+    process = start(script, ("--path", out / "x"), tmp_path / "stdout", err)
     while not (out / ".folder.part").exists():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
     process.terminate()
-    assert process.communicate()[1] == "terminated\n"
-    assert process.returncode == 143
+    process.join(60)
+    assert err.read_text() == "terminated\n"
+    assert process.exitcode == 143
     assert [*out.iterdir()] == []
 
 

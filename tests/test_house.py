@@ -24,19 +24,14 @@ def name(path: Path) -> str:
 
 
 @pytest.mark.slow
-def test_lora_is_imported_without_the_command_line_and_without_lightning() -> None:
-    program = "import lit_llama.lora, sys; print(*sys.modules)"
+def test_a_tokenizer_is_imported_without_the_model_and_lora_without_command_line_and_lightning() -> None:
+    program = "import sys, lit_llama.tokenizer; print(*sys.modules); import lit_llama.lora; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    loaded = {module.partition(".")[0] for module in done.stdout.split()}
+    tokenizer, lora = map(str.split, done.stdout.splitlines())
+    assert not {*tokenizer} & {"lit_llama.model", "lit_llama.lora", "lit_llama.adapter"}
+    loaded = {module.partition(".")[0] for module in lora}
     assert "torch" in loaded
     assert not loaded & {"jsonargparse", "lightning", "transformers"}
-
-
-@pytest.mark.slow
-def test_a_tokenizer_is_imported_without_the_model() -> None:
-    program = "import lit_llama.tokenizer, sys; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert not {*done.stdout.split()} & {"lit_llama.model", "lit_llama.lora", "lit_llama.adapter"}
 
 
 def imports(path: Path) -> Iterator[str]:

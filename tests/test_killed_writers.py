@@ -1,15 +1,11 @@
 """Every writer is killed at each of its file operations over an older result: the older or the newer one is whole."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 
+import killed_writers
 import pytest
-from builders import ROOT
+from builders_processes import SERVER, fork
 
 pytestmark = pytest.mark.slow
 
@@ -24,23 +20,22 @@ Ask = Callable[[str, str], int]
 
 @pytest.fixture(scope="module")
 def disturbances() -> Iterator[Ask]:
-    """How often a writer was disturbed in this way, each time to no harm; asked of a program that forks."""
-    path = os.pathsep.join(str(ROOT / folder) for folder in ("", "scripts", "tests"))
-    environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}  # a fork would lose threads
-    command = [sys.executable, str(Path(__file__).with_name("killed_writers.py"))]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, env=environment, text=True, **pipes) as program:
+    """How often a writer was disturbed in this way, each time to no harm; asked of a process that may fork."""
+    ours, theirs = SERVER.Pipe()
+    process = fork(killed_writers.serve, theirs)
+    theirs.close()
 
-        @cache
-        def ask(writer: str, how: str) -> int:
-            print(json.dumps([writer, how]), file=program.stdin, flush=True)
-            answer = json.loads(program.stdout.readline())
-            assert not answer["problems"], answer["problems"]
-            print(f"{writer}, {how}: {answer['disturbances']} times")
-            return answer["disturbances"]
+    @cache
+    def ask(writer: str, how: str) -> int:
+        ours.send((writer, how))
+        n, problems = ours.recv()
+        assert not problems
+        print(f"{writer}, {how}: {n} times")
+        return n
 
-        yield ask
-        program.stdin.close()
+    yield ask
+    ours.send(None)
+    process.join()
 
 
 @pytest.mark.parametrize("writer", [*FILES, *FOLDERS])

@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 from lit_llama.model_folder import load_model
 
 import pytest
 import torch
 from builders import RESULTS, ROOT, TORCHRUN, metric_rows, run_script
+from builders_processes import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -19,9 +21,7 @@ SETTINGS = {
 }
 
 # Runs a finetune script and prints how often DDP reduced gradients.
-COUNTING = f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}]
+COUNTING = """
 import finetune_lora as script
 from lightning import Fabric
 from lit_llama.cli import run
@@ -55,8 +55,13 @@ def arguments(method: str, checkpoint: Path, data_dir: Path, out_dir: Path) -> l
     return [*paths, *steps, *SETTINGS[method], "--sample_prompt", "Count to 4"]
 
 
-def on_two_processes(method: str, *rest: object, torchrun: bool = False) -> subprocess.CompletedProcess:
-    launcher = [*TORCHRUN, "--nproc-per-node", "2"] if torchrun else [sys.executable]
+def on_two_processes(method: str, *rest: object) -> CompletedProcess:
+    return run_ranks(ROOT / f"finetune_{method}.py", *rest)
+
+
+def launched(method: str, *rest: object) -> CompletedProcess:
+    """As a user launches two processes: by Fabric alone or, the adapter, by torchrun."""
+    launcher = [*TORCHRUN, "--nproc-per-node", "2"] if method == "adapter" else [sys.executable]
     command = [*launcher, ROOT / f"finetune_{method}.py", *rest, "--devices", 2]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
@@ -99,7 +104,8 @@ def assert_equal_runs(one: Path, other: Path, method: str) -> None:
 def test_two_processes_give_what_one_gives(
     method: str, single: Path, checkpoint: Path, data_dir: Path, tmp_path: Path
 ) -> None:
-    result = on_two_processes(method, *arguments(method, checkpoint, data_dir, tmp_path), torchrun=method == "adapter")
+    run = on_two_processes if method == "full" else launched
+    result = run(method, *arguments(method, checkpoint, data_dir, tmp_path))
     assert result.returncode == 0, result.stderr
     assert_equal_runs(single, tmp_path, method)
     if method == "full":
@@ -138,9 +144,7 @@ def test_the_state_of_a_sharded_run_is_continued_by_one_process_and_the_other_wa
 
 def test_gradients_are_reduced_once_an_optimizer_step(checkpoint: Path, data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "driver.py").write_text(COUNTING)
-    rest = [*arguments("lora", checkpoint, data_dir, tmp_path / "out"), "--devices", 2]
-    command = [sys.executable, tmp_path / "driver.py", *rest]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    result = run_ranks(tmp_path / "driver.py", *arguments("lora", checkpoint, data_dir, tmp_path / "out"))
     assert result.returncode == 0, result.stderr
     assert result.stdout == "reductions: 6\n"
 
@@ -159,8 +163,8 @@ fabric.setup(model)
 share = sum(p.to_local().numel() for p in model.parameters())
 assert share <= 0.51 * n_parameters, (share, n_parameters)
 """
-    (tmp_path / "driver.py").write_text(f"import sys\nsys.path[:0] = [{str(ROOT / 'tests')!r}]\n{program}")
-    result = subprocess.run([sys.executable, tmp_path / "driver.py"], capture_output=True, text=True)
+    (tmp_path / "driver.py").write_text(program)
+    result = run_ranks(tmp_path / "driver.py")
     assert result.returncode == 0, result.stderr
 
 

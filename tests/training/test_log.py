@@ -2,8 +2,6 @@ import contextlib
 import fcntl
 import os
 import struct
-import subprocess
-import sys
 import termios
 import time
 from itertools import pairwise
@@ -15,7 +13,8 @@ from lit_llama.training.log import COLUMNS, TrainingLog, cut_metrics, make_logge
 
 import numpy as np
 import pytest
-from builders import ROOT, Lengths, metric_rows
+from builders import Lengths, metric_rows
+from builders_processes import start
 from lightning import Fabric
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -115,14 +114,15 @@ log.close("title")
 def test_a_terminal_gets_a_bar_and_one_without_a_size_gets_lines(tmp_path: Path, size: tuple, bar: bool) -> None:
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], stderr=theirs, env=environment)
-    os.close(theirs)
-    output = b""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    process = start(tmp_path / "program.py", (tmp_path,), tmp_path / "out", Path(os.ttyname(theirs)))
+    output = os.read(ours, 4096)
+    os.close(theirs)  # which the process has opened by now
     with contextlib.suppress(OSError):  # how Linux reports that the other end has closed
         while chunk := os.read(ours, 4096):
             output += chunk
-    assert process.wait() == 0
+    process.join()
+    assert process.exitcode == 0
     assert (b"3/3 [" in output and b"loss 1.500" in output) == bar
     assert (b"step 3/3: loss 1.5000" in output) != bar
 

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ from lit_llama.model_folder import save_model_folder
 import pytest
 import torch
 from builders import ROOT, metric_rows, run_script, state_tensors
+from builders_processes import run_ranks, start
 from test_distributed import arguments, on_two_processes
 
 
@@ -65,13 +64,11 @@ def test_a_dead_process_ends_the_others_in_one_line(
     checkpoint: Path, data_dir: Path, tmp_path: Path, victim: int
 ) -> None:
     rest = [*arguments("full", checkpoint, data_dir, tmp_path), "--devices", 2, "--num_epochs", 1000]
-    words = list(map(str, [sys.executable, ROOT / "finetune_full.py", *rest]))
-    with open(tmp_path / "log", "w") as log:
-        run = subprocess.Popen(words, stderr=log)
+    run = start(ROOT / "finetune_full.py", rest, tmp_path / "out", tmp_path / "log")
     wait_for(lambda: metric_rows(tmp_path / "metrics.csv"))
     child = int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[0])
     os.kill((run.pid, child)[victim], signal.SIGKILL)
-    run.wait(60)
+    run.join(60)
     wait_for(lambda: not Path(f"/proc/{child}/cmdline").exists() or not Path(f"/proc/{child}/cmdline").read_bytes())
     said = (tmp_path / "log").read_text()
     # Fabric's first process watches those that it has started; they find that the first has died when they next sum.
@@ -139,8 +136,7 @@ def test_loading_and_saving_take_a_share_and_one_tensor(tmp_path: Path) -> None:
     n, largest = sum(parameter.numel() for parameter in model.parameters()), 4 * config.vocab_size * config.n_embd
     save_model_folder(tmp_path / "model", model.state_dict(), config, {})
     (tmp_path / "driver.py").write_text(PEAKS)
-    words = [sys.executable, str(tmp_path / "driver.py"), str(tmp_path)]
-    result = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    result = run_ranks(tmp_path / "driver.py", tmp_path)
     assert result.returncode == 0, result.stderr
     grown = json.loads(result.stdout)
     print(grown, {"share": 4 * n / 2, "largest": largest})
