@@ -94,7 +94,9 @@ def guard_imports() -> None:
 def end_in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if "--debug" in sys.argv:
         sys.__excepthook__(kind, error, trace)
-    remedy = "; run: source .venv/bin/activate" if issubclass(kind, ModuleNotFoundError) else ""
+    remedy = (
+        "; run: source .venv/bin/activate (make quickstart makes it)" if issubclass(kind, ModuleNotFoundError) else ""
+    )
     text = " ".join(str(error).split())[:200]
     print(f"error: {kind.__name__} while libraries were loaded ({text}){remedy}", file=sys.stderr)
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -17,9 +19,20 @@ import prepare_alpaca
 import prepare_dolly
 import prepare_json
 import pytest
-from builders import RECORDS
+from builders import RECORDS, ROOT
 from builders_gguf import GGUF_CONFIG, bpe_metadata, write_gguf
 from tokenizers import Tokenizer as HFTokenizer
+
+COMMANDS = [*ROOT.glob("*.py"), *(p for p in (ROOT / "scripts").glob("*.py") if "run(main)" in p.read_text())]
+
+
+@pytest.mark.parametrize("script", COMMANDS, ids=lambda path: path.name)
+def test_without_the_environment_a_script_says_how_to_get_it(script: Path) -> None:
+    done = subprocess.run([sys.executable, "-S", script], capture_output=True, text=True, check=False)  # no libraries
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ModuleNotFoundError while libraries were loaded (No module named 't")
+    assert done.stderr.endswith("run: source .venv/bin/activate (make quickstart makes it)\n")
+    assert done.stderr.count("\n") == 1
 
 
 def test_smollm2_comes_from_a_wheel_whose_checksum_is_verified(
