@@ -78,7 +78,7 @@ def doubts(
     held_out = {val_data.record(i).numpy().tobytes() for i in range(len(val_data))}
     alike = np.flatnonzero(np.isin(signs(data), signs(val_data)))  # only these are read
     if n := sum(data.record(i).numpy().tobytes() in held_out for i in alike.tolist()):
-        yield f"warning: the validation split shares {n:,} records with the training split, so its loss will be too low"
+        yield f"warning: {n:,} of the records to train on are also validated on, so the validation loss is too low"
     if 0 < (n := val_data.n_targets(range(len(val_data)))) < FEW:
         yield f"warning: there are {n} tokens to validate on, so the validation loss says little; hold out more records"
     trained = {name: parameter.numel() for name, parameter in llama.named_parameters() if parameter.requires_grad}

@@ -66,7 +66,7 @@ def test_a_run_that_is_in_order_is_not_doubted(tmp_path: Path, tokenizer: Tokeni
             {"train": records(0, 30, "It is {}. " * 20), "block_size": 64},
             "30 of 30 records are truncated; raise --block_size",
         ),
-        ({"validation": records(20, 20)}, "the validation split shares 10 records with the training split"),
+        ({"validation": records(20, 20)}, "10 of the records to train on are also validated on"),
         ({"validation": records(100, 2)}, "tokens to validate on, so the validation loss says little"),
         ({"rate": 50 * RATE}, "warning: --learning_rate is"),
         ({"rate": RATE / 50}, "is usual for 256 channels"),
