@@ -5,7 +5,6 @@ import json
 import os
 import re
 import struct
-import sys
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import groupby
@@ -242,11 +241,6 @@ class Tokenizer:
         special = {i for i, token in self.added.items() if token.special}
         if missing - special or missing & {self.bos_id, self.eos_id}:
             raise UserError(f"{self.path} has {self.vocab_size} tokens, the model {n_rows}; give its own tokenizer")
-
-    def report_missing(self, n_rows: int) -> None:
-        """Say which tokens a model of so many rows lacks, if any."""
-        if names := ", ".join(map(self.token, range(n_rows, self.vocab_size))):
-            print(f"The model has no row for {short(names)}: harmless if no text uses it", file=sys.stderr)
 
     def fingerprint(self) -> str:
         """A sha256 of the tokenizer's file and control tokens, by which prepared data is matched to a model."""

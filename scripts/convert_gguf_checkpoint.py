@@ -18,12 +18,12 @@ from lit_llama.model import LLAMA_3_SCALING, LLaMAConfig, RopeScaling, stretch_f
 from lit_llama.model_folder import check_complete, save_model_folder
 from lit_llama.progress import progress
 from lit_llama.storage.checks import from_fields
-from lit_llama.tokenizer import CONTROL, ENDS_NAME, USER_DEFINED, find_tokenizer
+from lit_llama.tokenizer import CONTROL, ENDS_NAME, USER_DEFINED
 
 import numpy as np
 import torch
 from sentencepiece import SentencePieceProcessor
-from tokenizer_files import LLAMA_3, PRE_TOKENIZERS, byte_level_bpe, tried
+from tokenizer_files import LLAMA_3, PRE_TOKENIZERS, byte_level_bpe, report_missing, tried
 from tokenizers import AddedToken
 from torch import Tensor
 
@@ -117,7 +117,7 @@ def main(gguf_path: Path, out_dir: Path) -> None:
     state = read_weights(gguf_path, tensors, config)
     check_complete(gguf_path, state, config)
     save_model_folder(out_dir, state, config, tokenizer, tried(metadata.get(CHAT_TEMPLATE)))
-    find_tokenizer(out_dir, out_dir).report_missing(config.vocab_size)
+    report_missing(out_dir, config.vocab_size)
     print(f"Saved {out_dir}", file=sys.stderr)
 
 

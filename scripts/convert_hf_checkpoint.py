@@ -19,7 +19,7 @@ from lit_llama.storage.files import check_apart, is_plain, read_file, read_json,
 from lit_llama.tokenizer import CONFIG_NAME, Tokenizer, find_tokenizer, tokenizer_in
 
 import torch
-from tokenizer_files import from_tiktoken, is_tiktoken, read_chat_template, tried
+from tokenizer_files import from_tiktoken, is_tiktoken, read_chat_template, report_missing, tried
 from torch import Tensor
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each may be one file or have an index; in transformers' order
@@ -93,7 +93,7 @@ def main(
     save_model_folder(out_dir, state, config, files, tried(read_chat_template(checkpoint_dir)))
     print(f"Saved {out_dir}", file=sys.stderr)
     if files:
-        find_tokenizer(out_dir, out_dir).report_missing(config.vocab_size)
+        report_missing(out_dir, config.vocab_size)
     if verify:
         compare(checkpoint_dir, out_dir, bool(files))
 

@@ -10,12 +10,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from lit_llama.errors import UserError
+from lit_llama.errors import UserError, short
 from lit_llama.progress import say
 from lit_llama.prompt import EXCHANGED
 from lit_llama.sandbox import render
 from lit_llama.storage.files import read_json, read_text
-from lit_llama.tokenizer import CONFIG_NAME
+from lit_llama.tokenizer import CONFIG_NAME, find_tokenizer
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as HFTokenizer
@@ -143,3 +143,10 @@ def tried(template: object) -> str | None:
     except UserError as error:
         say(f"warning: {error}; pass a --prompt_style to every script that takes one")
     return template
+
+
+def report_missing(folder: Path, n_rows: int) -> None:
+    """Say which tokens of a folder's tokenizer a model of so many rows lacks, if any."""
+    tokenizer = find_tokenizer(folder, folder)
+    if names := ", ".join(map(tokenizer.token, range(n_rows, tokenizer.vocab_size))):
+        say(f"The model has no row for {short(names)}: harmless if no text uses it")

@@ -10,6 +10,7 @@ from lit_llama.tokenizer import Tokenizer, find_tokenizer
 import pytest
 import sentencepiece
 from export_hf import from_sentencepiece
+from tokenizer_files import report_missing
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
@@ -299,7 +300,7 @@ def test_a_pad_token_without_a_row_is_no_harm_and_others_are(
     more.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     tokenizer.check_fits(n)
-    tokenizer.report_missing(n)
+    report_missing(tmp_path, n)
     assert "[PAD]" in capsys.readouterr().err
     with pytest.raises(UserError, match="its own tokenizer"):
         tokenizer.check_fits(n - 1)
