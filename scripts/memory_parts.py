@@ -1,6 +1,7 @@
 """What the memory of a training step is for, and what the step moves, on one device or on each of several."""
 
 import re
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -14,15 +15,7 @@ from lit_llama.training.run import shard
 
 import torch
 import torch.distributed as dist
-from memory_trace import (
-    Count,
-    after_a_step,
-    compute_gradients,
-    for_all_blocks,
-    gpu_operations,
-    shapes_of,
-    take_step,
-)
+from memory_trace import after_a_step, compute_gradients, for_all_blocks, gpu_operations, shapes_of, take_step
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -31,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim import Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Kind = tuple[str, str]  # what a storage is for and, where that does not say it, the module and operation that made it
@@ -87,14 +81,18 @@ def estimate_step(
     return Estimate(total["peak", phase], parts, launches, traffic, received, resume)
 
 
-class Ledger(Count):
-    """Counts what tensors are for, too, and what operations do.
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of tensors while it is active, until they are freed, what they are for, and what operations do.
 
-    `parts` has what there was at the peak of each phase; for the rest, see `Estimate`.
+    `peaks` has the most of each phase: each block adds the same to a phase's peak, but not to that of every phase.
+    `parts` has what there was then; for the rest, see `Estimate`.
     """
 
     def __init__(self, llama: LLaMA, optimizer: Optimizer | None = None) -> None:
         super().__init__()
+        self.live, self.phase = 0, "blocks"
+        self.peaks: Counter[str] = Counter()
+        self.sizes: dict[int, int] = {}  # of storages
         self.vocab_size = llama.config.vocab_size
         self.names = {module: short_name(name) for name, module in llama.named_modules()}
         self.modules: list[str] = []  # that are being computed, the innermost last
@@ -134,8 +132,8 @@ class Ledger(Count):
         self.modules.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if DTensor in types:
-            return NotImplemented  # what it does with its local tensor comes by here again
+        if DTensor in types or NF4Weight in types:
+            return NotImplemented  # what they do with the tensors that they are made of comes by here again
         out = func(*args, **(kwargs or {}))
         name = func.__name__.partition(".")[0]
         given, made = ([leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in (args, out))
@@ -159,13 +157,21 @@ class Ledger(Count):
         self.by_kind[self.kinds.get(storage._cdata, kind)] -= size
         self.by_kind[kind] += size
         self.kinds[storage._cdata] = kind
-        self.hold(storage)
+        if storage._cdata not in self.sizes:
+            weakref.finalize(storage, self.resize, storage._cdata, 0)
+        self.resize(storage._cdata, storage.nbytes())
 
     def resize(self, key: int, size: int) -> None:
-        self.by_kind[self.kinds[key]] += size - self.sizes.get(key, 0)
-        super().resize(key, size)
-        if self.live == self.peaks[self.phase]:
-            self.parts[self.phase] = self.by_kind.copy()
+        grown = size - self.sizes.pop(key, 0)
+        self.by_kind[self.kinds[key]] += grown
+        self.live += grown
+        if size:
+            self.sizes[key] = size
+        if self.live >= self.peaks[self.phase]:
+            self.peaks[self.phase], self.parts[self.phase] = self.live, self.by_kind.copy()
+
+    def end_blocks(self, *_: Any) -> None:
+        self.phase = "after the blocks"
 
     def _kind(self, name: str, tensor: Tensor) -> Kind:
         if tensor.dim() > 1 and tensor.size(-1) == self.vocab_size:
@@ -205,7 +211,7 @@ def trace_step(llama: LLaMA, lengths: list[int], dtype: torch.dtype, optimizer: 
             compute_gradients(llama, lengths, dtype)
             llama.set_requires_gradient_sync(True)
             ledger.launches = ledger.traffic = ledger.received = 0
-        take_step(ledger, llama, lengths, dtype, optimizer)
+        take_step(llama, lengths, dtype, optimizer, ledger.end_blocks)
     return ledger
 
 

@@ -1,13 +1,12 @@
-"""The most memory that the tensors of a training step take, found without it: they have shapes but no data.
+"""A training step on tensors that have shapes but no data, to be watched: for `estimate_step` of memory_parts.py.
 
 The step runs on the CPU; for a GPU, as that would compute it. Few blocks are run: all of a kind add the same.
 """
 
 import copy
-import weakref
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -18,65 +17,8 @@ from lit_llama.quantization import NF4Weight, quantize_blocks
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-
-class Count(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made while it is active, until they are freed.
-
-    `peaks` has the most of each phase: each block adds the same to a phase's peak, but not to that of every phase.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live, self.phase = 0, "blocks"
-        self.peaks: Counter[str] = Counter()
-        self.sizes: dict[int, int] = {}  # of storages
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if NF4Weight in types:
-            return NotImplemented  # what it does with the tensors that it is made of comes by here again
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self.hold(leaf.untyped_storage())
-        return out
-
-    def hold(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self.sizes:
-            weakref.finalize(storage, self.resize, storage._cdata, 0)
-        self.resize(storage._cdata, storage.nbytes())
-
-    def resize(self, key: int, size: int) -> None:
-        self.live += size - self.sizes.pop(key, 0)
-        self.peaks[self.phase] = max(self.peaks[self.phase], self.live)
-        if size:
-            self.sizes[key] = size
-
-    def end_blocks(self, *_: Any) -> None:
-        """What is left of a step: the embedding's gradient, the optimizer."""
-        self.phase = "after the blocks"
-
-
-def peak_of_step(
-    llama: LLaMA, lengths: list[int], dtype: torch.dtype, make_optimizer: Callable[..., Optimizer], on_gpu: bool
-) -> int:
-    """Bytes that an optimizer step takes on records of these lengths, computed in `dtype`."""
-
-    def trace(blocks: nn.ModuleList) -> Counter:
-        operations = gpu_operations() if on_gpu else nullcontext()
-        with FakeTensorMode(allow_non_fake_inputs=True), operations, Count() as count:  # bitsandbytes has tables
-            shapes = shapes_of(llama, blocks, dtype)
-            optimizer = after_a_step(shapes, make_optimizer, foreach=on_gpu)
-            count.peaks.clear()
-            take_step(count, shapes, lengths, dtype, optimizer)
-        return count.peaks
-
-    return max(for_all_blocks(llama, trace).values())
 
 
 def for_all_blocks(llama: LLaMA, trace: Callable[[nn.ModuleList], Counter], n: int = 2) -> Counter:
@@ -120,16 +62,21 @@ def after_a_step(llama: LLaMA, make_optimizer: Callable[..., Optimizer], foreach
     return optimizer
 
 
-def take_step(count: Count, llama: LLaMA, lengths: list[int], dtype: torch.dtype, optimizer: Optimizer) -> None:
-    """An optimizer step on a micro-batch of records of these lengths."""
+def take_step(
+    llama: LLaMA, lengths: list[int], dtype: torch.dtype, optimizer: Optimizer, end_blocks: Callable[..., None]
+) -> None:
+    """An optimizer step on a micro-batch of records of these lengths; `end_blocks` is called when its blocks are done.
+
+    What is left then are the embedding's gradient and the optimizer.
+    """
 
     def watch(_module: nn.Module, _args: Any, embedded: Tensor) -> None:
         if embedded.requires_grad:
-            embedded.register_hook(count.end_blocks)
+            embedded.register_hook(end_blocks)
 
     llama.transformer.wte.register_forward_hook(watch)
     compute_gradients(llama, lengths, dtype)
-    count.end_blocks()
+    end_blocks()
     optimizer.step()
 
 

@@ -5,7 +5,7 @@ what is expected, for speeds by the card's own rates of copies and matrix produc
 says so; beyond what the project needs, these are bitsandbytes (nf4), transformers and peft (the peer). On a card that
 is only simulated (DRYCUDA names the folder of its library), times and numbers mean nothing.
 
-    PYTHONPATH=. python scripts/dev/check_gpu.py [--model 7B] [--layers 32] [--only memory training]
+    PYTHONPATH=.:scripts python scripts/dev/check_gpu.py [--model 7B] [--layers 32] [--only memory training]
 """
 
 import argparse
@@ -143,7 +143,7 @@ class Checks:
         )
 
     def memory(self) -> Iterator[Row]:
-        from scripts.memory_trace import peak_of_step
+        from memory_parts import estimate_step
 
         for what, name, nf4, checkpointing in (
             (self.model, self.model, False, False), (f"{self.model}, checkpointing", self.model, False, True),
@@ -155,7 +155,7 @@ class Checks:
                 if nf4:
                     quantize_blocks(models[-1], device, torch.bfloat16)
                 with_lora(models[-1], checkpointing)
-            expected = peak_of_step(models[0], LONG, torch.bfloat16, torch.optim.AdamW, True) / GB
+            expected = estimate_step(models[0], LONG, torch.bfloat16, torch.optim.AdamW).peak / GB
             with freed():
                 step = self.trainer(models.pop())
                 step(0)

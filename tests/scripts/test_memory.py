@@ -25,13 +25,12 @@ from lit_llama.lora import TARGETS, LoRAConfig, add_lora, mark_only_lora_as_trai
 from lit_llama.model import Block, LLaMA, RMSNorm
 from lit_llama.training.optimizer import AdamW
 
-import memory_trace
+import memory_parts
 import pytest
 import torch
 from builders import ROOT, TINY, random_model, run_script
 from estimate_memory import store_as
 from memory_parts import Ledger, estimate_step
-from memory_trace import peak_of_step
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -60,7 +59,7 @@ def watched(script: ModuleType) -> Iterator[list[int]]:
                 is_full = script.__name__ == "finetune_full"
                 dtype = storage_dtype(state.fabric.strategy.precision.precision)
                 make_optimizer = partial(AdamW, lr=0.0) if is_full else torch.optim.AdamW
-                peaks.append(peak_of_step(llama, lengths, dtype, make_optimizer, False))
+                peaks.append(estimate_step(llama, lengths, dtype, make_optimizer, on_gpu=False).peak)
             ledgers.append(stack.enter_context(Ledger(llama)))
             return plan(schedule, val_data, rate, llama, state, *more)
 
@@ -134,17 +133,16 @@ def test_a_deep_model_is_extrapolated_from_few_blocks(method: str, checkpointing
     store_as(llama, torch.bfloat16)
     llama.recompute_blocks = checkpointing
     make_optimizer = partial(AdamW, lr=0.0) if method == "full" else torch.optim.AdamW
-    step = partial(peak_of_step, llama, [9, 30], torch.bfloat16, make_optimizer, True)
-    with mock.patch.object(memory_trace, "for_all_blocks", lambda llama, trace: trace(llama.transformer.h)):
+    step = partial(estimate_step, llama, [9, 30], torch.bfloat16, make_optimizer)
+    with mock.patch.object(memory_parts, "for_all_blocks", lambda llama, trace, **_: trace(llama.transformer.h)):
         whole = step()
-    assert step() == pytest.approx(whole, rel=0.001)
+    assert step().peak == pytest.approx(whole.peak, rel=0.001)
 
 
 def test_what_memory_is_for_adds_up_to_the_peak() -> None:
     llama = importlib.import_module("estimate_memory").make_model(replace(TINY, n_layer=5), "lora", LoRAConfig())
     found = estimate_step(llama, [9, 30], torch.bfloat16, torch.optim.AdamW)
     assert sum(found.parts.values()) == found.peak
-    assert found.peak == peak_of_step(llama, [9, 30], torch.bfloat16, torch.optim.AdamW, True)
 
 
 def printed(capsys: pytest.CaptureFixture, *flags: object) -> dict[str, float]:
