@@ -6,7 +6,6 @@ records that are documents, which are cut into blocks. A split (`train.bin`, `va
 numbers. `meta.json` says what all of this was made from.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -119,24 +118,20 @@ def prepare(
         for split, numbers in splits.items():
             append(part, split, numbers)
         names = "offsets", "tokens", "spans", "documents", *splits
-        checksums = {name: digest(part / f"{name}.bin") for name in names}
         meta = {
-            "sources": [{"path": str(path), "sha256": identify(path, checksums)} for path in sources.values()],
+            "sources": [
+                {"path": str(path), "sha256": digest(path) if path.is_file() else None} for path in sources.values()
+            ],
             "tokenizer": encoder.tokenizer.fingerprint(),
             "prompt_style": STYLES["plain"] if n_documents == n else encoder.template,
             "split_seed": split_seed,
             "records": {split: len(numbers) for split, numbers in splits.items()},
-            "sha256": checksums,
+            "sha256": {name: digest(part / f"{name}.bin") for name in names},
         }
         files.write_file(part / "meta.json", json.dumps(meta, indent=2))
     if (n_held_out := len(splits.get("validation", ()))) < 2:
         what = "one record to validate on: its loss says little" if n_held_out else "no records to validate on"
         say(f"warning: {what}; give more, as by --val_split_size")
-
-
-def identify(source: Path, checksums: Mapping[str, str]) -> str:
-    """sha256 of a file; of a data set that is not one file, of what was made of it."""
-    return digest(source) if source.is_file() else hashlib.sha256(json.dumps(checksums).encode()).hexdigest()
 
 
 def append(folder: Path, name: str, array: np.ndarray) -> None:
