@@ -189,7 +189,7 @@ def answer_scores(
     n = min(n, len(dataset))
     answers, start, count = [""] * n, time.perf_counter(), 0
     sampling = Sampling(max_new_tokens, temperature=0)
-    prompts, references = zip(*(dataset.last_answer(i) for i in range(n)), strict=True)
+    prompts, references = zip(*(last_answer(dataset, i) for i in range(n)), strict=True)
     stop = stop_ids(dataset.prompt_style, tokenizer)
     by_length = sorted(range(n), key=lambda i: len(prompts[i]))
     for first in progress(range(0, n, batch_size), "Answers", "batch"):
@@ -200,6 +200,13 @@ def answer_scores(
     speed = count / (time.perf_counter() - start)
     wanted = [tokenizer.decode(reference) for reference in references]
     return {**rouge_and_bleu(answers, wanted), "records": n, "tokens_per_second": speed}
+
+
+def last_answer(dataset: Dataset, i: int) -> tuple[list[int], list[int]]:
+    """The tokens before the last span of a record that is trained on, and those in it."""
+    start, end = dataset.spans(i)[-1]
+    tokens = dataset.record(i).tolist()
+    return tokens[:start], tokens[start:end]
 
 
 def rouge_and_bleu(answers: list[str], references: list[str]) -> dict[str, float]:

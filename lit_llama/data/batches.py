@@ -88,12 +88,6 @@ class Dataset:
         first, last = np.searchsorted(self.targets[:, 1], start, side="right"), np.searchsorted(self.targets[:, 0], end)
         return np.clip(self.targets[first:last], start, end) - start
 
-    def last_answer(self, i: int) -> tuple[list[int], list[int]]:
-        """The tokens before the last span of a record that is trained on, and those in it."""
-        start, end = self.spans(i)[-1]
-        tokens = self.record(i).tolist()
-        return tokens[:start], tokens[start:end]
-
     def batch(self, records: Sequence[int] | np.ndarray) -> Batch:
         """These records, packed; no records make a batch of one token without targets."""
         empty = torch.empty(0, dtype=torch.int64)

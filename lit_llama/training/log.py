@@ -195,9 +195,8 @@ def plot_losses(metrics: Path, path: Path, title: str) -> None:
     trained, validated = np.isfinite(losses), np.isfinite(validation)
     if total := trained.sum():
         n, shown = max(1, total // 10), slice(None, None, 1 + total // MOST_POINTS)
-        sums = np.cumsum([0, *losses[trained]])
-        means = (sums[n:] - sums[:-n]) / n
         x, y, rolling = steps[trained], losses[trained], steps[trained][n - 1 :]
+        means = np.convolve(y, np.full(n, 1 / n), "valid")
         axes.plot(x[shown], y[shown], color="#c9d8ea", linewidth=1, label="training, each step")
         axes.plot(rolling[shown], means[shown], color="#3a6ea5", linewidth=2, label=f"training, mean of {n} steps")
         below.plot(x[shown], norms[trained][shown], color="#7a7a7a", linewidth=1)

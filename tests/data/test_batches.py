@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from builders import RECORDS, TINY, Lengths, prepare_records, random_model
+from evaluate import last_answer
 from torch.nn import functional as F
 
 
@@ -294,7 +295,7 @@ def test_all_answers_of_a_conversation_are_trained_on_up_to_the_limit(
         assert torch.equal(dataset.record(i)[select + 1], targets)
         assert torch.equal(ids[0], dataset.record(i)[:-1])
     if block_size == 1000:
-        prompt, answer = dataset.last_answer(1)
+        prompt, answer = last_answer(dataset, 1)
         assert tokenizer.decode(answer[:-1]) == "words 7"
         assert prompt == encode("zephyr", records[1][:-1], tokenizer).ids
 

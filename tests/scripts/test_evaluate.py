@@ -114,7 +114,7 @@ def test_answers_are_scored_as_given_one_by_one(
     dataset, tokenizer = Dataset(data_dir, "train", 128), Tokenizer(checkpoint.with_name("tokenizer.json"))
     model = random_model(TINY)
     prompts = [f"Count to {n}" + ("" if n % 3 else "\naloud") for n in range(1, 8)]
-    asked = [dataset.last_answer(i)[0] for i in range(7)]
+    asked = [evaluate.last_answer(dataset, i)[0] for i in range(7)]
     assert list(map(tokenizer.decode, asked)) == prompts
     answers = [tokenizer.decode(list(generate(model, ids, Sampling(20, 0), {tokenizer.eos_id}))) for ids in asked]
     assert seen[1:] == [(answers, [" ".join(map(str, range(1, n + 1))) for n in range(1, 8)])]
