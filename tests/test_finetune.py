@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from lit_llama.training import run as training
 
 import pytest
 import torch
-from builders import RECORDS, RESULTS, ROOT, command, metric_rows, prepare_records, run_script
+from builders import RECORDS, RESULTS, ROOT, metric_rows, prepare_records, run_script
+from builders_processes import start
 from lightning import Fabric
 from lightning.fabric.plugins import MixedPrecision
 
@@ -217,12 +217,12 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits(
     method: str, finished: Path, checkpoint: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     arguments = finetune_arguments(method, checkpoint, data_dir, tmp_path)
-    process = subprocess.Popen(command(f"finetune_{method}.py", *arguments), stderr=subprocess.DEVNULL)
+    process = start(ROOT / f"finetune_{method}.py", tuple(arguments), tmp_path / "stdout", tmp_path / "stderr")
     while not any(row["step"] >= 5 for row in metric_rows(tmp_path / "metrics.csv")):
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (tmp_path / RESULTS[method]).exists()
     assert run_script(f"finetune_{method}", *arguments, "--resume", "true") is None
     assert_same_run(finished, tmp_path, method)

@@ -130,8 +130,8 @@ if fabric.is_global_zero:
 
 @pytest.mark.slow
 def test_loading_and_saving_take_a_share_and_one_tensor(tmp_path: Path) -> None:
-    """Of a model of 142 million weights on two processes: memory of the process itself, without mapped files."""
-    config = LLaMAConfig(vocab_size=32000, n_layer=6, n_head=16, n_embd=1024, n_hidden=2816)
+    """Of a model of 78 million weights on two processes: memory of the process itself, without mapped files."""
+    config = LLaMAConfig(vocab_size=32000, n_layer=4, n_head=12, n_embd=768, n_hidden=2112)
     model = LLaMA(config).bfloat16()
     n, largest = sum(parameter.numel() for parameter in model.parameters()), 4 * config.vocab_size * config.n_embd
     save_model_folder(tmp_path / "model", model.state_dict(), config, {})
