@@ -36,9 +36,11 @@ from builders_gguf import bpe_metadata, write_gguf
 from builders_tokenizers import train_byte_tokenizer, train_sentencepiece
 from convert_hf_checkpoint import from_tiktoken
 from lightning import Fabric
+from peft import PeftModel
 from test_convert_meta import VARIANTS, write_folder
 from torch import Tensor
 from torch.optim import Optimizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 BASE = replace(TINY, n_layer=2, n_embd=16, n_hidden=16, n_head=2, n_kv_head=1)
 LORA, ADAPTER = LoRAConfig(2, 4, 0.0), AdapterConfig(3, 0)
@@ -47,13 +49,18 @@ FABRIC = Fabric(accelerator="cpu", devices=1)
 
 @dataclass(frozen=True)
 class Target:
-    """A file of a world (a folder), and what is read from it; `is_sealed` if another file tells a changed content."""
+    """A file of a world (a folder), and what is read from it; `is_sealed` if another file tells a changed content.
+
+    `is_right` asks the library whose format it is whether what was read of other content is what it says; an exception
+    if the library does not take it.
+    """
 
     name: str
     world: str
     file: str
     read: Callable[[Path], Any]
     is_sealed: bool = False
+    is_right: Callable[[Path], bool] | None = None
 
 
 def answer(model: LLaMA, folder: Path) -> list[Any]:
@@ -155,6 +162,52 @@ def read_own(name: str) -> Callable[[Path], Any]:
     return read
 
 
+IDS = torch.arange(24)[None]  # (1, T)
+
+
+@torch.inference_mode()
+def as_transformers(folder: Path) -> bool:
+    """Whether a converted model gives the logits of transformers."""
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    ours = load_model(folder / "out" / "lit-llama.pth", torch.float32)
+    return torch.allclose(ours(IDS), theirs(IDS).logits, atol=1e-4)
+
+
+@torch.inference_mode()
+def as_peft(folder: Path) -> bool:
+    """Whether an imported LoRA file gives the logits of PEFT."""
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "hf"), folder / "peft")
+    ours = load_model(folder / "lit-llama.pth").eval()
+    read_finetuned(folder / "imported.pth", "lora").add_to(ours)
+    return torch.allclose(ours(IDS), theirs.eval()(IDS).logits, atol=1e-4)
+
+
+def as_tokenizers(folder: Path) -> bool:
+    """Whether a tokenizer gives the ids of transformers, for text that spells none of its control tokens."""
+    ours, theirs = (
+        Tokenizer(folder / "hf" / "plain.json"),
+        PreTrainedTokenizerFast(tokenizer_file=f"{folder}/hf/plain.json"),
+    )
+    texts = "Count to 3", "  a task\n", "below is 🙂 an <x>"
+    return all(ours.encode(t, bos=False) == theirs(t, add_special_tokens=False)["input_ids"] for t in texts)
+
+
+def as_json(name: str) -> Callable[[Path], bool]:
+    """Whether records say what their fields say, by a second reading of a few lines."""
+
+    def is_right(folder: Path) -> bool:
+        text = (folder / name).read_text("utf-8-sig")
+        try:
+            rows = json.loads(text)
+        except ValueError:
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        said = [[row["instruction"], row.get("input") or "", row["output"]] for row in rows]
+        read = [conversation(row, Fields()) for _, row in read_rows(folder / name)]
+        return said == [[question.content, question.input, answer.content] for question, answer in read]
+
+    return is_right
+
+
 def make_worlds(worlds: Path) -> None:
     """Write all files, whole."""
     model_world(worlds / "ours")
@@ -225,17 +278,31 @@ TARGETS = [
     Target("tokenizer_config.json", "ours", "tokenizer_config.json", read_tokenizer("tokenizer.json"), is_sealed=True),
     Target("tokenizer.json", "ours", "tokenizer.json", read_tokenizer("tokenizer.json"), is_sealed=True),
     Target("foreign: tokenizer.model", "foreign", "sp/tokenizer.model", read_tokenizer("sp/tokenizer.model")),
-    Target("foreign: tokenizer.json", "foreign", "hf/plain.json", read_tokenizer("hf/plain.json")),
+    Target(
+        "foreign: tokenizer.json", "foreign", "hf/plain.json", read_tokenizer("hf/plain.json"), is_right=as_tokenizers
+    ),
     Target("foreign: tiktoken", "foreign", "ranks.tiktoken", lambda folder: from_tiktoken(folder / "ranks.tiktoken")),
-    Target("foreign: HF config.json", "foreign", "hf/config.json", convert(convert_hf_checkpoint, "hf")),
-    Target("foreign: HF index", "foreign", "hf/model.safetensors.index.json", convert(convert_hf_checkpoint, "hf")),
+    Target(
+        "foreign: HF config.json",
+        "foreign",
+        "hf/config.json",
+        convert(convert_hf_checkpoint, "hf"),
+        is_right=as_transformers,
+    ),
+    Target(
+        "foreign: HF index",
+        "foreign",
+        "hf/model.safetensors.index.json",
+        convert(convert_hf_checkpoint, "hf"),
+        is_right=as_transformers,
+    ),
     Target("foreign: safetensors", "foreign", "hf-1/model-2.safetensors", convert(convert_hf_checkpoint, "hf-1")),
     Target("foreign: params.json", "foreign", "meta/params.json", convert(convert_meta_checkpoint, "meta")),
     Target("foreign: Meta's .pth", "foreign", "meta/consolidated.01.pth", convert(convert_meta_checkpoint, "meta")),
     Target("foreign: GGUF", "foreign", "m.gguf", convert(convert_gguf_checkpoint, "m.gguf")),
-    Target("foreign: adapter_config.json", "foreign", "peft/adapter_config.json", read_peft),
-    Target("foreign: PEFT's safetensors", "foreign", "peft/adapter_model.safetensors", read_peft),
-    Target("records, JSON", "foreign", "records.json", read_own("records.json")),
-    Target("records, JSONL", "foreign", "records.jsonl", read_own("records.jsonl")),
+    Target("foreign: adapter_config.json", "foreign", "peft/adapter_config.json", read_peft, is_right=as_peft),
+    Target("foreign: PEFT's safetensors", "foreign", "peft/adapter_model.safetensors", read_peft, is_right=as_peft),
+    Target("records, JSON", "foreign", "records.json", read_own("records.json"), is_right=as_json("records.json")),
+    Target("records, JSONL", "foreign", "records.jsonl", read_own("records.jsonl"), is_right=as_json("records.jsonl")),
     Target("prompt file", "foreign", "prompts.txt", lambda folder: read_prompts("", folder / "prompts.txt")),
 ]
