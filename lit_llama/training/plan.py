@@ -60,7 +60,7 @@ def doubts(
     data: Dataset, val_data: Dataset, llama: LLaMA, tokenizer: Tokenizer, own: str | None, rate: float
 ) -> Iterator[str]:
     """What is probably not meant, with numbers; nothing of a run that is in order. `own` is the model's template."""
-    if own and own != data.prompt_style and len(data.documents) < data.meta["records"]["train"]:
+    if own and own != data.prompt_style and len(data.documents) < len(data.offsets) - 1:
         yield f"note: the data is in the prompt style {name_of(data.prompt_style)}, not in the model's own"
     some = [i for i in range(min(FEW, len(data))) if data.is_whole(i)]
     tokens, ends = [data.record(i).tolist() for i in some], stop_ids(data.prompt_style, tokenizer)
