@@ -65,7 +65,8 @@ def describe_machine() -> str:
     names = []
     if Path("/proc/cpuinfo").is_file():
         names = re.findall(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}, no GPU"
+    gpu = "an Apple GPU" if torch.backends.mps.is_available() else "no GPU"
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}, {gpu}"
 
 
 def free_memory(device: torch.device) -> int:

@@ -180,9 +180,8 @@ class Tokenizer:
 
     def control_id(self, name: str) -> int:
         if name not in self.controls:
-            raise UserError(
-                f"{self.path} has no token {name}; choose the --prompt_style that its model was trained with"
-            )
+            remedy = "choose a --prompt_style without it, such as alpaca, or add it (howto/finetune_lora.md)"
+            raise UserError(f"{self.path} has no token {name}; {remedy}")
         return self.controls[name]
 
     def token(self, token_id: int) -> str:

@@ -160,6 +160,8 @@ def text_loss(
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> float:
     """The sum over all targets (N,) of logits (N, V), in float64: float32 is off by 1e-5 a token at 49,152 words."""
+    if logits.is_mps:  # which has no float64
+        logits, targets = logits.cpu(), targets.cpu()
     chunks = zip(logits.split(256), targets.split(256), strict=True)
     return sum(float(F.cross_entropy(part.double(), ids, reduction="sum")) for part, ids in chunks)
 

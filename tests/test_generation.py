@@ -34,13 +34,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def test_greedy_continuation_equals_transformers() -> None:
+def test_greedy_continuations_equal_those_of_transformers_alone_and_in_a_batch() -> None:
     model = random_model(TINY)
     hf = LlamaForCausalLM(LlamaConfig(**hf_config(TINY, torch.float32)))
     hf.load_state_dict(to_hf(model.state_dict(), TINY))
-    prompt = torch.randint(TINY.vocab_size, (1, 12))
-    expected = hf.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 12:]
-    assert list(generate(model, prompt[0].tolist(), Sampling(40, 0))) == expected.tolist()
+    prompts = [torch.randint(1, TINY.vocab_size, (n,)).tolist() for n in (12, 3, 7)]
+    ids = torch.tensor([[0] * (12 - len(prompt)) + prompt for prompt in prompts])
+    settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = hf.generate(ids, attention_mask=ids.sign(), **settings)[:, 12:].tolist()
+    assert list(generate(model, prompts[0], Sampling(40, 0))) == expected[0]
+    assert generate_batch(model, prompts, Sampling(40, 0)) == expected
 
 
 def test_it_stops_at_eos_and_a_second_prompt_is_not_affected_by_the_first() -> None:

@@ -282,6 +282,15 @@ def test_control_tokens_that_a_model_has_not_learned_are_named(tokenizer: Tokeni
     assert unlearned(STYLES["plain"], tokenizer, embedding) == []
 
 
+def test_a_style_whose_control_tokens_are_lacking_is_refused_with_one_that_needs_none(
+    byte_tokenizer: HFTokenizer, tmp_path: Path
+) -> None:
+    byte_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    lacking, question = Tokenizer(tmp_path / "tokenizer.json"), [Message("user", "Hi")]
+    refused(lambda: encode(STYLES["chatml"], question, lacking), "choose a --prompt_style without it, such as alpaca")
+    assert encode(STYLES["alpaca"], question, lacking).ids
+
+
 def test_a_document_has_no_template(tokenizer: Tokenizer) -> None:
     document = [Message("assistant", " All of it.")]
     ids = [tokenizer.bos_id, *tokenizer.encode(" All of it.", bos=False), tokenizer.eos_id]

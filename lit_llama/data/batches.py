@@ -223,7 +223,7 @@ def matching_tokenizer(dataset: Dataset, model: LLaMA, pretrained_path: Path, to
     if names := unlearned(dataset.prompt_style, tokenizer, model.transformer.wte.weight):
         say(
             f"warning: the base model has never learned {', '.join(names)}, so answers may not end; prepare the data "
-            "in another --prompt_style, or take a model that was trained in this one"
+            "in a --prompt_style without control tokens, such as alpaca, or take a model that was trained in this one"
         )
     return tokenizer
 

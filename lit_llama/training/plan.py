@@ -97,8 +97,8 @@ def signs(data: Dataset) -> np.ndarray:
 
 
 def measured_memory(fabric: Fabric, model: nn.Module, optimizer: Optimizer, schedule: BatchSchedule) -> str:
-    """A line about the memory of a step: on a GPU, the fullest micro-batch of the first one is computed to find out."""
-    if fabric.device.type == "cpu":
+    """A line about the memory of a step: on CUDA, the fullest micro-batch of the first one is computed to find out."""
+    if fabric.device.type != "cuda":
         return "for the memory of a step, see scripts/estimate_memory.py, or the first step, which has the most tokens"
     step = schedule.step(0)
     batch = fabric.to_device(next(step.batches(fabric.global_rank, fabric.world_size)))
