@@ -22,7 +22,7 @@ from lit_llama.data.records import Fields, Row, conversation
 from lit_llama.data.sources import read_rows, split_records
 from lit_llama.errors import UserError
 from lit_llama.progress import progress, say
-from lit_llama.prompt import STYLES, encode, stored_template
+from lit_llama.prompt import STYLES, encode, name_of, stored_template
 from lit_llama.storage import files
 from lit_llama.storage.checks import check_types
 from lit_llama.storage.integrity import digest
@@ -129,7 +129,9 @@ def prepare(
             "sha256": {name: digest(part / f"{name}.bin") for name in names},
         }
         files.write_file(part / "meta.json", json.dumps(meta, indent=2))
-    if (n_held_out := len(splits.get("validation", ()))) < 2:
+    n_held_out, style = len(splits.get("validation", ())), name_of(str(meta["prompt_style"]))
+    say(f"Saved {data_dir}, prompt style {style}: {len(splits['train']):,} records, and {n_held_out:,} to validate on")
+    if n_held_out < 2:
         what = "one record to validate on: its loss says little" if n_held_out else "no records to validate on"
         say(f"warning: {what}; give more, as by --val_split_size")
 

@@ -57,13 +57,14 @@ def responses(data_dir: Path, split: str, tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode(dataset.batch([i]).targets.tolist()) for i in range(len(dataset))]
 
 
-def test_alpaca_is_split_and_tokenised(checkpoint: Path, tmp_path: Path) -> None:
+def test_alpaca_is_split_and_tokenised(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "alpaca.json"
     file.write_text(json.dumps(RECORDS))
     prepare_alpaca.main(tmp_path / "out", checkpoint, data_file=file, val_split_size=4)
     tokenizer = Tokenizer(checkpoint.with_name("tokenizer.json"))
     train, validation = (responses(tmp_path / "out", split, tokenizer) for split in ("train", "validation"))
     assert (len(train), len(validation)) == (10, 4)
+    assert f"Saved {tmp_path / 'out'}, prompt style alpaca: 10 records, and 4 to validate on" in capsys.readouterr().err
     assert sorted(train + validation) == sorted(record["output"] for record in RECORDS)
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert meta["sources"][0]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
