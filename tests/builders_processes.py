@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from unittest import mock
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["finetune_lora", "torch.distributed.run", "kill_storm", "fuzz"])
+SERVER.set_forkserver_preload(["finetune_lora", "torch.distributed.run", "kill_storm"])
 
 
 def fork(target: Callable[..., None], *arguments: object) -> BaseProcess:
@@ -44,14 +44,14 @@ def run_python(path: Path, *arguments: object, **environment: object) -> Complet
     return run_together(path, arguments, [environment])
 
 
-def run_ranks(path: Path, *arguments: object) -> CompletedProcess:
-    """What `torchrun --nproc-per-node 2 PATH ARGUMENTS` gives, without its watching and restarting."""
+def run_ranks(path: Path, *arguments: object, n: int = 2) -> CompletedProcess:
+    """What `torchrun --nproc-per-node N PATH ARGUMENTS --devices 2` gives, without its watching and restarting."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "none"}
+    common = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "none"}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in range(2)]
-    return run_together(path, (*arguments, "--devices", 2) if arguments else (), ranks)
+    ranks = [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in range(n)]
+    return run_together(path, (*arguments, "--devices", 2), ranks)
 
 
 def run_together(path: Path, arguments: tuple[object, ...], environments: list[dict]) -> CompletedProcess:

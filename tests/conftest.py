@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for scripts in processes of their own: tiny tensors are slower on several threads
 torch.set_num_threads(1)
-LONG = [f"test_{name}.py" for name in ("kill_storm", "compile", "finetune", "distributed", "state", "fuzz", "lora_lab")]
+LONG = [f"test_{name}.py" for name in ("finetune", "distributed", "state", "compile", "memory", "killed_writers")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -122,6 +122,7 @@ def test_the_result_is_used_without_any_setting_of_the_training(
         assert "Memory used: " in printed.err
 
 
+@pytest.mark.slow
 def test_a_sample_answer_is_what_generate_gives_and_changes_nothing(
     method: str,
     finished: Path,
@@ -145,6 +146,7 @@ def test_a_sample_answer_is_what_generate_gives_and_changes_nothing(
     assert "<" in answer
 
 
+@pytest.mark.slow
 def test_lora_answers_alike_merged_and_unmerged(
     checkpoint: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

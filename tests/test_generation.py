@@ -174,6 +174,7 @@ def test_a_step_waits_for_nothing_but_its_token(temperature: float) -> None:
     assert waits.count == 1
 
 
+@pytest.mark.slow
 def test_all_that_a_step_changes_stays_at_its_address_as_a_cuda_graph_needs() -> None:
     """And only the token is copied into the graph."""
     model, metadata = random_model(TINY), []

@@ -101,6 +101,7 @@ def test_functions_have_at_most_6_parameters(path: Path) -> None:
             assert len(names) <= 6, f"{name(path)}:{node.lineno}: {node.name} has {len(names)} parameters"
 
 
+@pytest.mark.slow
 def test_the_readme_says_how_many_files_a_step_with_its_save_runs_through(
     checkpoint: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

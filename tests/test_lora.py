@@ -118,11 +118,10 @@ def test_fused_attention_layer_equals_three_separate_ones(heads: str) -> None:
         torch.testing.assert_close(layer(x), torch.cat(expected, dim=-1), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("heads", "tied"), [*((heads, False) for heads in HEADS), ("gqa", True)])
 @torch.no_grad()
 def test_merged_equals_unmerged_for_all_subsets_of_targets(heads: str, tied: bool) -> None:
-    config = replace(HEADS[heads], tie_embeddings=tied)
+    config = replace(HEADS[heads], n_layer=1, tie_embeddings=tied)
     idx = torch.randint(config.vocab_size, (2, 9))
     base = random_model(config)(idx)
     for subset in ALL_SUBSETS:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from lit_llama.finetuned import FinetunedFile, skeleton
@@ -111,7 +112,9 @@ def test_greedy_answers_of_a_mixed_batch_are_those_of_the_merged_models() -> Non
 
 
 @pytest.mark.slow
-def test_a_step_is_compiled_once_for_all_files() -> None:
+def test_a_step_is_compiled_once_for_all_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's tracing alone; test_generation.py has code in C++ made of a step."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     model = random_model(TINY)
     many = ManyLoRA(model, lora_files(TINY), len(FILES))
     prompts = [torch.randint(TINY.vocab_size, (n,)).tolist() for n in (5, 1, 17, 9, 3, 5)]
@@ -180,6 +183,7 @@ def answers(checkpoint: Path, capsys: pytest.CaptureFixture, *flags: object) -> 
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_questions_are_answered_by_their_files(
     checkpoint: Path, paths: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

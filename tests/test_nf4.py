@@ -172,6 +172,7 @@ def finetuned(checkpoint: Path, data_dir: Path, tmp_path_factory: pytest.TempPat
     return out_dir / "lit-llama-lora-finetuned.pth"
 
 
+@pytest.mark.slow
 def test_a_lora_file_answers_on_the_base_that_it_was_trained_on(
     finetuned: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

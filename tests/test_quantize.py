@@ -123,6 +123,7 @@ def test_a_quantized_model_takes_less_memory_than_the_file_that_it_is_made_of(tm
     assert any(peak_of(*actions) < 0.6 * size for _ in range(3))  # a kernel that is busy with pages leaves them there
 
 
+@pytest.mark.slow
 def test_scripts_take_the_flag(checkpoint: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     lora, adapter = LoRAConfig(r=4), AdapterConfig(4, 0)
     for method, add, state in ((lora, add_lora, lora_state_dict), (adapter, add_adapter, adapter_state_dict)):

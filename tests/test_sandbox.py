@@ -53,6 +53,7 @@ def refusal(template: str) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ENDLESS, ids=range(len(ENDLESS)))
 def test_a_template_that_would_not_end_or_fill_the_memory_is_refused(
     template: str, monkeypatch: pytest.MonkeyPatch

@@ -104,6 +104,7 @@ def test_an_exported_file_gives_our_logits_in_peft(
     torch.testing.assert_close(theirs(idx).logits, model(idx), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_what_is_no_plain_lora_is_refused_in_one_line(tmp_path: Path) -> None:
     peft_folder(tmp_path / "peft", TINY, r=4, target_modules=["q_proj"])
     file, weights = tmp_path / "peft" / "adapter_config.json", tmp_path / "peft" / "adapter_model.safetensors"

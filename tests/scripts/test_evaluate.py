@@ -149,6 +149,7 @@ def test_each_method_is_evaluated_with_its_own_weights(
     assert len({round(loss, 2) for loss in losses}) == 3
 
 
+@pytest.mark.slow
 def test_a_known_corpus_comes_from_the_datasets_library(
     text: Path, tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,6 +144,7 @@ def test_a_deep_model_is_extrapolated_from_few_blocks(method: str, checkpointing
     assert step().peak == pytest.approx(whole.peak, rel=0.001)
 
 
+@pytest.mark.slow
 def test_what_memory_is_for_adds_up_to_the_peak() -> None:
     llama = importlib.import_module("estimate_memory").make_model(replace(TINY, n_layer=5), "lora", LoRAConfig())
     found = estimate_step(llama, [9, 30], torch.bfloat16, torch.optim.AdamW)
@@ -201,6 +202,7 @@ def test_the_largest_micro_batch_that_fits_is_found(
     assert capsys.readouterr().out == f"{found} a GPU of 8 GiB\n"
 
 
+@pytest.mark.slow
 def test_a_model_is_named_or_a_folder_or_a_configuration(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -21,6 +21,7 @@ from builders import ROOT, TINY, content_digest, random_model, run_script
 STATE = {"a": torch.arange(6.0), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(2.0)}
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_changes_what_is_read(tmp_path: Path) -> None:
     """Some bits mean nothing, such as those of padding: then the content is right."""
     path = tmp_path / "x.pth"

@@ -169,9 +169,7 @@ assert share <= 0.51 * n_parameters, (share, n_parameters)
 
 
 def test_fewer_processes_than_asked_for_end_in_one_line(checkpoint: Path, data_dir: Path, tmp_path: Path) -> None:
-    rest = [*arguments("lora", checkpoint, data_dir, tmp_path), "--devices", 2]
-    command = [*TORCHRUN, "--nproc-per-node", "1", ROOT / "finetune_lora.py", *rest]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    result = run_ranks(ROOT / "finetune_lora.py", *arguments("lora", checkpoint, data_dir, tmp_path), n=1)
     assert result.returncode != 0
     assert "error: could not launch 2 processes: You set `devices=2`" in result.stderr
     assert 'finetune_lora.py", line' not in result.stderr

@@ -48,6 +48,7 @@ def test_each_step_and_validation_is_a_row(tmp_path: Path, capsys: pytest.Captur
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_resuming_drops_rows_after_the_state_and_counts_on(tmp_path: Path) -> None:
     run_steps(tmp_path, 0, 3, 6)
     run_steps(tmp_path, 2, 6, 6)  # step 3 was lost with the crash
@@ -57,6 +58,7 @@ def test_resuming_drops_rows_after_the_state_and_counts_on(tmp_path: Path) -> No
     assert all(a["seconds"] <= b["seconds"] for a, b in pairwise(rows))
 
 
+@pytest.mark.slow
 def test_a_row_that_was_cut_off_is_no_trouble(tmp_path: Path) -> None:
     run_steps(tmp_path, 0, 2, 4)
     path = tmp_path / "metrics.csv"
@@ -81,6 +83,7 @@ def test_a_row_without_its_counts_is_not_gone_on_from(cell: str, tmp_path: Path)
     assert [row["step"] for row in metric_rows(path)][-2:] == [1, 3]
 
 
+@pytest.mark.slow
 def test_a_long_run_is_cut_and_drawn_in_seconds(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     rows = (f"{i},{i},{i},{1 + 1 / i},,1e-3,0.5,100,1,{i}\n" for i in range(1, 200_001))

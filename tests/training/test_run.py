@@ -123,6 +123,7 @@ def test_an_empty_validation_set_has_no_loss(data_dir: Path) -> None:
     assert validation_loss(fabric, random_model(TINY), Dataset(data_dir, "train", 2), 2) is None
 
 
+@pytest.mark.slow
 def test_updates_are_not_lost_on_a_bfloat16_base(data_dir: Path) -> None:
     """The base is bfloat16, LoRA float32: small steps must add up as they do in a float32 run."""
     from lit_llama.lora import LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable

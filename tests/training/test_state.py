@@ -17,6 +17,7 @@ from builders_processes import run_ranks, start
 from test_distributed import arguments, on_two_processes
 
 
+@pytest.mark.slow
 def test_resume_auto_begins_and_continues(checkpoint: Path, data_dir: Path, tmp_path: Path) -> None:
     """A run that was killed before its first state has metrics and perhaps a best result; it begins anew."""
     begin = [*arguments("lora", checkpoint, data_dir, tmp_path), "--resume", "auto", "--save_interval", 3]
