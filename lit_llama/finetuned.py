@@ -26,7 +26,7 @@ from lit_llama.storage.checks import check_types, from_fields
 from lit_llama.storage.files import is_plain, read_file, write_tensors
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Kind = Literal["lora", "adapter"]
 FILE_NAMES: dict[Kind, str] = {"lora": "lit-llama-lora-finetuned.pth", "adapter": "lit-llama-adapter-finetuned.pth"}
@@ -97,9 +97,10 @@ class FinetunedFile:
 
     def lora_layers(self, base: LLaMAConfig) -> dict[str, LoRALinear]:
         """The layers of a LoRA file by name, without the weights of the base; good until the next call."""
-        model, _ = skeleton(base, self.config)
-        model.load_state_dict(self.tensors_for(base), strict=False, assign=True)
-        return dict(lora_layers(model))
+        layers, tensors = dict(lora_layers(skeleton(base, self.config)[0])), self.tensors_for(base)
+        for name, layer in layers.items():
+            layer.lora_A, layer.lora_B = (nn.Parameter(tensors[f"{name}.lora_{letter}"]) for letter in "AB")
+        return layers
 
 
 @cache
