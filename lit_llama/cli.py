@@ -1,5 +1,6 @@
 """What stands between a user and a script: module constants as flags, mistakes as one line."""
 
+import argparse
 import ast
 import inspect
 import json
@@ -227,20 +228,15 @@ def explain_parse_error(message: str, types: dict[str, Any], given: list[str]) -
     return f"{flag} takes {type_words(types[key[1]])[1]}, {found}"
 
 
-def join_lists(arguments: list[str], flags: set[str]) -> list[str]:
+def join_lists(arguments: list[str], flags: Collection[str]) -> list[str]:
     """Flags that take several values, given as `--x a b` or `--x a --x b`, in jsonargparse's form `--x=["a", "b"]`."""
-    joined: dict[str, list[str]] = {}
-    others, current = [], ""
-    for argument in arguments:
-        flag, equals, value = argument.partition("=")
-        current = flag if flag.startswith("--") else current
-        if current not in flags:
-            others.append(argument)
-        elif flag != current:
-            joined[current].append(argument)
-        else:
-            joined.setdefault(flag, []).extend([value] if equals else [])
-    return others + [f"{flag}={json.dumps(values)}" if values else flag for flag, values in joined.items()]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
+    for flag in flags:
+        parser.add_argument(flag, nargs="*", action="extend")
+    found, others = parser.parse_known_args(arguments)
+    return others + [
+        f"--{name}={json.dumps(values)}" if values else f"--{name}" for name, values in vars(found).items()
+    ]
 
 
 def constants(module: ModuleType) -> dict[str, Any]:

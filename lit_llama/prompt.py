@@ -223,14 +223,9 @@ def names_of(template: str, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def stop_ids(template: str, tokenizer: Tokenizer) -> set[int]:
-    """The tokens that end an answer: those that end any text, and what the template puts there."""
-    return {*tokenizer.end_ids} | turn_end(template, tokenizer)
-
-
-def turn_end(template: str, tokenizer: Tokenizer) -> set[int]:
-    """The control token that a template puts after an answer, if it does."""
-    ids = [*compress(*attempt(template, EXCHANGED, tokenizer))]  # the answer
-    return {*ids[-1:]} & {*tokenizer.controls.values()}
+    """The tokens that end an answer: those that end any text, and the control token that the template puts there."""
+    answer = [*compress(*attempt(template, EXCHANGED, tokenizer))]
+    return {*tokenizer.end_ids} | {*answer[-1:]} & {*tokenizer.controls.values()}
 
 
 def attempt(template: str, messages: Sequence[Message], tokenizer: Tokenizer) -> Encoded:

@@ -1,13 +1,16 @@
 """Prepare the cleaned Alpaca data set (52,000 instructions) for finetuning."""
 
+from http.client import HTTPException
 from pathlib import Path
+from urllib.request import urlopen
 
 from lit_llama.cli import run
 from lit_llama.data.preparation import N_CORES, Encoder, prepare
 from lit_llama.data.records import Fields
-from lit_llama.data.sources import download
+from lit_llama.errors import UserError
 from lit_llama.model_folder import find_model, own_template
 from lit_llama.prompt import find_template
+from lit_llama.storage.files import write_file
 from lit_llama.tokenizer import find_tokenizer
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -51,6 +54,18 @@ def main(
     if data_file is None:
         download(URL, source)
     prepare(data_dir, {"train": source}, encoder, seed, val_split_size, num_workers)
+
+
+def download(url: str, path: Path) -> None:
+    """Fetch `url` into `path` unless it is there already."""
+    if path.is_file():
+        return
+    try:
+        with urlopen(url, timeout=60) as response:
+            content = response.read()  # all of it, or an HTTPException
+    except (OSError, HTTPException) as error:
+        raise UserError(f"could not download {url} ({error}); fetch it by other means and pass --data_file") from None
+    write_file(path, content)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ from pathlib import Path
 from lit_llama.cli import run
 from lit_llama.data.preparation import N_CORES, Encoder, prepare
 from lit_llama.data.records import Fields
-from lit_llama.data.sources import download
 from lit_llama.model_folder import find_model, own_template
 from lit_llama.prompt import find_template
 from lit_llama.tokenizer import find_tokenizer
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
+from prepare_alpaca import download
 
 URL = "https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl"
 

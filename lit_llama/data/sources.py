@@ -1,4 +1,4 @@
-"""Where records come from: rows of files in many forms, and of data sets; their split and their download."""
+"""Where records come from: rows of files in many forms, and of data sets; and their split."""
 
 import csv
 import gzip
@@ -6,15 +6,12 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 from lit_llama.data.records import Row, parse, parse_line
 from lit_llama.errors import UserError, short
-from lit_llama.storage.files import write_file
 
 import numpy as np
 
@@ -169,15 +166,3 @@ def shuffled(n: int, rng: np.random.Generator) -> np.ndarray:
     order = np.arange(n, dtype=np.int32)
     rng.shuffle(order)
     return order
-
-
-def download(url: str, path: Path) -> None:
-    """Fetch `url` into `path` unless it is there already."""
-    if path.is_file():
-        return
-    try:
-        with urlopen(url, timeout=60) as response:
-            content = response.read()  # all of it, or an HTTPException
-    except (OSError, HTTPException) as error:
-        raise UserError(f"could not download {url} ({error}); fetch it by other means and pass --data_file") from None
-    write_file(path, content)

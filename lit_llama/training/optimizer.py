@@ -47,8 +47,7 @@ class LearningRate:
         return self.value
 
     def __str__(self) -> str:
-        highest = max(map(self.at, range(self.n_steps)), default=0.0)
-        return f"{self.schedule} learning rate, at most {highest:.3g} (warm-up: {self.warmup_steps} steps)"
+        return f"{self.schedule} learning rate, at most {self.value:.3g} (warm-up: {self.warmup_steps} steps)"
 
 
 def clip_gradients(fabric: Fabric, model: nn.Module, optimizer: Any, max_norm: float | None) -> float:

@@ -7,7 +7,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-from lit_llama.data import sources
 from lit_llama.data.batches import Dataset
 from lit_llama.errors import UserError
 from lit_llama.model_folder import load_model
@@ -79,7 +78,7 @@ def test_alpaca_is_downloaded_once(checkpoint: Path, tmp_path: Path, monkeypatch
     prepare_alpaca.main(tmp_path / "out", checkpoint)
     source.unlink()
     prepare_alpaca.main(tmp_path / "out", checkpoint)
-    monkeypatch.setattr(sources, "urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
+    monkeypatch.setattr(prepare_alpaca, "urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
     with pytest.raises(UserError, match="--data_file"):
         prepare_alpaca.main(tmp_path / "other", checkpoint)
 
