@@ -178,12 +178,9 @@ def respond(
 
 def read_prompts(prompt: str, prompt_file: Path | None) -> list[str]:
     """The prompts of a file, one per line, or the one that is given."""
-    if prompt_file is None and not prompt.strip():
-        raise UserError("the prompt is empty; give a text by --prompt")
-    if prompt_file is None:
-        return [prompt]
-    text = read_text(prompt_file).removeprefix("\ufeff").replace("\r\n", "\n")
-    prompts = [line for line in text.split("\n") if line.strip()]
-    if not prompts:
-        raise UserError(f"{prompt_file} has no prompts; expected one per line")
-    return prompts
+    lines = [prompt]
+    if prompt_file:
+        lines = read_text(prompt_file).removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
+    if prompts := [line for line in lines if line.strip()]:
+        return prompts
+    raise UserError(f"{prompt_file} has no prompts" if prompt_file else "the prompt is empty; give a text by --prompt")

@@ -2,17 +2,28 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from lit_llama.cli import run
+from lit_llama.errors import UserError
 from lit_llama.formats.huggingface import hf_config, to_hf
 from lit_llama.model_folder import find_model, load_model, own_template
 from lit_llama.progress import progress
 from lit_llama.prompt import STYLES, find_template, names_of, stop_ids
-from lit_llama.storage.files import check_apart, replacing_folder, write_file, write_safetensors
+from lit_llama.storage.files import (
+    check_apart,
+    check_finite,
+    read_safetensors,
+    replacing,
+    replacing_folder,
+    write_file,
+)
 from lit_llama.tokenizer import CONFIG_NAME, FILE_NAMES, Tokenizer, find_tokenizer
 
+import torch
 from jsonargparse.typing import PositiveFloat
+from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor
 from tokenizer_files import TOKENIZER_FILES, default, splits
 from tokenizers import AddedToken, decoders, models, normalizers, processors
@@ -60,7 +71,7 @@ def main(
     eos = [tokenizer.eos_id, *sorted(stops - {tokenizer.eos_id})] if len(stops) > 1 else tokenizer.eos_id
     ends = {"bos_token_id": tokenizer.controls.get(tokenizer.names.get("bos_token", "")), "eos_token_id": eos}
     with replacing_folder(out_dir, HF_FILES) as part:
-        for name, content in tokenizer_files(tokenizer, template).items():
+        for name, content in hf_tokenizer(tokenizer, template).items():
             write_file(part / name, content)
         write_file(part / "generation_config.json", json.dumps(ends, indent=2))
         write_file(part / "config.json", json.dumps(fields | ends, indent=2))
@@ -83,6 +94,15 @@ def save_weights(state: dict[str, Tensor], out_dir: Path, max_bytes: int) -> Non
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
         write_file(out_dir / "model.safetensors.index.json", json.dumps(index, indent=2))
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write finite tensors as transformers and PEFT read them, whole or not at all; they are read back first."""
+    check_finite(path, tensors)
+    with replacing(path) as part:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata={"format": "pt"})
+        if not all(torch.equal(tensor, tensors[name]) for name, tensor in read_safetensors(part)):
+            raise UserError(f"{path} was not written: what is read back is not the same; try again")
 
 
 def from_sentencepiece(ours: Tokenizer) -> dict[str, str]:
@@ -114,7 +134,7 @@ def from_sentencepiece(ours: Tokenizer) -> dict[str, str]:
     return {"tokenizer.json": tokenizer.to_str(), CONFIG_NAME: json.dumps(names, indent=2)}
 
 
-def tokenizer_files(tokenizer: Tokenizer, template: str | None) -> dict[str, bytes | str]:
+def hf_tokenizer(tokenizer: Tokenizer, template: str | None) -> dict[str, bytes | str]:
     """A tokenizer.json and a tokenizer_config.json, which say all that the tokenizer's own files do.
 
     The class is the one that reads a tokenizer.json as it is, in transformers 4 and 5: others build it anew from its

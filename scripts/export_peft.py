@@ -14,10 +14,10 @@ from lit_llama.formats.peft import MODULES, parts
 from lit_llama.lora import LoRAConfig
 from lit_llama.model import LLaMAConfig
 from lit_llama.model_folder import find_model, read_config
-from lit_llama.storage.files import read_file, replacing_folder, write_file, write_safetensors
+from lit_llama.storage.files import read_file, replacing_folder, write_file
 from lit_llama.tokenizer import find_tokenizer
 
-from export_hf import tokenizer_files
+from export_hf import hf_tokenizer, write_safetensors
 from tokenizer_files import TOKENIZER_FILES
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def main(
     tensors = to_peft(lora.tensors_for(base), base, lora.config)
     tokenizer = find_tokenizer(pretrained_path, tokenizer_path)
     with replacing_folder(out_dir, PEFT_FILES) as part:
-        for name, text in tokenizer_files(tokenizer, lora.prompt_style).items():
+        for name, text in hf_tokenizer(tokenizer, lora.prompt_style).items():
             write_file(part / name, text)
         write_safetensors(part / "adapter_model.safetensors", tensors)
         config = peft_config(lora.config, os.path.expanduser(base_model))

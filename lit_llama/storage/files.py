@@ -28,7 +28,6 @@ from lit_llama.storage.integrity import check_archive, digest, fingerprint
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.serialization import skip_data
 from torch.utils._pytree import tree_flatten_with_path, tree_map_only
@@ -242,15 +241,6 @@ def bytes_of(path: Path, name: str, tensor: Tensor) -> memoryview:
     """The bytes of a tensor to be written to `path`."""
     check_finite(path, {name: tensor})
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write finite tensors as transformers and PEFT read them, whole or not at all; they are read back first."""
-    check_finite(path, tensors)
-    with replacing(path) as part:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata={"format": "pt"})
-        if not all(torch.equal(tensor, tensors[name]) for name, tensor in read_safetensors(part)):
-            raise UserError(f"{path} was not written: what is read back is not the same; try again")
 
 
 def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -55,15 +55,13 @@ def clip_gradients(fabric: Fabric, model: nn.Module, optimizer: Any, max_norm: f
 
     In float16, where the loss is scaled so that small gradients do not vanish, they are scaled back first.
     """
-    norm = fabric.clip_gradients(model, optimizer, max_norm=max_norm or math.inf, error_if_nonfinite=False)
-    assert norm is not None
+    norm: Any = fabric.clip_gradients(model, optimizer, max_norm=max_norm or math.inf, error_if_nonfinite=False)
     return float(whole_tensor(norm))
 
 
 def sum_over_devices(fabric: Fabric, value: torch.Tensor) -> float:
     """The sum of a number that each device has."""
-    total = fabric.all_reduce(value, reduce_op="sum")
-    assert isinstance(total, torch.Tensor)
+    total: Any = fabric.all_reduce(value, reduce_op="sum")
     return float(total)
 
 

@@ -10,9 +10,9 @@ from lit_llama.formats.huggingface import hf_config
 from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict
 from lit_llama.model import LLaMA, RopeScaling
 from lit_llama.model_folder import load_model, save_model_folder
-from lit_llama.storage import files
 from lit_llama.tokenizer import Tokenizer
 
+import export_hf
 import pytest
 import torch
 from builders import TINY, random_model, randomize, run_script, save_file
@@ -124,7 +124,7 @@ def test_an_export_that_fails_leaves_the_earlier_one(
     export = ("--out_dir", tmp_path / "hf", "--checkpoint_path", base, "--max_shard_gb", 2e-5)
     assert run_script("export_hf", *export) is None
     before = contents(tmp_path / "hf")
-    calls, write = [], files.save_file
+    calls, write = [], export_hf.save_file
 
     def full_disk(tensors: dict, path: Path, **others: Any) -> None:
         calls.append(path)
@@ -132,7 +132,7 @@ def test_an_export_that_fails_leaves_the_earlier_one(
             raise OSError(28, "No space left on device")
         write(tensors, path, **others)
 
-    monkeypatch.setattr(files, "save_file", full_disk)
+    monkeypatch.setattr(export_hf, "save_file", full_disk)
     text = run_script("export_hf", *export)
     assert text is not None
     assert "No space left" in text
@@ -276,12 +276,12 @@ def test_weights_that_were_not_written_as_they_are_do_not_replace_others(
 ) -> None:
     export = ("--out_dir", tmp_path / "hf", "--checkpoint_path", base)
     assert run_script("export_hf", *export) is None
-    before, write = contents(tmp_path / "hf"), files.save_file
+    before, write = contents(tmp_path / "hf"), export_hf.save_file
 
     def wrong(tensors: dict, path: Path, **others: Any) -> None:
         write({name: tensor + 1 for name, tensor in tensors.items()}, path, **others)
 
-    monkeypatch.setattr(files, "save_file", wrong)
+    monkeypatch.setattr(export_hf, "save_file", wrong)
     assert "what is read back is not the same" in str(run_script("export_hf", *export))
     assert contents(tmp_path / "hf") == before
 
