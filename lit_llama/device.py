@@ -55,7 +55,7 @@ def peak_memory(device: torch.device) -> float:
     status = Path("/proc/self/status")
     if status.is_file():  # Linux's getrusage would count what the process that started this one used
         return 1024 * int(re.findall(r"VmHWM:\s*(\d+)", status.read_text())[0]) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024) / 1e9
 
 
 def describe_machine() -> str:
