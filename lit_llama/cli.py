@@ -128,6 +128,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text or "bad_alloc" in text:
         remedy = "when training, add --activation_checkpointing true or lower --micro_batch_size"
         return f"error: out of memory; {remedy} ({text[:200]})", MISTAKE
+    if "InvalidCxxCompiler" in text:
+        return "error: --compile needs a compiler for C++, such as g++; install one, or leave it out", MISTAKE
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{os.path.relpath(place.filename)}, line {place.lineno}"
     return f"error: {type(error).__name__} in {where}: {text[:200]}; add --debug true for the traceback", MISTAKE

@@ -146,8 +146,9 @@ def read_finetuned(
         base = from_fields(LLaMAConfig, content["base"])
     hyperparameters = content["hyperparameters"]
     if base_path and not force:
-        remedy = "give its own base model, or --force true to use this one"
-        check_base(path, hyperparameters, identity(base_path), remedy)
+        check_base(
+            path, hyperparameters, identity(base_path), "give its own base model, or use this one by --force true"
+        )
     return FinetunedFile(path, config, content["state_dict"], content["prompt_style"], base, hyperparameters)
 
 

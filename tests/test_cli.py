@@ -172,6 +172,11 @@ def test_a_flag_for_several_values_is_given_once_or_often() -> None:
     assert join_lists(["--y", "1"], flags) == ["--y", "1"]
 
 
+def test_a_missing_compiler_is_told() -> None:
+    error = RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx")
+    assert explain(error) == ("error: --compile needs a compiler for C++, such as g++; install one, or leave it out", 1)
+
+
 @pytest.mark.slow
 def test_exit_statuses_tell_a_mistake_from_a_wrong_flag_and_a_stop(script: Path) -> None:
     assert run_python(script, "--steps", "many").returncode == 2
