@@ -55,7 +55,7 @@ def main(
     merged = logits(model, idx)
     save_model_folder(out_dir, model.state_dict(), model.config, tokenizer.files(), lora.prompt_style)
     change = (merged - apart).abs().max()
-    print(f"Saved {out_dir}. Merging changed the logits of a prompt by up to {change:.1e}", file=sys.stderr)
+    print(f"Saved {out_dir}. Rounding changed the logits of a prompt by up to {change:.1e}", file=sys.stderr)
     if nf4:
         quantize_blocks(model, "cpu", None)
         change = (logits(model, idx) - merged).abs().max()
