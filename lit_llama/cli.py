@@ -26,22 +26,16 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat,
 
 LARGEST = 2**31 - 1  # number that a flag takes
 MISTAKE, WRONG_FLAG = 1, 2  # exit statuses; 128 and the signal's number after a signal
-LIKENESS = 0.52  # of two words, from 0 to 1: that of checkpoint_path and pretrained_path is just above
 LOST_CONNECTION = "(gloo|nccl|c10d|tcpstore).*(connect|closed|reset|abort|remote|timed out)"  # as torch says it
 MODEL, OUT = ("pretrained_path", "checkpoint_path"), ("out_dir", "out_path", "data_dir")
 OTHER_NAMES = {  # of flags: in other projects, and in the archived Lit-LLaMA (see howto/archive.md)
-    **dict.fromkeys(("checkpoint_dir", "model", "base_model"), MODEL),
+    **dict.fromkeys((*MODEL, "checkpoint_dir", "model", "base_model"), MODEL),
     **dict.fromkeys(("out", "output", "output_dir", "destination_path", "local_dir"), OUT),
-    **dict.fromkeys(("iters", "max_iters"), ("max_steps",)),
-    "accelerator": ("devices",),
-    "ckpt_dir": ("checkpoint_dir",),
-    "eval_iters": ("eval_records",),
-    "input_sentence": ("input",),
-    "max_seq_length": ("block_size",),
-    "rank": ("lora_r",),
-    "test_split_size": ("val_split_size",),
-    "warmup_iters": ("warmup_steps",),
-}
+    **dict.fromkeys(("iters", "max_iters"), ("max_steps",)), "warmup_iters": ("warmup_steps",), "rank": ("lora_r",),
+    "eval_iters": ("eval_records",), "max_seq_length": ("block_size",), "gradient_accumulation_iters": ("batch_size",),
+    "accelerator": ("devices",), "ckpt_dir": ("checkpoint_dir",), "datasets": ("text",), "input_sentence": ("input",),
+    "mask_inputs": ("mask_prompt",), "test_split_size": ("val_split_size",),
+}  # fmt: skip
 ONLY_IN = {"lora_path": "generate_lora.py", "adapter_path": "generate_adapter.py"}
 TYPE_WORDS: dict[Any, tuple[str, str]] = {  # of values: in --help, and in a message
     bool: ("{true,false}", "true or false"),
@@ -205,7 +199,8 @@ def nearest(word: str, names: Collection[str]) -> str | None:
     candidates = [name for name in OTHER_NAMES.get(word, ()) if name in names]
     candidates += [name for name in names if word in (name, "".join(part[0] for part in parts[name])) and len(word) > 1]
     candidates += [name for name in names if word in parts[name]] + [name for name in names if name.startswith(word)]
-    return next(iter(candidates + get_close_matches(word, names, n=1, cutoff=LIKENESS)), None)
+    similar = [] if word in OTHER_NAMES else get_close_matches(word, names, n=1)
+    return next(iter(candidates + similar), None)
 
 
 def expand_home(value: Any) -> Any:

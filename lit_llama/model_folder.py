@@ -167,10 +167,12 @@ def check_state(path: Path, state: Mapping[str, Any], expected: Mapping[str, Ten
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
     wrong = [name for name in expected if name in state and getattr(state[name], "shape", None) != expected[name].shape]
+    flag = suggest_flag(state)
+    hint = "; was it trained on another model?" if flag and flag == suggest_flag(expected) else flag
     for names, what in ((missing, "lacks"), (unexpected, "has unexpected"), (wrong, "has a different shape for")):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{path} does not fit the model: it {what} {short(names[0])}{more}{suggest_flag(state)}")
+            raise UserError(f"{path} does not fit the model: it {what} {short(names[0])}{more}{hint}")
     for name, tensor in state.items():
         if not is_plain(tensor) or not tensor.is_floating_point() or tensor.itemsize == 1:
             raise UserError(f"{path} holds {name} as {short(tensor)}, expected float32, bfloat16 or float16")

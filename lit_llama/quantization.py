@@ -121,13 +121,6 @@ def quantize_blocks(model: LLaMA, device: torch.device | str, dtype: torch.dtype
             layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def dequantize_blocks(model: LLaMA) -> None:
-    """Put ordinary matrices in place of quantised ones, with the same numbers."""
-    for layer in model.transformer.h.modules():
-        if isinstance(layer, Linear) and isinstance(layer.weight, NF4Weight):
-            layer.weight = nn.Parameter(layer.weight.dequantize(), requires_grad=False)
-
-
 def check_compilable(model: LLaMA) -> None:
     """Raise a UserError if matrices are quantised: torch.compile cannot trace bitsandbytes' products."""
     if any(isinstance(parameter, NF4Weight) for parameter in model.parameters()):

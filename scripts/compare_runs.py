@@ -1,9 +1,7 @@
 """Compare runs of the training scripts, whatever differs between them: a table, and a picture of the validation losses.
 
-for seed in 1 2 3; do for r in 4 16; do
-  python finetune_lora.py --lora_r $r --seed $seed --out_dir out/lora/r$r-$seed
-done; done
-python scripts/compare_runs.py --runs out/lora/r*
+Runs that differ in their seed alone are one setting: its losses are means, and the difference from the first setting is
+taken seed by seed, with a 95% interval. Below 0 is better; a difference counts if its interval does not contain 0.
 """
 
 import math
@@ -39,9 +37,6 @@ class Run(NamedTuple):
 def main(runs: tuple[Path, ...], out_path: Path = Path("out/runs.png")) -> None:
     """Print the last and best validation losses of each setting, and how far the best are from the first setting's.
 
-    Runs that differ in their seed alone are one setting: its losses are means, and differences are taken seed by seed,
-    each with its 95% interval. A difference counts if that does not contain 0.
-
     Args:
         runs: Folders that the training scripts wrote; the first one's setting is what the others are compared with.
         out_path: The picture to write; it needs matplotlib.
@@ -56,7 +51,7 @@ def main(runs: tuple[Path, ...], out_path: Path = Path("out/runs.png")) -> None:
     if len({each.settings["data"] for each in read}) > 1:
         say("warning: the runs have different data, so their losses may not be of the same records")
     first = next(iter(arms.values()))
-    print("| setting | seeds | last loss | best loss | at step | best, minus the first setting's |")
+    print("| setting | seeds | last loss | best loss | at step | best, minus the first setting's (95%) |")
     print("|---|---:|---:|---:|---:|---:|")
     for title, seeds in arms.items():
         last = statistics.mean(each.losses[-1] for each in seeds.values())
@@ -71,6 +66,8 @@ def main(runs: tuple[Path, ...], out_path: Path = Path("out/runs.png")) -> None:
 
 def read_run(folder: Path) -> Run:
     """The settings of a run, and its validations."""
+    if not (folder / STATE_FILE).is_file():
+        raise UserError(f"{folder} is not the folder of a run: it has no {STATE_FILE}; give the --out_dir of one")
     content = read_described(folder / STATE_FILE, check_tensors=False)
     steps, losses = read_metrics(folder / "metrics.csv", "step", "validation_loss")
     validated = np.isfinite(losses)
@@ -111,6 +108,7 @@ def draw(arms: Mapping[str, Mapping[int, Run]], path: Path) -> None:
         for j, each in enumerate(seeds.values()):
             line, colour, label = LINES[i % len(LINES)], COLOURS[i % len(COLOURS)], title if j == 0 else None
             axes.plot(each.steps, each.losses, line, color=colour, markersize=4, linewidth=1.5, label=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="optimizer step", ylabel="validation loss (nats per response token)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)

@@ -6,15 +6,15 @@ from pathlib import Path
 from lit_llama.cli import run
 from lit_llama.finetuned import base_is_nf4, read_finetuned
 from lit_llama.lora import merge_lora
-from lit_llama.model import LLaMA
+from lit_llama.model import Linear, LLaMA
 from lit_llama.model_folder import find_model, load_model, save_model_folder
 from lit_llama.prompt import Message, encode
-from lit_llama.quantization import dequantize_blocks, quantize_blocks
+from lit_llama.quantization import NF4Weight, quantize_blocks
 from lit_llama.storage.files import check_apart
 from lit_llama.tokenizer import find_tokenizer
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def main(
@@ -55,7 +55,7 @@ def main(
     merged = logits(model, idx)
     save_model_folder(out_dir, model.state_dict(), model.config, tokenizer.files(), lora.prompt_style)
     change = (merged - apart).abs().max()
-    print(f"Saved {out_dir}. Merging changed the logits of a prompt by up to {change:.1e}", file=sys.stderr)
+    print(f"Saved {out_dir}. Rounding changed the logits of a prompt by up to {change:.1e}", file=sys.stderr)
     if nf4:
         quantize_blocks(model, "cpu", None)
         change = (logits(model, idx) - merged).abs().max()
@@ -68,6 +68,13 @@ def logits(model: LLaMA, idx: Tensor) -> Tensor:
     dtype = model.lm_head.weight.dtype
     with torch.autocast("cpu", dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32):
         return model(idx).float()
+
+
+def dequantize_blocks(model: LLaMA) -> None:
+    """Put ordinary matrices in place of quantised ones, with the same numbers."""
+    for layer in model.transformer.h.modules():
+        if isinstance(layer, Linear) and isinstance(layer.weight, NF4Weight):
+            layer.weight = nn.Parameter(layer.weight.dequantize(), requires_grad=False)
 
 
 if __name__ == "__main__":

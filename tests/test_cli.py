@@ -114,6 +114,22 @@ def test_the_nearest_flag_is_found(word: str, flag: str | None) -> None:
     assert nearest(word, flags) == flag
 
 
+@pytest.mark.parametrize(
+    ("word", "flags", "flag"),
+    [
+        ("pretrained_path", ("lora_path", "checkpoint_path"), "checkpoint_path"),
+        ("accelerator", ("temperature", "prompt"), None),  # what it stood for is not there
+        ("mask_inputs", ("mask_prompt",), "mask_prompt"),
+        ("gradient_accumulation_iters", ("micro_batch_size", "batch_size"), "batch_size"),
+        ("datasets", ("data_dir", "text"), "text"),
+    ],
+)
+def test_a_flag_of_another_name_means_its_own_flag_here_or_none(
+    word: str, flags: tuple[str, ...], flag: str | None
+) -> None:
+    assert nearest(word, flags) == flag
+
+
 def test_a_flag_of_another_script_names_that_script() -> None:
     assert run_script("generate", "--lora_path", "x").endswith("it is one of generate_lora.py")
     assert run_script("generate_lora", "--adapter_path", "x").endswith("it is one of generate_adapter.py")

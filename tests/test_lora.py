@@ -270,6 +270,8 @@ def test_a_file_of_the_archived_lit_llama_needs_its_alpha(tmp_path: Path) -> Non
     model = random_model(HEADS["mha"])
     with pytest.raises(UserError, match="--lora_alpha"):
         read_finetuned(path, "lora")
+    with pytest.raises(UserError, match="was it trained on another model"):
+        read_finetuned(path, "lora", alpha=12).add_to(random_model(replace(HEADS["mha"], n_layer=9)))
     file = read_finetuned(path, "lora", alpha=12)
     file.add_to(model)
     assert file.prompt_style == STYLES["alpaca-stanford"]

@@ -12,12 +12,13 @@ from lit_llama.lora import TARGETS, LoRAConfig, merge_lora
 from lit_llama.many_lora import ManyLoRA
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.model_folder import load_model, save_model_folder
-from lit_llama.quantization import dequantize_blocks, quantize_blocks, quantize_int8
+from lit_llama.quantization import quantize_blocks, quantize_int8
 
 import peft
 import pytest
 import torch
 from builders import TINY, random_model, randomize, run_script, save_file
+from merge_lora import dequantize_blocks
 from test_quantize import as_plain_model
 from tokenizers import Tokenizer as HFTokenizer
 from torch._dynamo.utils import counters

@@ -13,13 +13,14 @@ from lit_llama.generation import compile_steps
 from lit_llama.lora import TARGETS, LoRAConfig, add_lora, lora_state_dict, mark_only_lora_as_trainable, merge_lora
 from lit_llama.model import Linear, LLaMA
 from lit_llama.model_folder import load_model, save_model_folder
-from lit_llama.quantization import NF4Weight, dequantize_blocks, quantize_blocks
+from lit_llama.quantization import NF4Weight, quantize_blocks
 from lit_llama.training.run import compile_blocks, load_base
 
 import pytest
 import torch
 from builders import TINY, random_model, randomize, run_script, save_file
 from lightning.fabric.strategies import ModelParallelStrategy
+from merge_lora import dequantize_blocks
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -75,6 +75,11 @@ def theirs(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_file=str(tokenizer.path), bos_token="<s>", eos_token="</s>")
 
 
+def test_every_style_is_compared_with_what_was_published() -> None:
+    assert {*SINGLE_STYLES, *CHAT_STYLES} == STYLES.keys()
+    assert {*CHAT_STYLES} == PUBLISHED.keys()
+
+
 @pytest.mark.parametrize("system", [False, True])
 @pytest.mark.parametrize("n_turns", range(1, 7))
 @pytest.mark.parametrize("style", CHAT_STYLES)

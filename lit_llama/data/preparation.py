@@ -173,8 +173,8 @@ def count_reasons(places: Mapping[str, list[str]]) -> str:
             others[2:] = [f"{len(others) - 2:,} more"]
         likewise = f" (likewise {', '.join(others)})" if others else ""
         named.append(f"{first} {reason}{likewise}")
-    if len(named) > MOST_REASONS:
-        named[MOST_REASONS:] = [f"and {len(named) - MOST_REASONS} more reasons"]
+    if (n_more := len(named) - MOST_REASONS) > 0:
+        named[MOST_REASONS:] = [f"and {n_more} more reason{'s' * (n_more > 1)}"]
     return "; ".join(named)
 
 

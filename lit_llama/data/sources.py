@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from lit_llama.data.records import Row, parse, parse_line
@@ -15,7 +16,7 @@ from lit_llama.errors import UserError, short
 
 import numpy as np
 
-SUFFIXES = {".csv", ".tsv", ".txt", ".json", ".jsonl"}
+SUFFIXES = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet"}  # of files, not of data sets on the hub
 DELIMITERS = ",;\t|"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # how a file in it begins
 
@@ -65,8 +66,8 @@ def open_text(source: Path) -> Iterator[io.TextIOWrapper]:
                     line.decode()
                 except UnicodeDecodeError as error:
                     place = f"line {number}, byte {error.start + 1}"
-                    remedy = "convert it, as by iconv -f CP1252 -t UTF-8"
-                    raise UserError(f"{source} is not text in UTF-8 ({place}); {remedy}") from None
+                    command = f"iconv -f CP1252 -t UTF-8 {quote(str(source))} > {quote(f'utf8-{source.name}')}"
+                    raise UserError(f"{source} is not text in UTF-8 ({place}); convert it, as by {command}") from None
         raise UserError(f"{source} is not text in UTF-8 or UTF-16") from None
 
 

@@ -20,6 +20,7 @@ from lightning import Fabric
 from torch import nn
 from torch.optim import Optimizer
 
+SPELLED = ("[INST]", "<|assistant|>", "</s>")  # of templates whose control tokens a tokenizer may not have
 FEW = 200  # records that are looked at, or tokens that say little
 COLOUR, PLAIN = ("\033[32m", "\033[0m"), ("[[", "]]")  # around what is trained on
 
@@ -61,7 +62,8 @@ def doubts(
 ) -> Iterator[str]:
     """What is probably not meant, with numbers; nothing of a run that is in order. `own` is the model's template."""
     if own and own != data.prompt_style and len(data.documents) < len(data.offsets) - 1:
-        yield f"note: the data is in the prompt style {name_of(data.prompt_style)}, not in the model's own"
+        style = name_of(data.prompt_style).replace("own", "of a file")
+        yield f"note: the data is in the prompt style {style}, not in the model's own"
     some = [i for i in range(min(FEW, len(data))) if data.is_whole(i)]
     tokens, ends = [data.record(i).tolist() for i in some], stop_ids(data.prompt_style, tokenizer)
     controls = {*tokenizer.controls.values()}
@@ -71,7 +73,9 @@ def doubts(
         yield f"warning: {n} {of} do not end in a token that ends an answer, so the model does not learn to stop"
     if n := sum(ids[:2] == [tokenizer.bos_id] * 2 for ids in tokens):
         yield f"warning: {n} {of} begin with two bos; prepare them without the bos that is in their text"
-    if (n := sum(bool(re.search(tokenizer.control_pattern, text)) for text in texts)) > len(some) / 20:
+    words = [re.escape(word) for word in SPELLED if word not in data.prompt_style]  # its own are text here, too
+    pattern = "|".join([tokenizer.control_pattern, *words])
+    if (n := sum(bool(re.search(pattern, text)) for text in texts)) > len(some) / 20:
         yield f"warning: {n} {of} spell control tokens, which are text here; do they hold a chat template already?"
     if data.n_cut > len(data) / 5:
         yield f"warning: {data.n_cut:,} of {len(data):,} records are truncated; raise --block_size"

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import subprocess
 from pathlib import Path
 
 from lit_llama.data.records import Fields, conversation
@@ -298,16 +299,19 @@ def test_a_long_cell_is_read_and_broken_quotes_are_named_by_their_line(tmp_path:
 
 
 def test_another_encoding_is_named_with_line_and_byte(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_bytes("instruction,output\nHi,Grüße\n".encode("cp1252"))
-    with pytest.raises(UserError, match=r"not text in UTF-8 \(line 2, byte 6\); convert it, as by iconv -f CP1252"):
-        read_records(tmp_path / "a.csv")
+    (tmp_path / "my a.csv").write_bytes("instruction,output\nHi,Grüße\n".encode("cp1252"))
+    with pytest.raises(UserError, match=r"not text in UTF-8 \(line 2, byte 6\); convert it") as raised:
+        read_records(tmp_path / "my a.csv")
+    command = str(raised.value).partition("as by ")[2]
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert read_records(tmp_path / "utf8-my a.csv")[0][1].content == "Grüße"
 
 
 def test_a_missing_file_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("looked up"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    for path in ("data/mine", "somewhere/mine.jsonl", "somewhere/mine.CSV.gz"):
+    for path in ("data/mine", "somewhere/mine.jsonl", "somewhere/mine.CSV.gz", "somewhere/mine.parquet"):
         with pytest.raises(UserError, match="does not exist"):
             read_records(Path(path))
 

@@ -55,5 +55,5 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         compare_runs.main((run, make_run(tmp_path / "b", [2.0])))
     with pytest.raises(UserError, match="never validated"):
         compare_runs.main((make_run(tmp_path / "c", []),))
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="is not the folder of a run"):
         compare_runs.main((tmp_path,))

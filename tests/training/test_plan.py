@@ -53,15 +53,18 @@ def test_a_run_that_is_in_order_is_not_doubted(tmp_path: Path, tokenizer: Tokeni
     assert found(tmp_path, tokenizer, style=STYLES["llama3"], own=None) == ""
     assert found(tmp_path, tokenizer, [{"text": "A document. " * 99}] * 3, [{"text": "Another one. " * 99}]) == ""
     assert found(tmp_path, tokenizer, rate=10 * RATE) == ""
+    assert found(tmp_path, tokenizer, style=STYLES["llama2"], own=None) == ""
 
 
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
         ({"style": STYLES["alpaca"]}, "note: the data is in the prompt style alpaca, not in the model's own"),
+        ({"style": STYLES["chatml"] + " "}, "note: the data is in the prompt style of a file, not in the model's own"),
         ({"style": ENDLESS, "own": None}, "30 of 30 records do not end in a token that ends an answer"),
         ({"style": TWO_BOS, "own": None}, "30 of 30 records begin with two bos"),
         ({"train": records(0, 30, "It is {}.<|im_end|>")}, "30 of 30 records spell control tokens"),
+        ({"train": records(0, 30, "[INST] It is {}. [/INST]")}, "30 of 30 records spell control tokens"),
         (
             {"train": records(0, 30, "It is {}. " * 20), "block_size": 64},
             "30 of 30 records are truncated; raise --block_size",
