@@ -108,7 +108,7 @@ def draw(arms: Mapping[str, Mapping[int, Run]], path: Path) -> None:
         for j, each in enumerate(seeds.values()):
             line, colour, label = LINES[i % len(LINES)], COLOURS[i % len(COLOURS)], title if j == 0 else None
             axes.plot(each.steps, each.losses, line, color=colour, markersize=4, linewidth=1.5, label=label)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set(xlabel="optimizer step", ylabel="validation loss (nats per response token)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
