@@ -40,6 +40,7 @@ class WithoutFloat64(TorchDispatchMode):
         return found
 
 
+@pytest.mark.slow
 def test_training_and_generating_need_no_float64(checkpoint: Path, data_dir: Path, tmp_path: Path) -> None:
     step = ("--data_dir", data_dir, "--out_dir", tmp_path, "--max_steps", 1, "--block_size", 64, "--eval_records", 4)
     with WithoutFloat64() as mode:
