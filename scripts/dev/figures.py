@@ -7,6 +7,7 @@ howto/verdicts.json, which lists exact answers.
 
 import contextlib
 import datetime
+import os
 import re
 import shutil
 import subprocess
@@ -45,6 +46,7 @@ NF4_RUN = (
     "--warmup_steps 10 --batch_size 4 --num_epochs 2 --eval_interval 103"
 )
 CHECKPOINTING = ("--activation_checkpointing", "true")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}  # whose modules a benchmark takes
 LARGE = ("--model", "Llama-2-70B", "--method", "full")
 
 
@@ -168,7 +170,8 @@ def many_lora() -> str:
     """Several LoRA files in a batch, of the article's settings and of today's."""
     short = ("--rounds", "2", "--new_tokens", "24")
     runs = [short, ("--lora_targets", "all", "--lora_r", "16", *short)]
-    lines = (f"`python scripts/dev/benchmark_many_lora.py {' '.join(flags)}`, {sitting()}" for flags in runs)
+    run_by = "PYTHONPATH=scripts python scripts/dev/benchmark_many_lora.py"
+    lines = (f"`{run_by} {' '.join(flags)}`, {sitting()}" for flags in runs)
     tables = (script("benchmark_many_lora.py", *flags) for flags in runs)
     return "\n".join(f"{table}\n({line})\n" for table, line in zip(tables, lines, strict=True))
 
@@ -281,7 +284,7 @@ def command(*words: object) -> str:
     arguments = list(map(str, words))
     with contextlib.ExitStack() as stack:
         process = stack.enter_context(
-            subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=merged, text=True, cwd=ROOT)
+            subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=merged, text=True, cwd=ROOT, env=ENVIRONMENT)
         )
         assert process.stdout is not None
         lines = []
