@@ -160,16 +160,18 @@ class TrainingLog:
 
 def cut_metrics(path: Path, step: int) -> dict[str, float]:
     """Cut off what follows the last row up to this step (steps that were not saved); returns that row."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    while lines:
+    content = path.read_bytes() if path.is_file() else b""
+    end = len(content)
+    while end:
+        start = content.rfind(b"\n", 0, end - 1) + 1
         with suppress(ValueError):  # the header, or half a row
-            cells = lines[-1].decode().split(",")
+            cells = content[start:end].decode().split(",")
             row = dict(zip(COLUMNS, (float(cell or "nan") for cell in cells), strict=True))
             counts = [row[name] for name in ("step", "records", "tokens", "seconds")]
             if row["step"] <= step and cells[-1].endswith("\n") and all(map(math.isfinite, counts)):
-                os.truncate(path, sum(map(len, lines)))
+                os.truncate(path, end)
                 return row
-        lines.pop()
+        end = start
     return {}
 
 
